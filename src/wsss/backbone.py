@@ -1,0 +1,299 @@
+"""The shared encoder: any timm ViT, at any image size, with what a WSSS method needs from it.
+
+All methods see the same class, so a comparison never mixes position handling or weight sources.
+Two things differ from calling timm directly:
+
+* positions are resized bicubically **without** antialias on every call, as the methods' official
+  codes do (timm's ``dynamic_img_size`` antialiases: up to 0.13 away at 96 px);
+* the weights come from exactly one stated source (a pinned timm tag, a local file, or random),
+  and :attr:`Backbone.weights_info` records which, with hashes. There is no silent fallback.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from wsss.checkpoints import (
+    file_sha256,
+    fit_positions,
+    load_state_dict_strictly,
+    read_state_dict,
+)
+from wsss.errors import WSSSError
+
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the encoder gives for a batch of B images on a token grid of h x w (N = h*w).
+
+    Attributes:
+        cls_tokens: prefix tokens after the final norm, (B, P, D); class token(s), then registers.
+        patch_tokens: patch tokens after the final norm, (B, N, D), row-major.
+        grid: (h, w) in tokens.
+        intermediates: block index -> patch tokens after that block, (B, N, D), *not* normed.
+        attentions: block index -> softmax attention of that block, (B, heads, P+N, P+N).
+    """
+
+    cls_tokens: Tensor
+    patch_tokens: Tensor
+    grid: tuple[int, int]
+    intermediates: dict[int, Tensor] = field(default_factory=dict)
+    attentions: dict[int, Tensor] = field(default_factory=dict)
+
+    def as_map(self, tokens: Tensor) -> Tensor:
+        """Patch tokens (B, N, D) as a feature map (B, D, h, w)."""
+        return tokens.transpose(1, 2).unflatten(2, self.grid)
+
+    @property
+    def patch_map(self) -> Tensor:
+        """The final patch tokens as a feature map, (B, D, h, w)."""
+        return self.as_map(self.patch_tokens)
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """Where a backbone's weights came from; part of every result's protocol.
+
+    Attributes:
+        name: timm model name.
+        source: ``timm:<tag>``, ``file:<file name>`` or ``random``.
+        pretraining: the data behind the weights, as the configuration states it.
+        file_sha256: hash of the local file, or None.
+        state_sha256: hash over names, shapes and values of the loaded encoder.
+    """
+
+    name: str
+    source: str
+    pretraining: str
+    file_sha256: str | None
+    state_sha256: str
+
+    def as_dict(self) -> dict[str, str | None]:
+        """A plain dictionary for ``results.json`` and hyperparameters."""
+        return asdict(self)
+
+
+class Backbone(nn.Module):
+    """A timm ViT, DeiT or DINOv2 encoder that accepts any image size.
+
+    Args:
+        name: timm model name; with ``weights="timm"`` it must carry its pretrained tag
+            (``vit_base_patch16_224.orig_in21k_ft_in1k``), since untagged names change meaning.
+        weights: ``"timm"`` (download or cache), ``"random"``, a path to a ``.pth`` /
+            ``.safetensors`` file, or ``package:<path>`` for a file shipped inside ``wsss``.
+        pretraining: the data behind the weights, recorded with every result.
+        overrides: arguments for timm's constructor (``patch_size``, ``depth``, ``img_size``, ...).
+
+    Raises:
+        WSSSError: unknown name, not a plain ViT, missing or unfitting weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        weights: str = "timm",
+        pretraining: str = "unstated",
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.vit = _create_vit(name, pretrained=weights == "timm", overrides=dict(overrides or {}))
+        source, file_hash = weights, None
+        if weights == "timm":
+            source = f"timm:{name}"
+        elif weights != "random":
+            path = _weights_path(weights)
+            load_encoder(self.vit, read_state_dict(path), str(path))
+            source, file_hash = f"file:{path.name}", file_sha256(path)
+        self.weights_info = WeightsInfo(
+            name, source, pretraining, file_hash, state_sha256(self.vit.state_dict())
+        )
+
+    @property
+    def dim(self) -> int:
+        """Width D of the tokens."""
+        return int(self.vit.embed_dim)
+
+    @property
+    def depth(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.vit.blocks)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return int(self.vit.patch_embed.patch_size[0])
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number P of class, distillation and register tokens."""
+        return int(self.vit.num_prefix_tokens)
+
+    def forward(
+        self, images: Tensor, *, taps: Sequence[int] = (), attentions: Sequence[int] = ()
+    ) -> Features:
+        """Encode a batch.
+
+        Args:
+            images: (B, 3, H, W), normalised. Rows and columns beyond the last whole patch are
+                dropped on the right and at the bottom, as a strided convolution does.
+            taps: 0-based blocks whose raw patch tokens are wanted; negative counts from the end.
+            attentions: 0-based blocks whose attention maps are wanted. Only these leave fused
+                attention, since a map of N x N is what makes large images expensive.
+
+        Raises:
+            WSSSError: the image is smaller than one patch.
+        """
+        tokens, grid = self._embed(images)
+        wanted_taps = {index % self.depth for index in taps}
+        wanted_maps = {index % self.depth for index in attentions}
+        intermediates: dict[int, Tensor] = {}
+        maps: dict[int, Tensor] = {}
+        for index, block in enumerate(self.vit.blocks):
+            if index in wanted_maps:
+                tokens, maps[index] = _block_with_attention(block, tokens)
+            else:
+                tokens = block(tokens)
+            if index in wanted_taps:
+                intermediates[index] = tokens[:, self.num_prefix_tokens :]
+        tokens = self.vit.norm(tokens)
+        prefix, patches = tokens.split(
+            [self.num_prefix_tokens, tokens.shape[1] - self.num_prefix_tokens], dim=1
+        )
+        return Features(prefix, patches, grid, intermediates, maps)
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Patches, prefix tokens and positions: (B, P+N, D) and the grid."""
+        vit, patch = self.vit, self.patch_size
+        grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+        if min(grid) == 0:
+            raise WSSSError(
+                f"image of {tuple(images.shape[-2:])} pixels is smaller than one {patch} px patch; "
+                "use larger images"
+            )
+        images = images[..., : grid[0] * patch, : grid[1] * patch]
+        # (B, D, h, w) -> (B, N, D)
+        patches = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
+        names = ("cls_token", "dist_token", "reg_token")
+        prefix = [getattr(vit, name) for name in names if getattr(vit, name, None) is not None]
+        prefix = [token.expand(len(images), -1, -1) for token in prefix]
+        positions = resize_positions(
+            vit.pos_embed, grid, 0 if vit.no_embed_class else self.num_prefix_tokens
+        )
+        if vit.no_embed_class:  # DINOv2 with registers: prefix tokens carry no position
+            tokens = torch.cat([*prefix, patches + positions], dim=1)
+        else:
+            tokens = torch.cat([*prefix, patches], dim=1) + positions
+        return vit.norm_pre(vit.pos_drop(tokens)), grid
+
+
+def resize_positions(positions: Tensor, grid: tuple[int, int], num_prefix: int) -> Tensor:
+    """Positions (1, P+n*n, D) for a grid of (h, w): bicubic, no antialias, prefix untouched."""
+    prefix, patches = positions[:, :num_prefix], positions[:, num_prefix:]
+    side = round(patches.shape[1] ** 0.5)
+    if (side, side) == grid:
+        return positions
+    patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, n, n)
+    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _block_with_attention(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """One pre-norm block with its softmax attention, (B, heads, N, N), kept in the graph."""
+    attn: Any = block.attn
+    normed = block.norm1(tokens)
+    batch, count, dim = normed.shape
+    qkv = attn.qkv(normed).reshape(batch, count, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    queries, keys, values = qkv.unbind(0)  # each (B, heads, N, D / heads)
+    queries, keys = attn.q_norm(queries), attn.k_norm(keys)
+    attention = (queries * attn.scale @ keys.transpose(-2, -1)).softmax(dim=-1)
+    mixed = (attn.attn_drop(attention) @ values).transpose(1, 2).reshape(batch, count, dim)
+    mixed = attn.proj_drop(attn.proj(attn.norm(mixed)))
+    tokens = tokens + block.drop_path1(block.ls1(mixed))
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), attention
+
+
+def _create_vit(name: str, *, pretrained: bool, overrides: dict[str, Any]) -> VisionTransformer:
+    """A plain timm ViT without classification head."""
+    if pretrained and "." not in name:
+        raise WSSSError(
+            f"backbone.name={name} has no pretrained tag, and untagged names change meaning; "
+            f"pin one of: {', '.join(timm.list_pretrained(f'{name}.*')) or 'none known to timm'}"
+        )
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]
+        raise WSSSError(f"backbone.name={name} is not a timm model; near: {', '.join(near)}")
+    try:
+        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **overrides)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise WSSSError(
+            f"backbone {name}: its weights are not cached and cannot be downloaded "
+            f"({str(error).splitlines()[0]}); fetch the file on a machine with internet "
+            "and pass backbone.weights=/path/to/file.safetensors"
+        ) from error
+    if type(vit) is not VisionTransformer and not hasattr(vit, "dist_token"):
+        raise WSSSError(
+            f"backbone.name={name} is a {type(vit).__name__}; only ViT, DeiT and DINOv2 "
+            "(timm's VisionTransformer) are supported"
+        )
+    if not hasattr(vit.blocks[0], "ls1"):
+        raise WSSSError(f"backbone.name={name} uses an unusual block; choose a plain ViT")
+    return vit
+
+
+def load_encoder(vit: VisionTransformer, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load timm-style encoder weights; the position grid follows the file.
+
+    Args:
+        vit: the encoder, changed in place.
+        state: parameters, with or without ``module.`` / ``encoder.`` / ``backbone.`` prefixes;
+            classification heads are ignored, since no method uses them.
+        origin: what to call the source in an error.
+
+    Raises:
+        WSSSError: missing, extra or misshapen keys, by name.
+    """
+    state = {_plain_key(key): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith(("head", "fc_norm"))}
+    fit_positions(vit, state.get("pos_embed"))
+    load_state_dict_strictly(vit, state, origin)
+
+
+def _plain_key(key: str) -> str:
+    for prefix in ("module.", "encoder.", "backbone.", "vit."):
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _weights_path(weights: str) -> Path:
+    path = Path(weights).expanduser()
+    if weights.startswith("package:"):
+        path = PACKAGE / weights.removeprefix("package:")
+    if not path.is_file():
+        raise WSSSError(
+            f"backbone.weights={weights}: no such file; put the weights there, or use "
+            "backbone.weights=timm (needs internet once) or backbone.weights=random"
+        )
+    return path
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over sorted names, shapes and float32 values of a state dict."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()

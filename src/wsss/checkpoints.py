@@ -1,0 +1,165 @@
+"""Reading weights safely, and official checkpoints made ours.
+
+Every file is read with ``weights_only=True`` (or as safetensors): a checkpoint from a stranger
+cannot run code. Keys are never matched loosely: what is missing, extra or misshapen is named.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wsss.errors import WSSSError
+
+# official ToCo name -> ours, by prefix (../shared/methods/toco.md section 1); order matters
+TOCO_PREFIXES = {
+    "encoder.": "backbone.vit.",
+    "classifier.": "classifier.",
+    "aux_classifier.": "aux_classifier.",
+    "decoder.": "decoder.",
+    "proj_head.": "ctc_student.",
+    "proj_head_t.": "ctc_teacher.",
+}
+# `encoder.head` is the unused ImageNet classifier; older files also hold `conv` and `aux_conv`
+TOCO_UNUSED = ("encoder.head.", "conv.", "aux_conv.")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The parameters in a ``.safetensors`` file or a torch checkpoint.
+
+    Torch files may hold the parameters directly or under ``state_dict`` or ``model``.
+
+    Raises:
+        WSSSError: missing, truncated or unsafe file, or one that holds no parameters.
+    """
+    if not path.is_file():
+        raise WSSSError(f"{path}: no such checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle, safetensors and OS errors share no base class
+        raise WSSSError(
+            f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]}); "
+            "expected .safetensors, or a torch file that loads with weights_only=True"
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content:
+        raise WSSSError(f"{path}: holds no parameters; expected a state dict")
+    strangers = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise WSSSError(f"{path}: entries that are not tensors: {_some(strangers)}")
+    return content
+
+
+def load_state_dict_strictly(
+    module: nn.Module, state: Mapping[str, Tensor], origin: str, rename: Mapping[str, str] | None = None
+) -> None:
+    """Load parameters; every name and shape must fit.
+
+    Args:
+        module: changed in place, only when everything fits.
+        state: parameters under the module's names.
+        origin: what to call the source in an error.
+        rename: the module's name -> the name to print (the official one), where they differ.
+
+    Raises:
+        WSSSError: one line with the missing, extra and misshapen keys.
+    """
+    own = module.state_dict()
+    shown = rename or {}
+    faults = [
+        (label, [shown.get(key, key) for key in keys])
+        for label, keys in (
+            ("missing", sorted(own.keys() - state.keys())),
+            ("extra", sorted(state.keys() - own.keys())),
+        )
+    ]
+    misshapen = [
+        f"{shown.get(key, key)} (expected {tuple(own[key].shape)}, got {tuple(state[key].shape)})"
+        for key in sorted(own.keys() & state.keys())
+        if own[key].shape != state[key].shape
+    ]
+    faults.append(("misshapen", misshapen))
+    lines = [f"{label} {len(keys)}: {_some(keys)}" for label, keys in faults if keys]
+    if lines:
+        raise WSSSError(f"{origin}: keys do not fit; " + "; ".join(lines))
+    module.load_state_dict(dict(state))
+
+
+def fit_positions(vit: Any, positions: Tensor | None) -> None:
+    """Give an encoder the position grid of the weights it is about to load.
+
+    Positions are resized at every call, so a file made at another image size fits as it is. A
+    width that differs is left alone: strict loading then names it.
+    """
+    if positions is not None and positions.shape[-1] == vit.embed_dim:
+        vit.pos_embed = nn.Parameter(
+            torch.empty_like(positions, dtype=torch.float32),
+            requires_grad=vit.pos_embed.requires_grad,
+        )
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    rest = f", ... ({len(names) - most} more)" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def toco_name(official: str) -> str | None:
+    """Our name of an official ToCo parameter; None where the method never uses it."""
+    name = official.removeprefix("module.")
+    if name.startswith(TOCO_UNUSED):
+        return None
+    for theirs, ours in TOCO_PREFIXES.items():
+        if name.startswith(theirs):
+            name = ours + name.removeprefix(theirs)
+            break
+    # torch's weight norm moved from weight_g / weight_v to a parametrisation
+    name = name.replace(".weight_g", ".parametrizations.weight.original0")
+    return name.replace(".weight_v", ".parametrizations.weight.original1")
+
+
+CONVERTERS: dict[str, Callable[[str], str | None]] = {"toco": toco_name}
+
+
+def convert_official(
+    method: str, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """An official state dict under our names, and a map from our names back to theirs.
+
+    Raises:
+        WSSSError: no converter is known for the method.
+    """
+    if method not in CONVERTERS:
+        raise WSSSError(
+            f"no converter for method {method!r}; known: {', '.join(sorted(CONVERTERS))}"
+        )
+    ours = {name: CONVERTERS[method](name) for name in state}
+    converted = {our: state[official] for official, our in ours.items() if our is not None}
+    return converted, {our: official for official, our in ours.items() if our is not None}
+
+
+def load_official(method: str, module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load an official checkpoint's parameters into our module.
+
+    The position grid follows the file, since positions are resized at every call.
+
+    Raises:
+        WSSSError: missing, extra or misshapen keys, under their official names.
+    """
+    converted, back = convert_official(method, state)
+    fit_positions(module.get_submodule("backbone.vit"), converted.get("backbone.vit.pos_embed"))
+    load_state_dict_strictly(module, converted, origin, rename=back)

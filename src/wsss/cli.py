@@ -1,0 +1,197 @@
+"""The ``wsss`` command. Every verb imports its code only when it is called.
+
+``wsss --help`` answers without importing torch or Hydra.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from wsss import __version__
+from wsss.errors import WSSSError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One sub-command: how it is called, what it says about itself, what it runs."""
+
+    usage: str
+    summary: str
+    details: str
+    run: Callable[[list[str]], int]
+
+
+def _train(arguments: list[str]) -> int:
+    from wsss.training import main
+
+    return main(arguments)
+
+
+def _eval(arguments: list[str]) -> int:
+    from wsss.inference import eval_main
+
+    return eval_main(arguments)
+
+
+def _predict(arguments: list[str]) -> int:
+    from wsss.inference import predict_main
+
+    return predict_main(arguments)
+
+
+def _parity(arguments: list[str]) -> int:
+    from pathlib import Path
+
+    method, folder = _exactly("parity METHOD DIR", arguments, 2)
+    from wsss.parity import run_parity
+
+    return run_parity(method, Path(folder))
+
+
+def _convert(arguments: list[str]) -> int:
+    if len(arguments) < 3:
+        raise WSSSError("usage: wsss convert METHOD OFFICIAL.pth OUT.ckpt [KEY=VALUE ...]")
+    from wsss.convert import convert
+
+    return convert(*arguments[:3], overrides=arguments[3:])
+
+
+def _benchmark(arguments: list[str]) -> int:
+    from wsss.benchmark import main
+
+    return main(arguments)
+
+
+def _exactly(usage: str, arguments: list[str], count: int) -> list[str]:
+    if len(arguments) != count:
+        raise WSSSError(f"usage: wsss {usage}")
+    return arguments
+
+
+VERBS = {
+    "train": Verb(
+        "train [KEY=VALUE ...] [-m] [--cfg job]",
+        "train a method, evaluate it, write table and gallery into a run folder",
+        """\
+Hydra composes the run from groups; any value can be set on the line:
+  method=toco                data=minivoc|voc           backbone=vit_pico|deit_base|vit_base|...
+  trainer=auto|cpu|gpu|ddp   logger=csv|wandb           +experiments=toco/minivoc
+  seed=0  study=NAME  runs_dir=runs  budget.max_steps=600  method.ptc_weight=0 ...
+--cfg job prints the composed configuration; -m sweeps over comma-separated values.
+
+The run folder is runs_dir/study/METHOD-DATA-sSEED-HASH. A finished one is not run again; an
+interrupted one (Ctrl-C too) resumes from its last checkpoint when the command is repeated.
+
+Examples:
+  wsss train method=toco data=minivoc
+  wsss train +experiments=toco/voc_vitb data.root=/data/VOCdevkit trainer=gpu
+  wsss train -m +experiments=toco/minivoc seed=0,1,2""",
+        _train,
+    ),
+    "eval": Verb(
+        "eval run=RUN_DIR|CKPT [splits=[val]] [eval.KEY=VALUE] [data.KEY=VALUE] [out=FOLDER]",
+        "evaluate a run: CAM seeds, pseudo labels, segmentation with and without CRF",
+        """\
+run is a run folder (its last checkpoint is read) or a checkpoint file, also a converted one.
+Writes results.json and the gallery into the run folder, or into out=FOLDER.
+
+Examples:
+  wsss eval run=runs/default/toco-minivoc-s0-1a2b3c4d
+  wsss eval run=official.ckpt data.root=/data/VOCdevkit eval.crf=null""",
+        _eval,
+    ),
+    "predict": Verb(
+        "predict run=RUN_DIR|CKPT images=FOLDER out=FOLDER [eval.KEY=VALUE]",
+        "segment one's own images",
+        """\
+Writes NAME.png (palette mask, pixel = class id) and NAME_overlay.jpg for every image of the
+folder, and classes.txt with the class names.
+
+Example:
+  wsss predict run=runs/default/toco-minivoc-s0-1a2b3c4d images=photos out=masks""",
+        _predict,
+    ),
+    "parity": Verb(
+        "parity METHOD DIR",
+        "compare with numbers of the method's official code",
+        """\
+Runs every *.npz of DIR through the code that training uses (official_compat=true) and prints one
+line a case. Exit status 0 only when every case is ok.
+
+Example:
+  wsss parity toco tests/golden/toco""",
+        _parity,
+    ),
+    "convert": Verb(
+        "convert METHOD OFFICIAL.pth OUT.ckpt [KEY=VALUE ...]",
+        "make an official checkpoint ours, for wsss eval and wsss predict",
+        """\
+KEY=VALUE are those of `wsss train` and say what the checkpoint was made with; the default is
+data=voc backbone=deit_base. Missing, extra or misshapen keys are named and nothing is written.
+
+Example:
+  wsss convert toco toco_vitb_voc.pth toco.ckpt backbone=vit_base""",
+        _convert,
+    ),
+    "benchmark": Verb(
+        "benchmark method=METHOD [KEY=VALUE ...]",
+        "time a training step by phases, beside the official way of computing",
+        """\
+  backbone=vit_base  image_size=448  batch_size=2  repeats=3  warmup=1  device=auto
+  official=true   also run the step with every saving switched off; the ratio is of one run
+  out=FILE.json   write the figures
+
+Example:
+  wsss benchmark method=toco""",
+        _benchmark,
+    ),
+}
+
+
+def overview() -> str:
+    """The text of ``wsss --help``."""
+    lines = [
+        f"wsss {__version__}: weakly-supervised semantic segmentation methods on equal terms",
+        "",
+        "usage: wsss VERB [ARGUMENTS]     wsss VERB --help     wsss --version",
+        "",
+    ]
+    lines += [f"  {name:10} {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join([*lines, "", "WSSS_DEBUG=1 shows tracebacks."])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; returns the exit status (0 fine, 1 failed, 2 bad input, 130 interrupted)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    try:
+        if name not in VERBS:
+            import difflib
+
+            near = difflib.get_close_matches(name, VERBS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise WSSSError(f"unknown verb {name!r}{hint} (wsss --help lists them)")
+        verb = VERBS[name]
+        if "-h" in rest or "--help" in rest:
+            print(f"usage: wsss {verb.usage}\n\n{verb.summary}\n\n{verb.details}")
+            return 0
+        return verb.run(rest)
+    except WSSSError as error:
+        if os.environ.get("WSSS_DEBUG") == "1":
+            raise
+        print(f"wsss {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("wsss: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

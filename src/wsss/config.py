@@ -1,0 +1,270 @@
+"""Configurations: found from any directory, composed by Hydra, checked before anything runs.
+
+Hydra refuses a mistyped key, but not one behind ``+`` and not a value of the wrong type. Both are
+caught here against the constructors that the configuration names: a typed, keyword-only signature
+is its own schema.
+"""
+
+import difflib
+import hashlib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from wsss.errors import WSSSError
+from wsss.evaluation.protocol import Protocol
+
+PACKAGE = Path(__file__).parent
+# arguments that the training code passes itself, so a configuration need not
+SUPPLIED = {"backbone", "num_classes"}
+
+
+def config_root() -> Path:
+    """The folder that holds ``conf/`` and ``experiments/``.
+
+    Inside an installed wheel that is the package itself; in a checkout the project's root.
+
+    Raises:
+        WSSSError: neither is there, so the installation is broken.
+    """
+    for root in (PACKAGE, PACKAGE.parents[1]):
+        if (root / "conf" / "train.yaml").is_file():
+            return root
+    raise WSSSError(f"no conf/train.yaml beside {PACKAGE}: the installation is incomplete")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a data set prescribes to every method trained on it.
+
+    Attributes:
+        max_steps: optimiser steps.
+        warmup_steps: steps of learning-rate warm-up.
+        global_batch_size: images a step over all devices.
+        crop_size: side of a training crop in pixels.
+        local_size: side of a local crop in pixels.
+        eval_every: steps between validations.
+    """
+
+    max_steps: int
+    warmup_steps: int
+    global_batch_size: int
+    crop_size: int
+    local_size: int
+    eval_every: int
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Where metrics go beside the CSV that is always written.
+
+    Attributes:
+        wandb: also log to Weights & Biases (offline without a key).
+        project: the W&B project.
+    """
+
+    wandb: bool = False
+    project: str = "wsss"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Top level of ``conf/train.yaml``; groups are checked against their own targets."""
+
+    method: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+    data: Mapping[str, Any]
+    trainer: Mapping[str, Any]
+    eval: Protocol
+    logger: LoggerConfig
+    budget: Budget
+    study: str
+    seed: int
+    runs_dir: Path
+    gallery: int
+
+
+def compose_config(overrides: Sequence[str], config_name: str = "train") -> DictConfig:
+    """Compose and check a configuration.
+
+    Raises:
+        WSSSError: unknown group or key, missing value, wrong type, with the nearest valid key.
+    """
+    GlobalHydra.instance().clear()
+    root = config_root()
+    try:
+        with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+            config = compose(config_name, [*overrides, search_path(root)])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise WSSSError(_one_line(error, root / "conf" / f"{config_name}.yaml")) from error
+    check_config(config)
+    return config
+
+
+def search_path(root: Path) -> str:
+    """The override that lets ``+experiments=toco/voc`` find the folder beside ``conf/``."""
+    return f"hydra.searchpath=[file://{root}]"
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as plain dictionaries, lists and numbers.
+
+    Raises:
+        WSSSError: a mandatory value (``???``) is missing, or an interpolation does not resolve.
+    """
+    try:
+        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "a key"
+        if type(error).__name__ == "MissingMandatoryValue":
+            raise WSSSError(f"{key} is missing; give it on the command line: {key}=...") from error
+        raise WSSSError(f"{key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Eight hex digits over everything that changes a run's numbers."""
+    relevant = {
+        key: value for key, value in config.items() if key not in ("runs_dir", "logger", "gallery")
+    }
+    text = json.dumps(relevant, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def check_config(config: DictConfig) -> None:
+    """Check every key and value against the constructor that will take it.
+
+    Raises:
+        WSSSError: one line naming the key, and the nearest valid one or the expected type.
+    """
+    content = plain(config)
+    _check_node(content, _parameters(TrainConfig), "", supplied=set())
+    for field in fields(TrainConfig):
+        schema = {"eval": Protocol, "logger": LoggerConfig, "budget": Budget}.get(field.name)
+        if schema is not None:
+            _check_node(content[field.name], _parameters(schema), field.name, supplied=set())
+    for path, node in _targets(content):
+        _check_node(node, _parameters(_target(node["_target_"], path)), path, supplied=SUPPLIED)
+
+
+def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every dictionary with a ``_target_``, with its dotted path."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from _targets(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _targets(value, f"{path}.{index}")
+
+
+def _target(name: str, path: str) -> type:
+    try:
+        return get_class(name)
+    except (ImportError, ValueError) as error:
+        raise WSSSError(f"{path}._target_={name}: no such class ({error})") from error
+
+
+def _parameters(target: type) -> dict[str, inspect.Parameter]:
+    """Parameters of a constructor with resolved annotations."""
+    signature = inspect.signature(target)
+    hints = typing.get_type_hints(target.__init__)
+    return {
+        name: parameter.replace(annotation=hints.get(name, Any))
+        for name, parameter in signature.parameters.items()
+        if name != "self"
+    }
+
+
+def _check_node(
+    node: Any, parameters: Mapping[str, inspect.Parameter], path: str, supplied: set[str]
+) -> None:
+    prefix = f"{path}." if path else ""
+    if not isinstance(node, dict):
+        raise WSSSError(f"{path}={node!r}: expected a group of keys ({', '.join(parameters)})")
+    for key, value in node.items():
+        if key in ("_target_", "_partial_", "_convert_", "_recursive_"):
+            continue
+        if key not in parameters:
+            raise WSSSError(f"{prefix}{key}: unknown key{_nearest(key, parameters, prefix)}")
+        nested = isinstance(value, dict) and ("_target_" in value or not path)
+        if not nested:
+            _check_value(f"{prefix}{key}", value, parameters[key].annotation)
+    for key, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and key not in {*node, *supplied}:
+            raise WSSSError(f"{prefix}{key} is missing; give it on the command line: {prefix}{key}=...")
+
+
+def _check_value(path: str, value: Any, annotation: Any) -> None:
+    if annotation in (Any, inspect.Parameter.empty):
+        return
+    kinds = {annotation, *typing.get_args(annotation)}
+    # pydantic would read "1" as a number and true as 1
+    if (isinstance(value, str) and kinds <= {int, float, bool, type(None)}) or (
+        isinstance(value, bool) and not kinds & {bool, str} and kinds & {int, float}
+    ):
+        names = sorted(kind.__name__ for kind in kinds if kind is not type(None))
+        raise WSSSError(f"{path}={value!r}: expected {' or '.join(names)}")
+    try:
+        adapter = TypeAdapter(annotation, config={"arbitrary_types_allowed": True})
+    except Exception:  # a class with its own config, or an annotation pydantic cannot model
+        adapter = TypeAdapter(annotation)
+    try:
+        adapter.validate_python(value)
+    except ValidationError as error:
+        expected = getattr(annotation, "__name__", str(annotation).replace("typing.", ""))
+        if typing.get_origin(annotation) is not None:
+            expected = str(annotation).replace("typing.", "").replace("collections.abc.", "")
+        reason = error.errors()[0]["msg"].lower()
+        raise WSSSError(f"{path}={value!r}: expected {expected} ({reason})") from error
+
+
+def _nearest(key: str, valid: Mapping[str, Any] | Sequence[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {prefix}{near[0]}?"
+    return f"; valid: {', '.join(f'{prefix}{name}' for name in valid)}"
+
+
+def _one_line(error: Exception, path: Path) -> str:
+    """A Hydra error as one line, with the nearest valid key where a key was mistyped."""
+    text = str(error)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return f"{match[1]}: unknown key{_nearest_in_config(match[1])}"
+    if match := re.search(r"Could not find '([^']+)'", text):
+        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
+        group, _, choice = match[1].rpartition("/")
+        return f"{group}={choice}: no such choice{_nearest(choice, options)}"
+    if match := re.search(r"Could not override '?([^'.\s]+)'?\.|No match in the defaults list", text):
+        return " ".join(text.split())
+    return " ".join(text.split())[:300] or f"{path} does not compose"
+
+
+def _nearest_in_config(key: str) -> str:
+    """The nearest key of the default configuration at the same depth."""
+    with initialize_config_dir(str(config_root() / "conf"), version_base="1.3"):
+        return nearest_key(key, compose("train"))
+
+
+def nearest_key(key: str, config: DictConfig) -> str:
+    """A hint naming the nearest key at the same depth of a configuration."""
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    if not isinstance(node, DictConfig):
+        return f"; there is no group {parent}"
+    return _nearest(name, [str(other) for other in node], f"{parent}." if parent else "")

@@ -1,0 +1,73 @@
+"""``wsss convert``: an official checkpoint becomes a checkpoint of ours."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import wsss
+from wsss.checkpoints import CONVERTERS, file_sha256, load_official, read_state_dict
+from wsss.backbone import WeightsInfo, state_sha256
+from wsss.errors import WSSSError
+from wsss.runs import build_module, compose_run
+
+
+def convert(method: str, official: str, out: str, *, overrides: list[str]) -> int:
+    """Write ``out`` from an official checkpoint; nothing is written unless every key fits.
+
+    Args:
+        method: one of ``wsss.checkpoints.CONVERTERS``.
+        official: a ``.pth`` state dict of the method's official code.
+        out: the ``.ckpt`` to write, for ``wsss eval run=`` and ``wsss predict run=``.
+        overrides: as of ``wsss train``: what the checkpoint was made with.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        WSSSError: unknown method, unreadable file, keys that do not fit, unwritable output.
+    """
+    if method not in CONVERTERS:
+        raise WSSSError(f"no converter for {method!r}; known: {', '.join(sorted(CONVERTERS))}")
+    source, target = Path(official), Path(out)
+    if target.suffix != ".ckpt":
+        raise WSSSError(f"{out}: expected an output that ends in .ckpt")
+    state = read_state_dict(source)
+    # data.root is not needed to convert; evaluation asks for it
+    root = [] if any(o.startswith("data.root=") for o in overrides) else ["data.root=unset"]
+    config = compose_run([f"method={method}", *root, *overrides])
+    num_classes = len(config["data"]["class_names"])
+    module = build_module(config, num_classes, with_weights=False)
+    load_official(method, module, state, str(source))
+    info = module.backbone.weights_info
+    module.backbone.weights_info = WeightsInfo(
+        info.name,
+        f"converted:{source.name}",
+        config["backbone"]["pretraining"],
+        file_sha256(source),
+        state_sha256(module.backbone.vit.state_dict()),
+    )
+    checkpoint: dict[str, object] = {
+        "state_dict": module.state_dict(),
+        "global_step": 0,
+        "wsss_version": wsss.__version__,
+    }
+    module.on_save_checkpoint(checkpoint)
+    _write(checkpoint, target)
+    count = sum(value.numel() for value in state.values() if isinstance(value, Tensor))
+    print(f"{target}: {len(state)} entries, {count:,} parameters of {source} under our names")
+    return 0
+
+
+def _write(checkpoint: dict[str, object], target: Path) -> None:
+    """Write atomically, so that a full disk leaves no half checkpoint."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise WSSSError(f"{target}: cannot be written ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,191 @@
+"""Pixels in and out: images, index masks, normalisation, the VOC palette, a folder to predict.
+
+Orientation tags (EXIF) are *not* applied: VOC, COCO and their masks are stored in the raw pixel
+order, so turning an image and not its mask would shift every label. A phone photo that relies on
+its tag is read lying on its side; rotate the file itself first.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from wsss.errors import WSSSError
+
+IGNORE_INDEX = 255
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+
+
+def _decode(path: Path) -> Image.Image:
+    """Opens and fully decodes one file, so that truncation shows here and not later."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise WSSSError(f"{path} is missing; expected an image file there") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+        raise WSSSError(
+            f"{path} cannot be decoded ({' '.join(str(error).split())}); expected a complete image "
+            "file, copy or download it again"
+        ) from error
+
+
+def _sixteen_bit_to_eight(path: Path, image: Image.Image) -> NDArray[np.uint8]:
+    """Keeps the high byte of a 16-bit grey image, as Pillow does for 16-bit RGB."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise WSSSError(
+            f"{path} holds values outside 0..65535 (mode {image.mode}); expected 8 or 16 bits per "
+            "channel, convert it"
+        )
+    return (values >> 8).astype(np.uint8)
+
+
+def read_rgb(path: Path) -> NDArray[np.uint8]:
+    """Reads any common image as RGB, decoding it once.
+
+    Grey is repeated over the channels, CMYK and palettes are converted, an alpha channel is
+    dropped (not blended), 16-bit values keep their high byte, and EXIF orientation is not applied
+    (see the module's docstring).
+
+    Returns:
+        uint8 array (H, W, 3), writable.
+
+    Raises:
+        WSSSError: the file is missing, corrupt, truncated or of an unusable type.
+    """
+    image = _decode(path)
+    if image.mode == "F":
+        raise WSSSError(f"{path} holds floating-point pixels; expected 8 or 16 bits, convert it")
+    if image.mode.startswith("I"):
+        return np.repeat(_sixteen_bit_to_eight(path, image)[..., None], 3, axis=2)
+    if "transparency" in image.info:  # straight to RGB, Pillow warns about transparent palettes
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
+
+
+def read_mask(
+    path: Path, *, num_classes: int, size: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
+    """Reads a mask of class ids: 0 background, 1..num_classes foreground, 255 ignored.
+
+    Args:
+        path: palette (``P``) or 8-bit grey (``L``) image whose stored values are the ids.
+        num_classes: K, the number of foreground classes.
+        size: (height, width) of the image that the mask belongs to, if it is to be checked.
+
+    Returns:
+        uint8 array (H, W).
+
+    Raises:
+        WSSSError: the file is missing, corrupt, coloured, of another size, or holds other ids.
+    """
+    image = _decode(path)
+    if image.mode not in ("P", "L"):
+        raise WSSSError(
+            f"mask {path} has mode {image.mode}; expected class ids in a palette (P) or 8-bit grey "
+            "(L) PNG, use the original index PNG or map its colours back to ids"
+        )
+    mask = np.array(image)
+    if size is not None and mask.shape != size:
+        raise WSSSError(
+            f"mask {path} is {mask.shape[1]}x{mask.shape[0]} (width x height) but its image is "
+            f"{size[1]}x{size[0]}; expected the same size, use the mask that belongs to the image"
+        )
+    present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
+    unknown = [int(i) for i in present if num_classes < i != IGNORE_INDEX]
+    if unknown:
+        shown = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise WSSSError(
+            f"mask {path} holds class id {shown}; expected 0..{num_classes} or {IGNORE_INDEX} "
+            f"(ignored) for {num_classes} classes, check the class list or remap the ids"
+        )
+    return mask
+
+
+def normalise(rgb: NDArray[np.uint8]) -> Tensor:
+    """Turns uint8 RGB (H, W, 3) into a float32 tensor (3, H, W) with ImageNet mean and std."""
+    planes = torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    return planes.float().div_(255).sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """Inverts `normalise`: (..., 3, H, W) to floats in 0..255, neither rounded nor clipped.
+
+    The factors are multiplied by 255 before the image is, which is the arithmetic that decides
+    *which* pixels ToCo's truncation lowers by one (golden ``i_train_step``).
+    """
+    mean = images.new_tensor([255 * value for value in IMAGENET_MEAN]).view(3, 1, 1)
+    std = images.new_tensor([255 * value for value in IMAGENET_STD]).view(3, 1, 1)
+    return images * std + mean
+
+
+def voc_palette(n: int = 256) -> list[int]:
+    """Returns the colours of the VOC devkit as a flat list of 3n values, for `Image.putpalette`.
+
+    Bit b of the id's three lowest bits goes to red, green and blue, highest colour bit first;
+    then the id is shifted by three (the devkit's ``VOClabelcolormap``).
+    """
+    palette = []
+    for class_id in range(n):
+        colour, rest = [0, 0, 0], class_id
+        for bit in range(7, -1, -1):
+            for channel in range(3):
+                colour[channel] |= ((rest >> channel) & 1) << bit
+            rest >>= 3
+        palette += colour
+    return palette
+
+
+class ImageFolderDataset(Dataset[dict[str, Any]]):
+    """All images that lie directly in a folder, sorted by name, at native size (`wsss predict`).
+
+    Hidden files, sub-folders and files of other types are left alone. An item is ``image``
+    (3, H, W) normalised, ``rgb`` (H, W, 3) uint8, ``name`` (the file name without its suffix) and
+    ``index``.
+
+    Raises:
+        WSSSError: the folder is missing or holds no image, or two images differ only in their
+            suffix, so that their outputs would overwrite each other; while reading, see `read_rgb`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise WSSSError(f"image folder {folder} is missing; expected a folder of images")
+        self.paths = sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in IMAGE_SUFFIXES
+            and not path.name.startswith(".")
+            and path.is_file()
+        )
+        if not self.paths:
+            kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise WSSSError(f"image folder {folder} holds no image; expected files of {kinds}")
+        by_name: dict[str, Path] = {}
+        for path in self.paths:
+            if path.stem in by_name:
+                raise WSSSError(
+                    f"{by_name[path.stem]} and {path} share the name {path.stem!r}, their results "
+                    "would overwrite each other; rename one"
+                )
+            by_name[path.stem] = path
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.paths[index]
+        rgb = read_rgb(path)
+        return {"image": normalise(rgb), "rgb": rgb, "name": path.stem, "index": index}

@@ -1,0 +1,70 @@
+"""Which image comes when: a resumable training order and an evaluation order without padding.
+
+Both are `DistributedSampler`s, which Lightning leaves alone: it would otherwise wrap the loader in
+one of its own, that pads the last batch (an image counted twice) and has another seed.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import DistributedSampler
+
+
+class TrainSampler(DistributedSampler[tuple[int, int]]):
+    """A shuffled order that depends on (seed, epoch) alone, yielding pairs (epoch, index).
+
+    The epoch travels with the index because workers that live through many epochs hold a copy of
+    the dataset that nobody can tell the epoch. Only whole global batches are given, so the images
+    of optimiser step n are the same however many processes share them.
+
+    Args:
+        length: number of images, at least `global_batch_size`.
+        global_batch_size: images per optimiser step over all processes and accumulated batches.
+        num_replicas: number of processes.
+        rank: of this process.
+        seed: of the order.
+        start: (epoch, images of this process already seen in it) to begin with.
+    """
+
+    def __init__(
+        self,
+        *,
+        length: int,
+        global_batch_size: int,
+        num_replicas: int,
+        rank: int,
+        seed: int,
+        start: tuple[int, int] = (0, 0),
+    ) -> None:
+        super().__init__(range(length), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self.total_size = length // global_batch_size * global_batch_size
+        self.num_samples = self.total_size // num_replicas
+        self.start_epoch, self.start_offset = start
+        # Lightning asks for the first iterator before it calls set_epoch
+        self.set_epoch(self.start_epoch)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        stream = np.random.SeedSequence(self.seed, spawn_key=(self.epoch,))
+        order = np.random.default_rng(stream).permutation(len(self.dataset))  # type: ignore[arg-type]
+        own = order[: self.total_size][self.rank :: self.num_replicas]
+        first = self.start_offset if self.epoch == self.start_epoch else 0
+        return iter([(self.epoch, int(index)) for index in own[first:]])
+
+    def __len__(self) -> int:
+        """Number of images of a whole epoch: Lightning adds the resumed ones to its own count."""
+        return self.num_samples
+
+
+class UnpaddedDistributedSampler(DistributedSampler[int]):
+    """Splits 0..length-1 over the processes without repeating any, in order.
+
+    Processes may get unequal numbers: metrics must be reduced once at the end, not every batch.
+    """
+
+    def __init__(self, *, length: int, num_replicas: int, rank: int) -> None:
+        super().__init__(range(length), num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self.num_samples = len(range(rank, length, num_replicas))
+        self.total_size = length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.total_size, self.num_replicas))

@@ -1,0 +1,174 @@
+"""ToCo's training views (methods/toco.md section 4), from one decoded uint8 image.
+
+The photometric part is albumentations', which agrees with torchvision's ColorJitter and Pillow's
+blur within the rounding that tests/data/test_transforms.py states. The two resamplings are
+Pillow's: OpenCV's, which albumentations uses, does not filter when it shrinks.
+"""
+
+import os
+import random
+
+# albumentations asks the network for a newer version of itself when imported
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from wsss.data.images import normalise
+
+# Workers are processes already: OpenCV's own threads would only fight over the cores, and a
+# thread pool that exists before the fork can hang the child.
+cv2.setNumThreads(0)
+
+GLOBAL2_AREA = (0.4, 1.0)
+GLOBAL2_LOG_RATIO = (np.log(3 / 4), np.log(4 / 3))
+
+
+def _photometric(*, blur: float, solarise: float = 0.0) -> A.Compose:
+    """J without its flip, then blur and solarisation with the given probabilities."""
+    return A.Compose(
+        [
+            A.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8),
+            A.ToGray(p=0.2),
+            A.GaussianBlur(sigma_limit=(0.1, 2.0), blur_limit=0, p=blur),
+            A.Solarize(threshold_range=(128 / 255, 128 / 255), p=solarise),
+        ]
+    )
+
+
+def _apply(steps: A.Compose, view: NDArray[np.uint8], rng: np.random.Generator) -> Tensor:
+    # Not set_random_seed: it gives every step the same seed, hence the same first draw, so that
+    # for example only jittered views would ever be greyed. Sharing the generators keeps the
+    # steps independent.
+    steps.set_random_state(rng, random.Random(int(rng.integers(2**63))))
+    return normalise(steps(image=view)["image"])
+
+
+def _mirror(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(view[:, ::-1])
+
+
+class ToCoViews:
+    """Makes the three views of one ToCo training sample.
+
+    1. scale u ~ U(scale_range), bilinear; 2. flip with p = 0.5; 3. pad with zeros (raw pixel
+    value) to the crop size at a random offset and crop at random; ``box`` is where real pixels
+    are. 4. from that crop ``image`` (the network's input and global view 1; always blurred) and
+    ``local_view`` (blurred with p = 0.5); 5. from the original image ``view2`` (global view 2):
+    RandomResizedCrop of 0.4-1 of the area, bicubic, blur p = 0.1, solarise p = 0.2. Every view
+    has its own colour jitter and greying, and J's second flip.
+
+    Args:
+        crop_size: side of all three views in pixels (448 in the paper).
+        official_compat: True flips ``image`` and ``local_view`` independently and leaves the box
+            where it was before that (toco.md Q2, Q3). False, the default, draws one flip for the
+            two and moves the box with it. All other draws are the same.
+        scale_range: bounds of u.
+    """
+
+    def __init__(
+        self,
+        *,
+        crop_size: int = 448,
+        official_compat: bool = False,
+        scale_range: tuple[float, float] = (0.5, 2.0),
+    ) -> None:
+        self.crop_size = crop_size
+        self.official_compat = official_compat
+        self.scale_range = (scale_range[0], scale_range[1])
+        self.input_steps = _photometric(blur=1.0)
+        self.local_steps = _photometric(blur=0.5)
+        self.view2_steps = _photometric(blur=0.1, solarise=0.2)
+
+    def __call__(self, rgb: NDArray[np.uint8], rng: np.random.Generator) -> dict[str, Tensor]:
+        """Draws the views of one image.
+
+        Args:
+            rgb: uint8 (H, W, 3) of any size.
+            rng: source of every random decision.
+
+        Returns:
+            ``image``, ``view2``, ``local_view``: float32 (3, C, C) normalised; ``box``: int64
+            (4,), rows r0:r1 and columns c0:c1 (ends excluded) of real pixels in ``image``.
+        """
+        picture = Image.fromarray(rgb)
+        crop, (r0, r1, c0, c1) = self._scaled_crop(picture, rng)
+        flip_image, flip_local = rng.random(2) < 0.5
+        if not self.official_compat:
+            flip_local = flip_image
+            if flip_image:
+                c0, c1 = self.crop_size - c1, self.crop_size - c0
+        mirrored = _mirror(crop)
+        view2 = self._random_resized_crop(picture, rng)
+        return {
+            "image": _apply(self.input_steps, mirrored if flip_image else crop, rng),
+            "local_view": _apply(self.local_steps, mirrored if flip_local else crop, rng),
+            "view2": _apply(self.view2_steps, view2, rng),
+            "box": torch.tensor([r0, r1, c0, c1]),
+        }
+
+    def _scaled_crop(
+        self, picture: Image.Image, rng: np.random.Generator
+    ) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
+        """Steps 1-3: scale, flip, pad, crop.
+
+        Only the part that the crop shows is resampled: Pillow's ``box`` takes the support of the
+        filter from the whole picture, so the pixels are those of resizing all of it.
+        """
+        size, scale = self.crop_size, rng.uniform(*self.scale_range)
+        width, height = (max(1, int(scale * side)) for side in picture.size)
+        r0, r1, y0 = _place(height, size, rng)
+        c0, c1, x0 = _place(width, size, rng)
+        flip = rng.random() < 0.5
+        if flip:  # the same columns, counted from the right edge of the unflipped picture
+            x0 = width - x0 - (c1 - c0)
+        to_x, to_y = picture.width / width, picture.height / height
+        source = (
+            x0 * to_x,
+            y0 * to_y,
+            min((x0 + c1 - c0) * to_x, picture.width),  # rounding may pass the edge, Pillow objects
+            min((y0 + r1 - r0) * to_y, picture.height),
+        )
+        part = np.asarray(picture.resize((c1 - c0, r1 - r0), Image.Resampling.BILINEAR, box=source))
+        crop = np.zeros((size, size, 3), np.uint8)
+        crop[r0:r1, c0:c1] = part[:, ::-1] if flip else part
+        return crop, (r0, r1, c0, c1)
+
+    def _random_resized_crop(
+        self, picture: Image.Image, rng: np.random.Generator
+    ) -> NDArray[np.uint8]:
+        """Step 5's crop, with torchvision's sampling, and its flip."""
+        left, top, width, height = _draw_area(picture.width, picture.height, rng)
+        part = picture.crop((left, top, left + width, top + height))
+        view = np.array(part.resize((self.crop_size, self.crop_size), Image.Resampling.BICUBIC))
+        return _mirror(view) if rng.random() < 0.5 else view
+
+
+def _place(scaled: int, size: int, rng: np.random.Generator) -> tuple[int, int, int]:
+    """Pads or crops along one axis of the scaled picture.
+
+    Returns:
+        Start and end of the real pixels in the crop, and the scaled picture's first shown pixel.
+    """
+    if scaled < size:
+        start = int(rng.integers(size - scaled + 1))
+        return start, start + scaled, 0
+    return 0, size, int(rng.integers(scaled - size + 1))
+
+
+def _draw_area(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Draws (left, top, width, height) as torchvision's RandomResizedCrop does."""
+    for _ in range(10):
+        area = width * height * rng.uniform(*GLOBAL2_AREA)
+        ratio = np.exp(rng.uniform(*GLOBAL2_LOG_RATIO))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    w = min(width, max(1, round(height * 4 / 3)))  # too long a picture: the largest central part
+    h = min(height, max(1, round(width * 4 / 3)))
+    return (width - w) // 2, (height - h) // 2, w, h

@@ -1,0 +1,31 @@
+"""Segmentation heads that more than one method uses."""
+
+from torch import Tensor, nn
+
+
+class LargeFOV(nn.Module):
+    """Two dilated 3x3 convolutions and a 1x1 classifier, all bias-free (DeepLab-LargeFOV).
+
+    Source: toco.md section 1, "Decoder". PyTorch's default convolution initialisation is what the
+    official codes end up with, their own init routine being never called.
+
+    Args:
+        in_channels: width D of the patch tokens.
+        num_outputs: K + 1.
+        channels: width of the two hidden maps.
+        dilation: dilation and padding of the 3x3 convolutions.
+    """
+
+    def __init__(
+        self, *, in_channels: int, num_outputs: int, channels: int = 512, dilation: int = 5
+    ) -> None:
+        super().__init__()
+        dilated = {"kernel_size": 3, "padding": dilation, "dilation": dilation, "bias": False}
+        self.conv6 = nn.Conv2d(in_channels, channels, **dilated)
+        self.conv7 = nn.Conv2d(channels, channels, **dilated)
+        self.conv8 = nn.Conv2d(channels, num_outputs, kernel_size=1, bias=False)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B, K+1, h, w) from features (B, D, h, w)."""
+        return self.conv8(self.relu(self.conv7(self.relu(self.conv6(features)))))

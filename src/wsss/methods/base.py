@@ -1,0 +1,110 @@
+"""What every method is: a LightningModule that gives logits, localisation maps and a loss."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.profiler import record_function
+
+from wsss.backbone import Backbone
+from wsss.errors import WSSSError
+
+Batch = dict[str, Any]
+
+
+class Outputs(NamedTuple):
+    """What an evaluator sees of a forward pass.
+
+    Attributes:
+        class_logits: image-level logits, (B, K).
+        seg_logits: logits with the background first, (B, K+1, h, w), or None where the method has
+            no segmentation head.
+    """
+
+    class_logits: Tensor
+    seg_logits: Tensor | None
+
+
+class WSSSModule(LightningModule):
+    """Base of all methods: one optimiser recipe, one way of logging, no training logic.
+
+    A method writes out its own ``training_step``; an evaluator uses only :meth:`forward` and
+    :meth:`cams`. Everything a method needs is a keyword-only, typed constructor argument, since
+    Hydra checks configurations against it.
+
+    Args:
+        backbone: the shared encoder.
+        num_classes: K, foreground classes.
+        max_steps: optimiser steps of the whole run, the length of every schedule.
+    """
+
+    #: Opens a named phase of the step; the benchmark puts a stopwatch here.
+    phase: Callable[[str], AbstractContextManager[Any]] = staticmethod(record_function)
+
+    def __init__(self, *, backbone: Backbone, num_classes: int, max_steps: int) -> None:
+        super().__init__()
+        if num_classes < 1 or max_steps < 1:
+            raise WSSSError(
+                f"method: num_classes={num_classes} and max_steps={max_steps} must be at least 1"
+            )
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.max_steps = max_steps
+        #: resolved configuration, saved as a plain dictionary inside every checkpoint
+        self.run_config: dict[str, Any] = {}
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Outputs:
+        """Logits for normalised images (B, 3, H, W) of any size."""
+
+    @abstractmethod
+    def cams(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The method's localisation maps, (B, K, H, W) in [0, 1].
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            labels: image-level labels, (B, K) in {0, 1}; maps of absent classes are zero.
+        """
+
+    @abstractmethod
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups: each with ``name``, ``params`` and ``lr``."""
+
+    @abstractmethod
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The method's optimiser over its groups."""
+
+    @abstractmethod
+    def lr_multiplier(self, step: int) -> float:
+        """Factor on every group's learning rate at a 0-based optimiser step."""
+
+    def configure_optimizers(self) -> Any:
+        """The method's optimiser with its learning rate set anew at each step."""
+        optimizer = self.optimizer(self.param_groups())
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_multiplier)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Nothing: the evaluator callback reads :meth:`forward` and :meth:`cams` itself."""
+
+    def log_losses(self, losses: Mapping[str, Tensor], total: Tensor, batch_size: int) -> None:
+        """Log named losses under ``train/``; the total and the rate also on the progress bar."""
+        for name, loss in losses.items():
+            self.log(f"train/{name}", loss.detach(), prog_bar=True, batch_size=batch_size)
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=batch_size)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("train/lr", rate, batch_size=batch_size)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is needed to build the module again: plain values only."""
+        checkpoint["wsss"] = {
+            "config": self.run_config,
+            "backbone": self.backbone.weights_info.as_dict(),
+        }

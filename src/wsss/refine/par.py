@@ -1,0 +1,93 @@
+"""Pixel-adaptive refinement (PAR): diffusion of masks along local colour similarity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_OFFSETS = tuple((dr, dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1) if (dr, dc) != (0, 0))
+_COLOUR_WIDTH = 0.3  # of a neighbourhood's standard deviation
+_POSITION_WIDTH = 0.3
+_POSITION_WEIGHT = 0.01
+_EPS = 1e-8
+
+
+class PAR(nn.Module):
+    """Pixel-adaptive refinement as in ToCo (toco.md section 3, "PAR").
+
+    Each pixel looks at its eight neighbours at every dilation (the edge is replicated). The weight
+    of a neighbour is a softmax of its colour distance plus 0.01 times a softmax of its distance.
+    The weights of a pixel add up to 1.01 and are not renormalised.
+    """
+
+    def __init__(
+        self, *, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24), num_iter: int = 10
+    ) -> None:
+        """Args: dilations in pixels; num_iter, the number of diffusion steps."""
+        super().__init__()
+        self.dilations = tuple(int(d) for d in dilations)
+        self.num_iter = num_iter
+        distance = torch.tensor(
+            [d * math.hypot(dr, dc) for d in self.dilations for dr, dc in _OFFSETS]
+        )
+        logits = -((distance / (distance.std() + _EPS) / _POSITION_WIDTH) ** 2)
+        self.register_buffer("position", _POSITION_WEIGHT * logits.softmax(0), persistent=False)
+
+    def _shifted(self, maps: Tensor) -> Iterator[Tensor]:
+        """Views of ``maps`` (..., H, W) shifted to each neighbour, all from one padded copy."""
+        height, width = maps.shape[-2:]
+        reach = max(self.dilations)
+        padded = F.pad(maps, (reach,) * 4, mode="replicate")
+        for d in self.dilations:
+            for dr, dc in _OFFSETS:
+                top, left = reach + d * dr, reach + d * dc
+                yield padded[..., top : top + height, left : left + width]
+
+    def affinity(self, images: Tensor) -> Tensor:
+        """Weight of every neighbour of every pixel.
+
+        Args:
+            images: (B, 3, H, W), any common scale of the values.
+
+        Returns:
+            (B, n, H, W) with n = 8 * len(dilations), 48 by default.
+        """
+        logits: Tensor | None = None
+        # One colour channel at a time keeps the peak at a few times n x H x W.
+        for channel in images.split(1, dim=1):
+            neighbours = torch.cat(list(self._shifted(channel)), dim=1)
+            width = neighbours.std(dim=1, keepdim=True) + _EPS
+            term = ((neighbours - channel).abs_() / width / _COLOUR_WIDTH).square_()
+            logits = term if logits is None else logits.add_(term)
+        assert logits is not None
+        weights = (logits / -images.shape[1]).softmax(dim=1)
+        return weights.add_(self.position.to(weights)[None, :, None, None])
+
+    def propagate(self, affinity: Tensor, masks: Tensor) -> Tensor:
+        """Diffuse masks ``num_iter`` times.
+
+        Args:
+            affinity: (B, n, H, W) from :meth:`affinity`.
+            masks: (B, C, h, w); another size is first resized bilinearly with aligned corners.
+
+        Returns:
+            (B, C, H, W) refined masks.
+        """
+        size = affinity.shape[-2:]
+        if masks.shape[-2:] != size:
+            masks = F.interpolate(masks, size=size, mode="bilinear", align_corners=True)
+        weights = affinity.unsqueeze(2).unbind(1)
+        for _ in range(self.num_iter):
+            total = torch.zeros_like(masks)
+            for weight, neighbour in zip(weights, self._shifted(masks), strict=True):
+                total.addcmul_(weight, neighbour)
+            masks = total
+        return masks
+
+    def forward(self, images: Tensor, masks: Tensor) -> Tensor:
+        """Refine ``masks`` (B, C, h, w) along ``images`` (B, 3, H, W) to (B, C, H, W)."""
+        return self.propagate(self.affinity(images), masks)

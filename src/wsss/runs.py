@@ -1,0 +1,161 @@
+"""Runs on disk: where they lie, how a module is built from one, how it is read back."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from wsss.backbone import Backbone, WeightsInfo
+from wsss.checkpoints import fit_positions, load_state_dict_strictly
+from wsss.config import compose_config, config_hash, plain
+from wsss.data.datamodule import WSSSDataModule
+from wsss.errors import WSSSError
+from wsss.evaluation.protocol import Protocol
+from wsss.methods.base import WSSSModule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG_FILE = "config.yaml"
+LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+def run_folder(config: dict[str, Any]) -> Path:
+    """``runs_dir/study/METHOD-DATA-sSEED-HASH`` of a resolved configuration."""
+    method = config["method"]["_target_"].rpartition(".")[2].lower()
+    name = f"{method}-{config['data']['name']}-s{config['seed']}-{config_hash(config)}"
+    return Path(config["runs_dir"]) / config["study"] / name
+
+
+def build_data(config: dict[str, Any]) -> WSSSDataModule:
+    """The DataModule of a resolved configuration."""
+    return instantiate(config["data"], _convert_="all")
+
+
+def build_module(
+    config: dict[str, Any], num_classes: int, *, with_weights: bool = True
+) -> WSSSModule:
+    """The method of a resolved configuration on its backbone.
+
+    Args:
+        config: resolved configuration.
+        num_classes: K, foreground classes.
+        with_weights: load the backbone's stated weights; False when a checkpoint follows.
+    """
+    settings = dict(config["backbone"]) if with_weights else {**config["backbone"], "weights": "random"}
+    backbone: Backbone = instantiate(settings, _convert_="all")
+    module: WSSSModule = instantiate(
+        config["method"], backbone=backbone, num_classes=num_classes, _convert_="all"
+    )
+    module.run_config = config
+    return module
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained module with all it was trained under.
+
+    Attributes:
+        module: on the CPU, in eval mode.
+        data: its DataModule.
+        protocol: how it is evaluated.
+        config: resolved configuration.
+        folder: where results belong.
+        step: optimiser steps of the checkpoint.
+    """
+
+    module: WSSSModule
+    data: WSSSDataModule
+    protocol: Protocol
+    config: dict[str, Any]
+    folder: Path
+    step: int
+
+
+def load_run(run: Path, overrides: list[str]) -> LoadedRun:
+    """Read a run folder's last checkpoint, or a checkpoint file.
+
+    Args:
+        run: folder or ``.ckpt`` file.
+        overrides: ``eval.*``, ``data.*`` and other keys to change, as ``key=value``.
+
+    Raises:
+        WSSSError: missing or truncated checkpoint, one that is not ours, unknown keys.
+    """
+    path = run / LAST_CHECKPOINT if run.is_dir() else run
+    if not path.is_file():
+        raise WSSSError(f"{path}: no such checkpoint; run= takes a run folder or a .ckpt file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        meta, state = checkpoint["wsss"], checkpoint["state_dict"]
+    except Exception as error:  # zip, pickle and key errors share no base class
+        raise WSSSError(
+            f"{path}: not a wsss checkpoint ({str(error).splitlines()[0][:100]}); an official one "
+            "must go through `wsss convert` first"
+        ) from error
+    config = override_config(meta["config"], overrides)
+    data = build_data(config)
+    module = build_module(config, data.num_classes, with_weights=False)
+    restore_state(module, state, str(path))
+    module.backbone.weights_info = WeightsInfo(**meta["backbone"])
+    folder = run if run.is_dir() else run.with_suffix("")
+    return LoadedRun(
+        module.eval(),
+        data,
+        Protocol(**config["eval"]),
+        config,
+        folder,
+        int(checkpoint.get("global_step", 0)),
+    )
+
+
+def restore_state(module: WSSSModule, state: "dict[str, Tensor]", origin: str) -> None:
+    """Load a checkpoint's parameters, position grid included.
+
+    Raises:
+        WSSSError: keys that do not fit.
+    """
+    fit_positions(module.backbone.vit, state.get("backbone.vit.pos_embed"))
+    load_state_dict_strictly(module, state, origin)
+
+
+def override_config(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A stored configuration with ``key=value`` changes, checked like a fresh one.
+
+    Raises:
+        WSSSError: unknown key, wrong type.
+    """
+    from wsss.config import check_config, nearest_key
+
+    node = OmegaConf.create(config)
+    OmegaConf.set_struct(node, True)
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise WSSSError(f"{override!r}: expected KEY=VALUE")
+        if OmegaConf.select(node, key, default=_ABSENT) is _ABSENT:
+            raise WSSSError(f"{key}: unknown key{nearest_key(key, node)}")
+        node = OmegaConf.merge(node, OmegaConf.from_dotlist([override]))
+    check_config(node)
+    return plain(node)
+
+
+_ABSENT = object()
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write the resolved configuration beside the run's results, atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{CONFIG_FILE}.tmp"
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    os.replace(temporary, folder / CONFIG_FILE)
+
+
+def compose_run(overrides: list[str]) -> dict[str, Any]:
+    """The resolved configuration of ``wsss train`` with these overrides."""
+    return json.loads(json.dumps(plain(compose_config(overrides))))

@@ -1,0 +1,704 @@
+"""Pretrains ViT-Pico, the small backbone that ships with wsss, from image-level labels only.
+
+Images are composites made on the fly from the cut-outs and backgrounds that MiniVOC's ``train``
+split uses. No mask is ever a target; val_unseen cut-outs and the backgrounds of both validation
+splits are never read by the training.
+
+* Stage ``objects``: one cut-out fills most of a small image. The target is *which* cut-out it is
+  (some 800 identities, most of them of no class), as ImageNet's 1000 classes teach more than eight
+  would, plus the eight classes as multi-label.
+* Stage ``scenes``: one to three objects in a wider range of sizes; the same two targets.
+
+    python tools/pretrain_pico.py --debs CACHE --out runs/pico --resume
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from cutouts import (
+    CLASSES,
+    HOLDOUT_BACKGROUNDS,
+    CutOut,
+    Placement,
+    composite,
+    load_media,
+    premultiplied,
+    warp,
+)
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+MEAN = np.array((0.485, 0.456, 0.406), np.float32) * 255
+STD = np.array((0.229, 0.224, 0.225), np.float32) * 255
+PATCH = 8
+GRID = 12  # patches on a side of the position embedding: 96 / 8
+MAX_OBJECTS = 3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the schedule.
+
+    Attributes:
+        name: ``objects`` or ``scenes``.
+        images: how many images the stage draws.
+        size: side of the images in pixels, a multiple of 8 and at most 96.
+        batch: images in a step.
+        lr: peak learning rate.
+        warmup: steps until the peak; after it a cosine falls to a fiftieth of it.
+    """
+
+    name: str
+    images: int
+    size: int
+    batch: int
+    lr: float
+    warmup: int
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps."""
+        return self.images // self.batch
+
+    def rate(self, step: int) -> float:
+        """Returns the learning rate of a step of this stage."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+# ---------------------------------------------------------------------------------- images
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What the training may paste: class cut-outs first, then extras; and photographs."""
+
+    cutouts: list[CutOut]
+    photos: list[np.ndarray]
+
+    @property
+    def num_classed(self) -> int:
+        """Number of cut-outs that carry one of the classes."""
+        return sum(c.label > 0 for c in self.cutouts)
+
+
+def texture(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns a random coloured texture, float32 ``(size, size, 3)`` in 0..255.
+
+    Smooth noise of two wavelengths and sometimes stripes: it stands in for backgrounds that the
+    two dozen photographs do not show.
+    """
+    image = np.zeros((size, size, 3), np.float32)
+    for cells in rng.choice((1, 2, 4, 8, 16, 32), 2, replace=False):
+        noise = rng.normal(0, 45, (cells + 1, cells + 1, 3)).astype(np.float32)
+        image += cv2.resize(noise, (size, size), interpolation=cv2.INTER_LINEAR)
+    if rng.random() < 0.4:
+        u, v = rng.normal(0, 0.5, 2)
+        phase = u * np.arange(size)[None, :] + v * np.arange(size)[:, None]
+        wave = np.sin(phase) if rng.random() < 0.5 else np.sign(np.sin(phase))
+        image += wave.astype(np.float32)[..., None] * rng.normal(0, 30, 3).astype(np.float32)
+    return np.clip(image + rng.uniform(30, 225, 3).astype(np.float32), 0, 255)
+
+
+def backdrop(photos: list[np.ndarray], size: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns a random background, uint8 ``(size, size, 3)``: photo crop, texture or a blend."""
+    kind = rng.random()
+    if kind < 0.25 or not photos:
+        return texture(size, rng).astype(np.uint8)
+    photo = photos[int(rng.integers(len(photos)))]
+    height, width = photo.shape[:2]
+    side = int(rng.uniform(0.25, 1.0) * min(height, width))
+    x, y = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+    crop = cv2.resize(photo[y : y + side, x : x + side], (size, size), interpolation=cv2.INTER_AREA)
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    crop = crop.astype(np.float32)
+    if kind < 0.4:
+        crop = crop * 0.6 + texture(size, rng) * 0.4
+    gain = rng.uniform(0.7, 1.3) * rng.uniform(0.85, 1.15, 3).astype(np.float32)
+    return np.clip(crop * gain + rng.uniform(-25, 25), 0, 255).astype(np.uint8)
+
+
+def random_place(
+    cutout: CutOut, size: int, sides: tuple[float, float], rng: np.random.Generator
+) -> Placement:
+    """Places one object at random.
+
+    Args:
+        cutout: the object.
+        size: side of the canvas in pixels.
+        sides: range of the object's longer side in pixels.
+        rng: source of randomness.
+    """
+    height, width = cutout.rgba.shape[:2]
+    scale = float(np.exp(rng.uniform(*np.log(sides)))) / max(height, width)
+    half = np.array((width, height)) * scale / 2
+    # An eighth of the object may leave the canvas; an object wider than it hangs over both sides.
+    low = np.minimum(half * 0.75, size - half * 0.75)
+    centre = rng.uniform(np.minimum(low, size - low), np.maximum(low, size - low))
+    return Placement(
+        cutout,
+        centre=(float(centre[0]), float(centre[1])),
+        scale=scale,
+        angle=float(rng.uniform(-15, 15)),
+        flip=bool(rng.random() < 0.5),
+        gain=tuple(rng.uniform(0.7, 1.3) * rng.uniform(0.88, 1.12, 3)),
+        offset=float(rng.uniform(-20, 20)),
+    )
+
+
+def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Greys, blurs, adds noise to or covers a part of an image at random.
+
+    Args:
+        image: uint8 ``(s, s, 3)``.
+        rng: source of randomness.
+
+    Returns:
+        float32 ``(s, s, 3)`` in about 0..255.
+    """
+    out = image.astype(np.float32)
+    chance = rng.random(4)
+    size = out.shape[0]
+    if chance[0] < 0.1:
+        out[:] = out.mean(axis=2, keepdims=True)
+    if chance[1] < 0.2:
+        out = cv2.GaussianBlur(out, (5, 5), float(rng.uniform(0.4, 1.2)))
+    if chance[2] < 0.2:
+        out += rng.normal(0, rng.uniform(2, 10), out.shape).astype(np.float32)
+    if chance[3] < 0.25:
+        h, w = (rng.uniform(0.1, 0.4, 2) * size).astype(int)
+        y, x = int(rng.integers(size - h)), int(rng.integers(size - w))
+        out[y : y + h, x : x + w] = rng.uniform(0, 255, 3)
+    return out
+
+
+class Composites(Dataset):
+    """Endless composites; item ``i`` is always the same image, so a resumed run continues exactly.
+
+    Items are dicts: ``image`` float32 ``(3, s, s)`` normalised, ``identity`` int64 ``(3,)`` with
+    -1 where there are fewer objects, ``classes`` float32 ``(8,)``, ``window`` int64 ``(2,)`` the
+    corner of the position grid that the image is read with.
+    """
+
+    def __init__(self, pool: Pool, stage: Stage, seed: int) -> None:
+        """Prepares the cut-outs of ``pool`` for ``stage``."""
+        self.pool, self.stage, self.seed = pool, stage, seed
+        self.sources = [premultiplied(c) for c in pool.cutouts]
+        labels = np.array([c.label for c in pool.cutouts])
+        self.groups = [np.nonzero(labels == i)[0] for i in range(1, len(CLASSES) + 1)]
+        self.groups = [g for g in self.groups if len(g)]
+        self.extras = np.nonzero(labels == 0)[0]
+
+    def __len__(self) -> int:
+        """Returns the number of images of the stage."""
+        return self.stage.images
+
+    def _choose(self, rng: np.random.Generator) -> list[int]:
+        """Draws the cut-outs of one image, the first being the main one."""
+        objects = self.stage.name == "objects"
+        counts = (0.8, 0.2, 0.0) if objects else (0.35, 0.4, 0.25)
+        extra_share = 0.4 if objects else 0.12
+        chosen = []
+        for _ in range(1 + int(rng.choice(MAX_OBJECTS, p=counts))):
+            from_extras = len(self.extras) and rng.random() < extra_share
+            group = self.extras if from_extras else self.groups[int(rng.integers(len(self.groups)))]
+            chosen.append(int(group[int(rng.integers(len(group)))]))
+        return chosen
+
+    def _sides(self, main: bool) -> tuple[float, float]:
+        """Returns the range of an object's longer side in pixels."""
+        size = self.stage.size
+        if self.stage.name == "objects":
+            return (0.55 * size, 1.3 * size) if main else (0.35 * size, 0.6 * size)
+        return (0.38 * size, 1.2 * size) if main else (0.28 * size, 0.65 * size)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Makes image ``index``."""
+        rng = np.random.default_rng((self.seed, index))
+        size = self.stage.size
+        background = backdrop(self.pool.photos, size, rng)
+        for _ in range(8):
+            chosen = self._choose(rng)
+            order = [int(i) for i in rng.permutation(len(chosen))]
+            places = [
+                random_place(self.pool.cutouts[chosen[i]], size, self._sides(i == 0), rng)
+                for i in order
+            ]
+            layers = [
+                warp(p, size, self.sources[chosen[i]]) for i, p in zip(order, places, strict=True)
+            ]
+            ids = [chosen[i] for i in order]
+            # Labels tell which object is where only to count what stays visible.
+            image, _, visible = composite(background, layers, range(1, len(ids) + 1))
+            drawn = [max(1, int((layer[..., 3] >= 128).sum())) for layer in layers]
+            if all(v >= max(40, 0.35 * d) for v, d in zip(visible, drawn, strict=True)):
+                break
+        classes = np.zeros(len(CLASSES), np.float32)
+        for i in ids:
+            if self.pool.cutouts[i].label:
+                classes[self.pool.cutouts[i].label - 1] = 1
+        normal = (distort(image, rng) - MEAN) / STD
+        return {
+            "image": np.ascontiguousarray(normal.transpose(2, 0, 1), np.float32),
+            "identity": np.array(ids + [-1] * (MAX_OBJECTS - len(ids))),
+            "classes": classes,
+            "window": rng.integers(0, GRID - size // PATCH + 1, 2),
+        }
+
+
+def batches(data: Dataset, batch: int, start: int, workers: int) -> Iterator[dict[str, Tensor]]:
+    """Yields the batches of a stage from step ``start`` on, in order."""
+    loader = DataLoader(
+        data,
+        batch_size=batch,
+        sampler=range(start * batch, len(data) // batch * batch),
+        num_workers=workers,
+        prefetch_factor=8 if workers else None,
+        worker_init_fn=lambda _: cv2.setNumThreads(0),
+    )
+    yield from loader
+
+
+# ----------------------------------------------------------------------------------- model
+
+
+def pico() -> nn.Module:
+    """Returns the backbone: a ViT-Tiny of half the depth with 8-pixel patches."""
+    return timm.create_model(
+        "vit_tiny_patch16_224", patch_size=PATCH, depth=6, img_size=GRID * PATCH, num_classes=0
+    )
+
+
+def tokens(vit: nn.Module, images: Tensor, window: Tensor | None = None) -> Tensor:
+    """Runs the backbone on images of at most 96 pixels without rescaling its position embedding.
+
+    Args:
+        vit: the backbone.
+        images: ``(b, 3, s, s)``.
+        window: int64 ``(b, 2)``, row and column of each image on the position grid; ``None`` is
+            the corner. Drawing it at random makes the net independent of the absolute place.
+
+    Returns:
+        Normalised tokens ``(b, 1 + (s / 8) ** 2, 192)``, cls first.
+    """
+    x = vit.patch_embed.proj(images)
+    batch, dim, side, _ = x.shape
+    x = x.flatten(2).transpose(1, 2)
+    if window is None:
+        window = torch.zeros(batch, 2, dtype=torch.long, device=x.device)
+    steps = torch.arange(side, device=x.device)
+    rows, cols = window[:, :1] + steps, window[:, 1:] + steps
+    index = (rows[:, :, None] * GRID + cols[:, None, :]).flatten(1)
+    x = x + vit.pos_embed[0, 1:][index]
+    cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(batch, 1, dim)
+    return vit.norm(vit.blocks(torch.cat((cls, x), dim=1)))
+
+
+class Pupil(nn.Module):
+    """Backbone with the throw-away heads of the pretraining."""
+
+    def __init__(self, identities: int) -> None:
+        """Makes heads for ``identities`` cut-outs and the eight classes."""
+        super().__init__()
+        self.vit = pico()
+        dim = self.vit.embed_dim
+        self.identity_cls = nn.Linear(dim, identities)
+        self.identity_mean = nn.Linear(dim, identities)
+        self.classes_cls = nn.Linear(dim, len(CLASSES))
+        self.classes_mean = nn.Linear(dim, len(CLASSES))
+        self.classes_max = nn.Linear(dim, len(CLASSES))
+
+    def forward(self, images: Tensor, window: Tensor | None = None) -> dict[str, Tensor]:
+        """Returns identity logits ``(b, n)`` and class logits ``(b, 8)`` of each kind of pooling.
+
+        The max over tokens is the pooling that the methods' classifiers use.
+        """
+        out = tokens(self.vit, images, window)
+        cls, mean, peak = out[:, 0], out[:, 1:].mean(1), out[:, 1:].amax(1)
+        return {
+            "identity_cls": self.identity_cls(cls),
+            "identity_mean": self.identity_mean(mean),
+            "classes_cls": self.classes_cls(cls),
+            "classes_mean": self.classes_mean(mean),
+            "classes_max": self.classes_max(peak),
+        }
+
+
+def whiten_patches(vit: nn.Module, images: Tensor) -> None:
+    """Sets the patch embedding to the whitened principal components of image patches.
+
+    192 numbers in a patch, 192 channels: nothing is lost, and the blocks start from inputs of
+    equal variance in place of ones that brightness dominates.
+
+    Args:
+        vit: the backbone, changed in place.
+        images: ``(n, 3, s, s)`` normalised images to learn the components from.
+    """
+    patches = F.unfold(images, PATCH, stride=PATCH).transpose(1, 2).reshape(-1, 3 * PATCH * PATCH)
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov((patches - mean).T).double())
+    # The floor keeps sensor noise, the smallest components, from being blown up to full size.
+    scale = 0.5 / (values + 0.02 * values.mean()).sqrt()
+    weight = (vectors * scale).T.to(patches.dtype)
+    weight = torch.linalg.qr(torch.randn(len(weight), len(weight)))[0] @ weight
+    vit.patch_embed.proj.weight.data.copy_(weight.view_as(vit.patch_embed.proj.weight))
+    vit.patch_embed.proj.bias.data.copy_(-weight @ mean)
+
+
+def seed_positions(vit: nn.Module) -> None:
+    """Sets the position embedding to 2-D sines, so that nearness is known from the start."""
+    dim = vit.embed_dim // 4
+    freq = 1.0 / 100 ** (torch.arange(dim) / dim)
+    angle = torch.arange(GRID)[:, None] * freq
+    wave = torch.cat((angle.sin(), angle.cos()), dim=1)
+    rows = wave[:, None].expand(GRID, GRID, -1)
+    cols = wave[None].expand(GRID, GRID, -1)
+    vit.pos_embed.data[0, 1:] = 0.25 * torch.cat((rows, cols), dim=2).reshape(GRID * GRID, -1)
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Returns roughly the nearest orthogonal matrix ``(r, c)``, by Newton-Schulz iteration."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised, for the matrices of the blocks, in float32.
+
+    PyTorch's own Muon iterates in bfloat16, which is slow on processors without that arithmetic.
+    Updates are scaled to the size of AdamW's so that one learning rate serves both.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, decay: float) -> None:
+        """Takes the matrices ``(r, c)`` to optimise."""
+        super().__init__(params, {"lr": lr, "decay": decay, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Makes one update."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum"], group["momentum"])
+                # qkv holds three matrices, each with directions of its own.
+                parts = update.chunk(3) if p.shape[0] == 3 * p.shape[1] else (update,)
+                update = torch.cat([orthogonalise(part) for part in parts])
+                size = 0.2 * math.sqrt(max(parts[0].shape))
+                p.mul_(1 - group["lr"] * group["decay"])
+                p.add_(update, alpha=-group["lr"] * size)
+
+
+def optimisers(model: Pupil) -> list[torch.optim.Optimizer]:
+    """Returns Muon for the blocks' matrices and AdamW for all else."""
+    matrices = [p for p in model.vit.blocks.parameters() if p.ndim == 2]
+    taken = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim == 2], "weight_decay": 0.05},
+        {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    return [Muon(matrices, 1e-3, 0.05), torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))]
+
+
+def objective(out: dict[str, Tensor], batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
+    """Returns the loss terms: identities share the probability, classes are independent."""
+    ids, present = batch["identity"].clamp(min=0), (batch["identity"] >= 0).float()
+    target = torch.zeros_like(out["identity_cls"]).scatter_add_(
+        1, ids, present / present.sum(1, keepdim=True)
+    )
+    weight = {"objects": 0.5, "scenes": 2.0}[stage]
+    terms = {
+        name: F.cross_entropy(out[name], target, label_smoothing=0.05) * 0.5
+        for name in ("identity_cls", "identity_mean")
+    }
+    for name in ("classes_cls", "classes_mean", "classes_max"):
+        terms[name] = weight * F.binary_cross_entropy_with_logits(out[name], batch["classes"])
+    return terms
+
+
+# ------------------------------------------------------------------------------- evaluation
+
+
+def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Returns the mean over classes of the area under precision and recall.
+
+    Args:
+        scores: ``(n, c)``.
+        truth: ``(n, c)`` of 0 and 1.
+    """
+    values = []
+    for s, t in zip(scores.T, truth.T, strict=True):
+        if t.any():
+            hit = t[np.argsort(-s, kind="stable")]
+            precision = np.cumsum(hit) / np.arange(1, len(hit) + 1)
+            values.append(float((precision * hit).sum() / hit.sum()))
+    return float(np.mean(values))
+
+
+@torch.no_grad()
+def evaluate(model: Pupil, holdout: dict[str, Tensor]) -> dict[str, float]:
+    """Returns image mAP of each class head on the fixed ``holdout`` batch."""
+    model.eval()
+    parts = [model(chunk) for chunk in holdout["image"].split(64)]
+    model.train()
+    truth = holdout["classes"].cpu().numpy()
+    return {
+        name: average_precision(torch.cat([p[name] for p in parts]).cpu().numpy(), truth)
+        for name in ("classes_cls", "classes_mean", "classes_max")
+    }
+
+
+def make_holdout(pool: Pool, photos: list[np.ndarray], seed: int) -> dict[str, Tensor]:
+    """Returns 240 scenes of training cut-outs on backgrounds the training does not use."""
+    classed = pool.cutouts[: pool.num_classed]
+    data = Composites(Pool(classed, photos), Stage("scenes", 240, 96, 240, 0, 1), seed)
+    return next(batches(data, 240, 0, 0))
+
+
+# ----------------------------------------------------------------------------------- running
+
+
+def export(model: Pupil, path: Path) -> str:
+    """Writes the backbone as float16 safetensors, whole or not at all; returns its sha256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().cpu().half().contiguous() for k, v in model.vit.state_dict().items()}
+    part = path.with_suffix(".part")
+    save_file(state, part)
+    os.replace(part, path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Trainer:
+    """Runs the stages, with checkpoints from which a run continues exactly."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        stages: list[Stage],
+        out: Path,
+        seed: int = 0,
+        device: str = "cpu",
+        holdout: dict[str, Tensor] | None = None,
+        workers: int = 0,
+        weights: Path | None = None,
+        compiled: bool = False,
+    ) -> None:
+        """Builds model, optimisers and average; see :meth:`run`.
+
+        Args:
+            pool: what to paste.
+            stages: the schedule.
+            out: folder for checkpoint and log.
+            seed: of weights and images.
+            device: torch device.
+            holdout: fixed batch to evaluate on.
+            workers: loader processes.
+            weights: where to export the averaged backbone at each evaluation and at the end.
+            compiled: use ``torch.compile``.
+        """
+        torch.manual_seed(seed)
+        out.mkdir(parents=True, exist_ok=True)
+        self.pool, self.stages, self.out, self.seed = pool, stages, out, seed
+        self.device, self.workers, self.weights = device, workers, weights
+        self.model = Pupil(len(pool.cutouts))
+        sample = next(batches(Composites(pool, stages[0], seed + 99), min(256, len(self)), 0, 0))
+        whiten_patches(self.model.vit, sample["image"])
+        seed_positions(self.model.vit)
+        self.model.to(device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimisers = optimisers(self.model)
+        self.holdout = holdout and {k: v.to(device) for k, v in holdout.items()}
+        self.forward = torch.compile(self.model) if compiled else self.model
+        self.stage_index = self.step = self.done = 0
+        self.seconds = 0.0
+        self.stopping = False
+
+    def __len__(self) -> int:
+        """Returns the number of images of all stages."""
+        return sum(s.images for s in self.stages)
+
+    def save(self) -> None:
+        """Writes the checkpoint, whole or not at all."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimisers": [o.state_dict() for o in self.optimisers],
+            "place": (self.stage_index, self.step, self.done),
+            "seconds": self.seconds,
+            "stages": [asdict(s) for s in self.stages],
+        }
+        torch.save(state, self.out / "last.part")
+        os.replace(self.out / "last.part", self.out / "last.pt")
+
+    def resume(self) -> None:
+        """Continues from the checkpoint of an earlier run."""
+        state = torch.load(self.out / "last.pt", map_location=self.device)
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.stage_index, self.step, self.done = state["place"]
+        self.seconds = state["seconds"]
+
+    def log(self, **values: object) -> None:
+        """Appends one JSON line to ``log.jsonl`` and prints it."""
+        line = json.dumps({"images": self.done, "seconds": round(self.seconds), **values})
+        with (self.out / "log.jsonl").open("a") as handle:
+            handle.write(line + "\n")
+        print(line, flush=True)
+
+    def train_step(self, batch: dict[str, Tensor], stage: Stage) -> dict[str, float]:
+        """Makes one update and returns the loss terms."""
+        batch = {k: v.to(self.device) for k, v in batch.items()}
+        terms = objective(self.forward(batch["image"], batch["window"]), batch, stage.name)
+        self.model.zero_grad(set_to_none=True)
+        sum(terms.values()).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = stage.rate(self.step)
+            optimiser.step()
+        # A short memory at first, or the random start would linger in the average.
+        keep = min(0.999, (1 + self.done / stage.batch) / (10 + self.done / stage.batch))
+        with torch.no_grad():
+            mine, theirs = list(self.average.parameters()), list(self.model.parameters())
+            torch._foreach_lerp_(mine, theirs, 1 - keep)
+        return {k: float(v.detach()) for k, v in terms.items()}
+
+    def report(self, stage: Stage, means: dict[str, float]) -> None:
+        """Logs the mean losses, evaluates the average, saves and exports."""
+        scores = evaluate(self.average, self.holdout) if self.holdout else {}
+        self.save()
+        if self.weights:
+            export(self.average, self.weights)
+        short = {k: round(v, 4) for k, v in means.items()}
+        marks = {f"map_{k.split('_')[1]}": round(v, 4) for k, v in scores.items()}
+        self.log(stage=stage.name, step=self.step, lr=stage.rate(self.step), **short, **marks)
+
+    def run(self, every: float = 240.0, limit: int | None = None) -> None:
+        """Trains until the schedule ends, a signal comes or ``limit`` steps are made.
+
+        Args:
+            every: seconds between reports and checkpoints.
+            limit: steps to make at most.
+        """
+        while self.stage_index < len(self.stages) and not self.stopping:
+            stage = self.stages[self.stage_index]
+            data = Composites(self.pool, stage, self.seed + 1000 * (self.stage_index + 1))
+            sums: dict[str, float] = {}
+            count, last, tick = 0, time.monotonic(), time.monotonic()
+            for batch in batches(data, stage.batch, self.step, self.workers):
+                for k, v in self.train_step(batch, stage).items():
+                    sums[k] = sums.get(k, 0.0) + v
+                self.step, self.done, count = self.step + 1, self.done + stage.batch, count + 1
+                now = time.monotonic()
+                self.seconds, tick = self.seconds + now - tick, now
+                if limit is not None:
+                    limit -= 1
+                    self.stopping = self.stopping or limit <= 0
+                if now - last > every or self.stopping:
+                    self.report(stage, {k: v / count for k, v in sums.items()})
+                    sums, count, last = {}, 0, now
+                if self.stopping:
+                    return
+            self.stage_index, self.step = self.stage_index + 1, 0
+            self.report(stage, {k: v / max(1, count) for k, v in sums.items()})
+
+
+def build_pool(debs: Path) -> tuple[Pool, list[np.ndarray], dict[str, object]]:
+    """Reads the packages: training pool, held-out photographs, and facts for the card."""
+    media = load_media(debs)
+    photos = media.photos("train")
+    keep = [photo for name, photo in photos.items() if name not in HOLDOUT_BACKGROUNDS]
+    held = [photo for name, photo in photos.items() if name in HOLDOUT_BACKGROUNDS]
+    classed = media.pool(unseen=False)
+    pool = Pool(classed + [c for _, c in sorted(media.extras.items())], keep)
+    facts = {
+        "packages": media.versions,
+        "class_cutouts": len(classed),
+        "extra_cutouts": len(media.extras),
+        "backgrounds": len(keep),
+        "holdout_backgrounds": len(held),
+    }
+    return pool, held, facts
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--debs", type=Path, default=Path.home() / ".cache" / "wsss-debs",
+                        help="folder for the two Debian packages; filled when it lacks them")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and log")
+    parser.add_argument("--weights", type=Path, help="export the averaged backbone here")
+    parser.add_argument("--objects", type=int, default=160_000, help="images of stage one")
+    parser.add_argument("--scenes", type=int, default=64_000, help="images of stage two")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="torch threads on the CPU")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--every", type=float, default=240.0, help="seconds between reports")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument("--resume", action="store_true", help="continue if OUT has a checkpoint")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Command line."""
+    args = parse()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cv2.setNumThreads(0)
+    pool, held, facts = build_pool(args.debs)
+    stages = [
+        Stage("objects", args.objects, 64, args.batch, args.lr, 400),
+        Stage("scenes", args.scenes, 96, args.batch, args.lr * 0.6, 100),
+    ]
+    trainer = Trainer(
+        pool, stages, args.out, args.seed, args.device, make_holdout(pool, held, args.seed + 7),
+        args.workers, args.weights, args.compile,
+    )
+    if args.resume and (args.out / "last.pt").exists():
+        trainer.resume()
+
+    def stop(*_: object) -> None:
+        trainer.stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    trainer.log(start=facts, stages=[asdict(s) for s in stages])
+    trainer.run(args.every)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,6 +26,7 @@ from cutouts import (
     composite,
     load_media,
     solid_area,
+    unpack_debs,
     warp,
 )
 from PIL import Image
@@ -208,8 +209,9 @@ def manifest_row(name: str, split: str, item: Composite) -> list[str]:
     return [f"{name}.jpg", split, item.background, objects]
 
 
-def build(media: Media, out: Path, seed: int) -> None:
-    """Writes the whole data set below ``out``, in place of an older one."""
+def build(media: Media, out: Path, seed: int) -> set[str]:
+    """Writes the images below ``out``, in place of older ones; returns the keys it used."""
+    used: set[str] = set()
     root = out / "VOC2012"
     shutil.rmtree(root, ignore_errors=True)
     for folder in ("JPEGImages", "SegmentationClass", "Annotations", "ImageSets/Segmentation"):
@@ -223,9 +225,63 @@ def build(media: Media, out: Path, seed: int) -> None:
             for i, item in enumerate(make_split(media, split, count, seed), 1):
                 names.append(f"mini_{split}_{i:04d}")
                 save(root, names[-1], item)
+                used |= {p.cutout.key for p in item.placements}
                 table.writerow(manifest_row(names[-1], split, item))
             listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
             listing.write_text("\n".join(names) + "\n")
+    return used
+
+
+def attribution(media: Media, used: set[str]) -> str:
+    """Returns ATTRIBUTION.md: licence, sources, and the author of every cut-out in the set."""
+    rows = [
+        f"| `{c.key}` | {CLASSES[c.label - 1]} | {c.source} | {c.creator} | {c.licence} |"
+        for _, c in sorted(media.cutouts.items())
+        if c.key in used
+    ]
+    packages = ", ".join(f"`{name}` {version}" for name, version in media.versions.items())
+    photos = ", ".join(sorted(media.backgrounds))
+    return "\n".join(
+        [
+            "# MiniVOC: sources and licence",
+            "",
+            "MiniVOC is a **composite**: cut-outs pasted on photos by `tools/build_minivoc.py`.",
+            "It has the folder layout of Pascal VOC 2012 and eight of its class names; it is not",
+            "Pascal VOC and holds none of its images. It is an adaptation of works, some under",
+            "CC-BY-SA-3.0, and as a whole licensed under **CC-BY-SA-3.0**, unlike the program.",
+            "",
+            f"Media from the Debian packages {packages}.",
+            "Their copyright files, with the full licence",
+            "texts, are in `LICENSES/`. Changes made: objects cropped, resized, turned, mirrored,",
+            "recoloured and pasted; backgrounds cropped, mirrored and recoloured.",
+            "",
+            "- `scratch`: media of Scratch 1.4, Copyright (c) 2011 Massachusetts Institute of",
+            "  Technology, CC-BY-SA-3.0. Photographs of people and cars, and all backgrounds:",
+            f"  {photos}.",
+            "- `sweethome3d-furniture`: renders of 3D models by library:",
+            "  - BlendSwap-CC-0: Emmanuel Puybaret / eTeks and Blend Swap contributors, CC0.",
+            "  - BlendSwap-CC-BY: the Blend Swap contributors named below, CC-BY-3.0.",
+            "  - KatorLegaz: 2003-2008 Andrew Kator & Jennifer Legaz, CC-BY-3.0 US.",
+            "  - Reallusion: 2008-2011 Reallusion (http://www.reallusion.com), CC-BY-3.0 US.",
+            "  - Scopia: 2010-2012 Scopia Visual Interfaces Systems, s.l. (http://www.scopia.es),",
+            "    CC-BY-3.0.",
+            "",
+            "| cut-out | class | source | author as the source names it | licence |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def write_licences(media: Media, debs: Path, out: Path, used: set[str]) -> None:
+    """Writes ATTRIBUTION.md and copies the packages' copyright files, licence texts included."""
+    (out / "ATTRIBUTION.md").write_text(attribution(media, used))
+    (out / "LICENSES").mkdir(exist_ok=True)
+    root, _ = unpack_debs(debs)
+    for package in media.versions:
+        source = root / "usr/share/doc" / package / "copyright"
+        shutil.copyfile(source, out / "LICENSES" / f"{package}.copyright.txt")
 
 
 def digest(out: Path) -> str:
@@ -240,13 +296,18 @@ def digest(out: Path) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--debs", type=Path, default=Path.home() / ".cache" / "wsss-debs",
-                        help="folder for the two Debian packages; filled when it lacks them")
+    parser.add_argument(
+        "--debs",
+        type=Path,
+        default=Path.home() / ".cache" / "wsss-debs",
+        help="folder for the two Debian packages; filled when it lacks them",
+    )
     parser.add_argument("--out", type=Path, required=True, help="data set folder to (re)write")
     parser.add_argument("--seed", type=int, default=2012)
     args = parser.parse_args()
     cv2.setNumThreads(0)
-    build(load_media(args.debs), args.out, args.seed)
+    media = load_media(args.debs)
+    write_licences(media, args.debs, args.out, build(media, args.out, args.seed))
     files = [p for p in args.out.rglob("*") if p.is_file()]
     print(f"{sum(p.stat().st_size for p in files) / 1e6:.2f} MB, sha256 {digest(args.out)}")
 

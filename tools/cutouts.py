@@ -24,7 +24,14 @@ import numpy as np
 from PIL import Image
 
 CLASSES = (
-    "bottle", "car", "chair", "diningtable", "person", "pottedplant", "sofa", "tvmonitor",
+    "bottle",
+    "car",
+    "chair",
+    "diningtable",
+    "person",
+    "pottedplant",
+    "sofa",
+    "tvmonitor",
 )
 PACKAGES = ("scratch", "sweethome3d-furniture")
 MEDIA_ROOT = Path("usr/share/scratch/Media")
@@ -117,8 +124,8 @@ FAMILIES = (
 )
 
 # Families that only val_unseen may use; the pretraining never sees them.
-UNSEEN_FAMILIES = frozenset(
-    """S:wine_bottle 0:yogurtBottle S:com_bath
+_UNSEEN_FAMILIES = """
+    S:wine_bottle 0:yogurtBottle S:com_bath
     car-beetle S:seat_leon S:suv
     set-winchester set-rattan set-cafe_set_tonon S:office_chair 0:oakChair B:armchair1
     B:foldingChair K:cafe-chair S:plastic_chair B:kitchenChair S:tubular_chair
@@ -127,12 +134,13 @@ UNSEEN_FAMILIES = frozenset(
     reallusion-girl person-chamak
     0:littlePlant B:decorativePlant B:luckyBamboo 0:decorativePlant
     S:simple_sofa B:sofa3 S:clear_sofa 0:couch
-    S:wall-flat-tv""".split()
-)
+    S:wall-flat-tv
+"""
+UNSEEN_FAMILIES = frozenset(_UNSEEN_FAMILIES.split())
 
 # Neither a class nor a usable negative: too close to one of the eight classes to be a distractor.
-AMBIGUOUS = frozenset(
-    """0:silla2 0:stool 0:stool2 0:bench 0:foldingChair 0:pianoBench 0:relaxChair B:chair_deck
+_AMBIGUOUS = """
+    0:silla2 0:stool 0:stool2 0:bench 0:foldingChair 0:pianoBench 0:relaxChair B:chair_deck
     B:green_stool B:poolLounge B:wheelchair B:abdominalBench B:workbench K:concrete-bench
     K:painted-bench K:bar-stool K:bench S:ext_chair S:littlebank S:wood_bank S:bar_chair
     S:kitchen_stool S:beach_chair S:baby_high_chair S:puff S:convertible-sofa-BZ-opened S:futon
@@ -142,8 +150,9 @@ AMBIGUOUS = frozenset(
     S:coffee-table2 S:dressing-table S:rattanTable 0:augalas B:spider_plant B:tulip B:white_lily
     B:tulips S:calla_lily_with_roses B:arbolito S:christmas_tree B:laptop K:apple-ibook-2001
     S:tablet S:intercom_with_screen S:doll S:doll-house B:suit B:carrito-de-madera S:vase3
-    0:whiteBoard S:wooden_coffee B:tvStand S:japanese_style_screen""".split()
-)
+    0:whiteBoard B:tvStand S:japanese_style_screen
+"""
+AMBIGUOUS = frozenset(_AMBIGUOUS.split())
 
 # Photographic backgrounds; drawn ones and those that show one of the classes (or painted people,
 # parked cars, spectators, garden furniture, shelves with bottles) were dropped after a look.
@@ -163,10 +172,11 @@ HOLDOUT_BACKGROUNDS = frozenset(("pathway", "mansion", "gravel-desert", "hall"))
 
 # Extra identities, without a class, for the pretraining only (humanoid drawings left out).
 EXTRA_FOLDERS = {"A": "Costumes/Animals", "H": "Costumes/Things", "T": "Costumes/Transportation"}
-EXTRA_DROPPED = frozenset(
-    """H:laptop H:flower-vase T:car1 T:car2 T:convertible3 A:cat5 H:button H:buttonPressed
-    H:sunglassF1 H:sunglassF2 H:sunglassF3 H:sunglassF4 H:key1""".split()
-)
+_EXTRA_DROPPED = """
+    H:laptop H:flower-vase T:car1 T:car2 T:convertible3 A:cat5 H:button H:buttonPressed
+    H:sunglassF1 H:sunglassF2 H:sunglassF3 H:sunglassF4 H:key1
+"""
+EXTRA_DROPPED = frozenset(_EXTRA_DROPPED.split())
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ from cutouts import (
     premultiplied,
     warp,
 )
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -63,6 +64,9 @@ class Stage:
         batch: images in a step.
         lr: peak learning rate.
         warmup: steps until the peak; after it a cosine falls to a fiftieth of it.
+        keep: patches of an image that are read, drawn at random; 0 reads all.
+        grids: sides of the position grid, taken in turn from step to step. The methods stretch
+            the grid to 20 patches for MiniVOC's 160 pixels; the net should know it so as well.
     """
 
     name: str
@@ -71,6 +75,8 @@ class Stage:
     batch: int
     lr: float
     warmup: int
+    keep: int = 0
+    grids: tuple[int, ...] = (GRID,)
 
     @property
     def steps(self) -> int:
@@ -196,8 +202,8 @@ class Composites(Dataset):
     """Endless composites; item ``i`` is always the same image, so a resumed run continues exactly.
 
     Items are dicts: ``image`` float32 ``(3, s, s)`` normalised, ``identity`` int64 ``(3,)`` with
-    -1 where there are fewer objects, ``classes`` float32 ``(8,)``, ``window`` int64 ``(2,)`` the
-    corner of the position grid that the image is read with.
+    -1 where there are fewer objects, ``classes`` float32 ``(8,)``, ``window`` float32 ``(2,)`` in
+    0..1, where on the position grid the image lies, ``patches`` int64 ``(k,)`` the patches to read.
     """
 
     def __init__(self, pool: Pool, stage: Stage, seed: int) -> None:
@@ -257,12 +263,14 @@ class Composites(Dataset):
         for i in ids:
             if self.pool.cutouts[i].label:
                 classes[self.pool.cutouts[i].label - 1] = 1
+        total = (size // PATCH) ** 2
         normal = (distort(image, rng) - MEAN) / STD
         return {
             "image": np.ascontiguousarray(normal.transpose(2, 0, 1), np.float32),
             "identity": np.array(ids + [-1] * (MAX_OBJECTS - len(ids))),
             "classes": classes,
-            "window": rng.integers(0, GRID - size // PATCH + 1, 2),
+            "window": rng.random(2, np.float32),
+            "patches": rng.permutation(total)[: self.stage.keep or total],
         }
 
 
@@ -289,27 +297,50 @@ def pico() -> nn.Module:
     )
 
 
-def tokens(vit: nn.Module, images: Tensor, window: Tensor | None = None) -> Tensor:
-    """Runs the backbone on images of at most 96 pixels without rescaling its position embedding.
+def positions(vit: nn.Module, grid: int) -> Tensor:
+    """Returns the patch positions ``(grid ** 2, 192)``, resampled where ``grid`` is not 12."""
+    table = vit.pos_embed[:, 1:]
+    if grid != GRID:
+        square = table.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
+        square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+        table = square.flatten(2).transpose(1, 2)
+    return table[0]
+
+
+def tokens(
+    vit: nn.Module,
+    images: Tensor,
+    window: Tensor | None = None,
+    patches: Tensor | None = None,
+    grid: int = GRID,
+) -> Tensor:
+    """Runs the backbone on images that may be smaller than the grid of positions.
 
     Args:
         vit: the backbone.
         images: ``(b, 3, s, s)``.
-        window: int64 ``(b, 2)``, row and column of each image on the position grid; ``None`` is
-            the corner. Drawing it at random makes the net independent of the absolute place.
+        window: ``(b, 2)`` in 0..1, where each image lies on the position grid from top to bottom
+            and left to right; ``None`` is the top left corner. Drawing it at random makes the net
+            independent of the absolute place.
+        patches: int64 ``(b, k)``, the patches to read; ``None`` reads all. Leaving half of them
+            out costs little accuracy and halves the time.
+        grid: patches on a side of the position grid.
 
     Returns:
-        Normalised tokens ``(b, 1 + (s / 8) ** 2, 192)``, cls first.
+        Normalised tokens ``(b, 1 + k, 192)``, cls first.
     """
     x = vit.patch_embed.proj(images)
     batch, dim, side, _ = x.shape
     x = x.flatten(2).transpose(1, 2)
     if window is None:
-        window = torch.zeros(batch, 2, dtype=torch.long, device=x.device)
+        window = torch.zeros(batch, 2, device=x.device)
+    window = (window * (grid - side + 1)).long()
     steps = torch.arange(side, device=x.device)
     rows, cols = window[:, :1] + steps, window[:, 1:] + steps
-    index = (rows[:, :, None] * GRID + cols[:, None, :]).flatten(1)
-    x = x + vit.pos_embed[0, 1:][index]
+    index = (rows[:, :, None] * grid + cols[:, None, :]).flatten(1)
+    x = x + positions(vit, grid)[index]
+    if patches is not None:
+        x = x.gather(1, patches[:, :, None].expand(-1, -1, dim))
     cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(batch, 1, dim)
     return vit.norm(vit.blocks(torch.cat((cls, x), dim=1)))
 
@@ -328,12 +359,18 @@ class Pupil(nn.Module):
         self.classes_mean = nn.Linear(dim, len(CLASSES))
         self.classes_max = nn.Linear(dim, len(CLASSES))
 
-    def forward(self, images: Tensor, window: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        images: Tensor,
+        window: Tensor | None = None,
+        patches: Tensor | None = None,
+        grid: int = GRID,
+    ) -> dict[str, Tensor]:
         """Returns identity logits ``(b, n)`` and class logits ``(b, 8)`` of each kind of pooling.
 
         The max over tokens is the pooling that the methods' classifiers use.
         """
-        out = tokens(self.vit, images, window)
+        out = tokens(self.vit, images, window, patches, grid)
         cls, mean, peak = out[:, 0], out[:, 1:].mean(1), out[:, 1:].amax(1)
         return {
             "identity_cls": self.identity_cls(cls),
@@ -484,6 +521,140 @@ def make_holdout(pool: Pool, photos: list[np.ndarray], seed: int) -> dict[str, T
     return next(batches(data, 240, 0, 0))
 
 
+# ------------------------------------------------------------------------------------- probe
+
+
+def read_split(root: Path, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Reads a MiniVOC split: images ``(n, s, s, 3)``, masks ``(n, s, s)``, labels ``(n, 8)``."""
+    names = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+    images, masks, labels = [], [], []
+    for name in names:
+        with Image.open(root / "JPEGImages" / f"{name}.jpg") as image:
+            images.append(np.array(image.convert("RGB")))
+        with Image.open(root / "SegmentationClass" / f"{name}.png") as mask:
+            masks.append(np.array(mask))
+        text = (root / "Annotations" / f"{name}.xml").read_text()
+        labels.append([float(f"<name>{c}</name>" in text) for c in CLASSES])
+    return np.stack(images), np.stack(masks), np.array(labels, np.float32)
+
+
+def normalised(images: np.ndarray) -> Tensor:
+    """Returns uint8 ``(n, s, s, 3)`` as the net's float32 input ``(n, 3, s, s)``."""
+    return torch.from_numpy(((images - MEAN) / STD).transpose(0, 3, 1, 2).copy())
+
+
+def probe_crop(image: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Resizes an image by 0.8 to 1.25 and cuts a random, maybe mirrored, square of ``side``."""
+    size = int(image.shape[0] * rng.uniform(0.8, 1.25))
+    image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+    y, x = rng.integers(0, size - side + 1, 2)
+    crop = image[y : y + side, x : x + side]
+    return crop[:, ::-1] if rng.random() < 0.5 else crop
+
+
+def finetune(vit: nn.Module, root: Path, steps: int, seed: int, device: str) -> nn.Linear:
+    """Trains backbone and classifier on MiniVOC ``train``, image-level labels, in place.
+
+    A crop keeps the image's labels even where it has cut an object off, as in WSSS training.
+
+    Args:
+        vit: the backbone.
+        root: MiniVOC's ``VOC2012``.
+        steps: updates, 16 crops of 128 pixels each, AdamW, peak rate 3e-4 (classifier 3e-3).
+        seed: of crops and classifier.
+        device: torch device.
+
+    Returns:
+        The classifier on max-pooled patch tokens, without bias, as the methods use.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    images, _, labels = read_split(root, "train")
+    head = nn.Linear(vit.embed_dim, len(CLASSES), bias=False).to(device)
+    optimiser = torch.optim.AdamW(
+        [{"params": vit.parameters(), "lr": 3e-4}, {"params": head.parameters(), "lr": 3e-3}],
+        weight_decay=0.05,
+    )
+    ramp = torch.optim.lr_scheduler.OneCycleLR(optimiser, [3e-4, 3e-3], steps, pct_start=0.1)
+    for _ in range(steps):
+        chosen = rng.choice(len(images), 16, replace=False)
+        crops = normalised(np.stack([probe_crop(images[i], 128, rng) for i in chosen])).to(device)
+        logits = head(tokens(vit, crops, grid=16)[:, 1:].amax(1))
+        loss = F.multilabel_soft_margin_loss(logits, torch.from_numpy(labels[chosen]).to(device))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        ramp.step()
+    return head
+
+
+@torch.no_grad()
+def activation_maps(
+    vit: nn.Module, head: nn.Linear, images: np.ndarray, device: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns class scores ``(n, 8)`` and raw CAMs ``(n, 8, 20, 20)`` of whole images."""
+    scores, cams = [], []
+    for chunk in normalised(images).split(20):
+        out = tokens(vit, chunk.to(device), grid=chunk.shape[-1] // PATCH)[:, 1:]
+        side = int(out.shape[1] ** 0.5)
+        scores.append(head(out.amax(1)).cpu())
+        cams.append(head(out).transpose(1, 2).unflatten(2, (side, side)).cpu())
+    return torch.cat(scores).numpy(), torch.cat(cams).numpy()
+
+
+def cam_miou(cams: np.ndarray, masks: np.ndarray, labels: np.ndarray, threshold: float) -> float:
+    """Returns the mIoU, background included, of CAMs of the classes an image is labelled with.
+
+    Args:
+        cams: ``(n, 8, h, w)``; negative values are cut and each map is scaled to a maximum of 1.
+        masks: ``(n, s, s)``; 255 does not count.
+        labels: ``(n, 8)``.
+        threshold: background where no map reaches it.
+    """
+    counts = np.zeros((len(CLASSES) + 1,) * 2, np.int64)
+    for cam, mask, label in zip(cams, masks, labels, strict=True):
+        cam = np.maximum(cam, 0) * label[:, None, None]
+        cam = cam / np.maximum(cam.max((1, 2), keepdims=True), 1e-6)
+        full = np.stack([cv2.resize(c, mask.shape, interpolation=cv2.INTER_LINEAR) for c in cam])
+        guess = np.where(full.max(0) >= threshold, full.argmax(0) + 1, 0)
+        known = mask != 255
+        np.add.at(counts, (mask[known], guess[known]), 1)
+    hit = np.diag(counts)
+    return float((hit / np.maximum(counts.sum(0) + counts.sum(1) - hit, 1)).mean())
+
+
+def probe(weights: Path | None, root: Path, steps: int, seed: int, device: str) -> dict[str, float]:
+    """Fine-tunes shortly and measures image mAP and CAM mIoU.
+
+    Args:
+        weights: safetensors file, or ``None`` for timm's random start.
+        root: MiniVOC's ``VOC2012``.
+        steps: see :func:`finetune`.
+        seed: of the random start, the crops and the classifier.
+        device: torch device.
+
+    Returns:
+        Scores by name. The CAM threshold is the best of nine on the ``train`` masks.
+    """
+    torch.manual_seed(seed)
+    vit = pico()
+    if weights:
+        vit.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
+    vit.to(device)
+    head = finetune(vit, root, steps, seed, device)
+    images, masks, labels = read_split(root, "train")
+    _, cams = activation_maps(vit, head, images[:200], device)
+    grid = [t / 10 for t in range(1, 10)]
+    best = max(grid, key=lambda t: cam_miou(cams, masks[:200], labels[:200], t))
+    result = {"cam_threshold": best}
+    for split in ("val", "val_unseen"):
+        images, masks, labels = read_split(root, split)
+        scores, cams = activation_maps(vit, head, images, device)
+        result[f"{split}_map"] = round(average_precision(scores, labels), 4)
+        result[f"{split}_cam_miou"] = round(cam_miou(cams, masks, labels, best), 4)
+    return result
+
+
 # ----------------------------------------------------------------------------------- running
 
 
@@ -530,7 +701,9 @@ class Trainer:
         self.pool, self.stages, self.out, self.seed = pool, stages, out, seed
         self.device, self.workers, self.weights = device, workers, weights
         self.model = Pupil(len(pool.cutouts))
-        sample = next(batches(Composites(pool, stages[0], seed + 99), min(256, len(self)), 0, 0))
+        sample = next(
+            batches(Composites(pool, stages[0], seed + 99), min(256, stages[0].images), 0, 0)
+        )
         whiten_patches(self.model.vit, sample["image"])
         seed_positions(self.model.vit)
         self.model.to(device)
@@ -541,10 +714,6 @@ class Trainer:
         self.stage_index = self.step = self.done = 0
         self.seconds = 0.0
         self.stopping = False
-
-    def __len__(self) -> int:
-        """Returns the number of images of all stages."""
-        return sum(s.images for s in self.stages)
 
     def save(self) -> None:
         """Writes the checkpoint, whole or not at all."""
@@ -579,7 +748,9 @@ class Trainer:
     def train_step(self, batch: dict[str, Tensor], stage: Stage) -> dict[str, float]:
         """Makes one update and returns the loss terms."""
         batch = {k: v.to(self.device) for k, v in batch.items()}
-        terms = objective(self.forward(batch["image"], batch["window"]), batch, stage.name)
+        grid = stage.grids[self.step % len(stage.grids)]
+        out = self.forward(batch["image"], batch["window"], batch["patches"], grid)
+        terms = objective(out, batch, stage.name)
         self.model.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -655,12 +826,24 @@ def build_pool(debs: Path) -> tuple[Pool, list[np.ndarray], dict[str, object]]:
 def parse() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--debs", type=Path, default=Path.home() / ".cache" / "wsss-debs",
-                        help="folder for the two Debian packages; filled when it lacks them")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and log")
+    parser.add_argument(
+        "--debs",
+        type=Path,
+        default=Path.home() / ".cache" / "wsss-debs",
+        help="folder for the two Debian packages; filled when it lacks them",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/pico"), help="folder for checkpoint and log"
+    )
     parser.add_argument("--weights", type=Path, help="export the averaged backbone here")
     parser.add_argument("--objects", type=int, default=160_000, help="images of stage one")
     parser.add_argument("--scenes", type=int, default=64_000, help="images of stage two")
+    parser.add_argument(
+        "--finish",
+        type=int,
+        default=12_000,
+        help="images of the last part of stage two, which reads all patches",
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -669,6 +852,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--every", type=float, default=240.0, help="seconds between reports")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument(
+        "--probe",
+        type=Path,
+        metavar="VOC2012",
+        help="no training: fine-tune --weights (or, without it, a random start) "
+        "on this MiniVOC folder, print image mAP and CAM mIoU",
+    )
+    parser.add_argument("--probe-steps", type=int, default=150)
     parser.add_argument("--resume", action="store_true", help="continue if OUT has a checkpoint")
     return parser.parse_args()
 
@@ -679,14 +870,25 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     cv2.setNumThreads(0)
+    if args.probe:
+        print(json.dumps(probe(args.weights, args.probe, args.probe_steps, args.seed, args.device)))
+        return
     pool, held, facts = build_pool(args.debs)
     stages = [
-        Stage("objects", args.objects, 64, args.batch, args.lr, 400),
-        Stage("scenes", args.scenes, 96, args.batch, args.lr * 0.6, 100),
+        Stage("objects", args.objects, 64, args.batch, args.lr, 150, keep=36),
+        Stage("scenes", args.scenes, 96, args.batch, args.lr * 0.7, 50, 80, (12, 20)),
+        Stage("scenes", args.finish, 96, args.batch, args.lr * 0.2, 20, 0, (12, 20)),
     ]
     trainer = Trainer(
-        pool, stages, args.out, args.seed, args.device, make_holdout(pool, held, args.seed + 7),
-        args.workers, args.weights, args.compile,
+        pool,
+        stages,
+        args.out,
+        args.seed,
+        args.device,
+        make_holdout(pool, held, args.seed + 7),
+        args.workers,
+        args.weights,
+        args.compile,
     )
     if args.resume and (args.out / "last.pt").exists():
         trainer.resume()

@@ -9,6 +9,7 @@ Two things differ from calling timm directly:
   and :attr:`Backbone.weights_info` records which, with hashes. There is no silent fallback.
 """
 
+import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,11 +19,13 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from wsss.checkpoints import (
     file_sha256,
+    first_line,
     fit_positions,
     load_state_dict_strictly,
     read_state_dict,
@@ -225,29 +228,38 @@ def _block_with_attention(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Ten
 
 def _create_vit(name: str, *, pretrained: bool, overrides: dict[str, Any]) -> VisionTransformer:
     """A plain timm ViT without classification head."""
-    if pretrained and "." not in name:
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise WSSSError(f"backbone.name={name} is not a timm model{hint}")
+    tagged = timm.list_pretrained(f"{architecture}.*")
+    if (pretrained or "." in name) and name not in tagged:
+        reason = "is not a pretrained tag" if "." in name else "has no pretrained tag"
         raise WSSSError(
-            f"backbone.name={name} has no pretrained tag, and untagged names change meaning; "
-            f"pin one of: {', '.join(timm.list_pretrained(f'{name}.*')) or 'none known to timm'}"
+            f"backbone.name={name} {reason}, and untagged names change meaning; "
+            f"pin one of: {', '.join(tagged) or 'none known to timm'}"
         )
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]
-        raise WSSSError(f"backbone.name={name} is not a timm model; near: {', '.join(near)}")
     try:
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **overrides)
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
+    except OSError as error:
         raise WSSSError(
             f"backbone {name}: its weights are not cached and cannot be downloaded "
-            f"({str(error).splitlines()[0]}); fetch the file on a machine with internet "
+            f"({first_line(error)}); fetch the file on a machine with internet "
             "and pass backbone.weights=/path/to/file.safetensors"
+        ) from error
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise WSSSError(
+            f"backbone {name}: timm cannot build it with overrides {overrides} "
+            f"({first_line(error)})"
         ) from error
     if type(vit) is not VisionTransformer and not hasattr(vit, "dist_token"):
         raise WSSSError(
             f"backbone.name={name} is a {type(vit).__name__}; only ViT, DeiT and DINOv2 "
             "(timm's VisionTransformer) are supported"
         )
+    if not isinstance(vit.patch_embed, PatchEmbed):
+        raise WSSSError(f"backbone.name={name} has a convolutional stem; choose a plain ViT")
     if not hasattr(vit.blocks[0], "ls1"):
         raise WSSSError(f"backbone.name={name} uses an unusual block; choose a plain ViT")
     return vit

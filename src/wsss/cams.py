@@ -44,8 +44,11 @@ def _upsampled_maximum(
     """ReLU of the maximum of each map and its un-mirrored twin, both resized to ``size``."""
     merged = []
     for cam, flip in zip(plain, mirrored, strict=True):
+        # At least float32: under autocast the raw maps are bfloat16, too coarse for thresholds.
+        kind = torch.promote_types(cam.dtype, torch.float32)
         up, up_flip = (
-            F.interpolate(c, size=size, mode="bilinear", align_corners=False) for c in (cam, flip)
+            F.interpolate(c.to(kind), size=size, mode="bilinear", align_corners=False)
+            for c in (cam, flip)
         )
         # Mirrored back at full size, where the reference does it.
         merged.append(torch.maximum(up, up_flip.flip(-1)).relu_())

@@ -6,6 +6,7 @@ cannot run code. Keys are never matched loosely: what is missing, extra or missh
 
 import hashlib
 from collections.abc import Callable, Mapping
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ TOCO_PREFIXES = {
 }
 # `encoder.head` is the unused ImageNet classifier; older files also hold `conv` and `aux_conv`
 TOCO_UNUSED = ("encoder.head.", "conv.", "aux_conv.")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as one line; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def file_sha256(path: Path) -> str:
@@ -51,7 +57,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, safetensors and OS errors share no base class
         raise WSSSError(
-            f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]}); "
+            f"{path}: not a readable checkpoint ({first_line(error)}); "
             "expected .safetensors, or a torch file that loads with weights_only=True"
         ) from error
     for wrapper in ("state_dict", "model"):
@@ -66,7 +72,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_state_dict_strictly(
-    module: nn.Module, state: Mapping[str, Tensor], origin: str, rename: Mapping[str, str] | None = None
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    origin: str,
+    rename: Mapping[str, str] | None = None,
 ) -> None:
     """Load parameters; every name and shape must fit.
 
@@ -104,9 +113,12 @@ def fit_positions(vit: Any, positions: Tensor | None) -> None:
     """Give an encoder the position grid of the weights it is about to load.
 
     Positions are resized at every call, so a file made at another image size fits as it is. A
-    width that differs is left alone: strict loading then names it.
+    width that differs or a grid that is not square is left alone: strict loading then names it.
     """
-    if positions is not None and positions.shape[-1] == vit.embed_dim:
+    if positions is None or positions.ndim != 3 or positions.shape[-1] != vit.embed_dim:
+        return
+    count = positions.shape[1] - (0 if vit.no_embed_class else vit.num_prefix_tokens)
+    if count > 0 and isqrt(count) ** 2 == count:
         vit.pos_embed = nn.Parameter(
             torch.empty_like(positions, dtype=torch.float32),
             requires_grad=vit.pos_embed.requires_grad,
@@ -132,7 +144,18 @@ def toco_name(official: str) -> str | None:
     return name.replace(".weight_v", ".parametrizations.weight.original1")
 
 
+def toco_official_name(ours: str) -> str:
+    """The official ToCo name of a parameter of ours."""
+    for theirs, own in TOCO_PREFIXES.items():
+        if ours.startswith(own):
+            ours = theirs + ours.removeprefix(own)
+            break
+    ours = ours.replace(".parametrizations.weight.original0", ".weight_g")
+    return ours.replace(".parametrizations.weight.original1", ".weight_v")
+
+
 CONVERTERS: dict[str, Callable[[str], str | None]] = {"toco": toco_name}
+OFFICIAL_NAMES: dict[str, Callable[[str], str]] = {"toco": toco_official_name}
 
 
 def convert_official(
@@ -162,4 +185,6 @@ def load_official(method: str, module: nn.Module, state: Mapping[str, Tensor], o
     """
     converted, back = convert_official(method, state)
     fit_positions(module.get_submodule("backbone.vit"), converted.get("backbone.vit.pos_embed"))
-    load_state_dict_strictly(module, converted, origin, rename=back)
+    # names of ours that the file lacks have no way back through the file
+    named = {name: OFFICIAL_NAMES[method](name) for name in module.state_dict()}
+    load_state_dict_strictly(module, converted, origin, rename={**named, **back})

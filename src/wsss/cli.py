@@ -29,15 +29,15 @@ def _train(arguments: list[str]) -> int:
 
 
 def _eval(arguments: list[str]) -> int:
-    from wsss.inference import eval_main
+    from wsss.evaluate import main
 
-    return eval_main(arguments)
+    return main(arguments)
 
 
 def _predict(arguments: list[str]) -> int:
-    from wsss.inference import predict_main
+    from wsss.predict import main
 
-    return predict_main(arguments)
+    return main(arguments)
 
 
 def _parity(arguments: list[str]) -> int:

@@ -56,6 +56,7 @@ class Budget:
         global_batch_size: images a step over all devices.
         crop_size: side of a training crop in pixels.
         local_size: side of a local crop in pixels.
+        cam_size: side of the square to which images are squashed for CAM scores; None: native.
         eval_every: steps between validations.
     """
 
@@ -64,6 +65,7 @@ class Budget:
     global_batch_size: int
     crop_size: int
     local_size: int
+    cam_size: int | None
     eval_every: int
 
 
@@ -108,7 +110,7 @@ def compose_config(overrides: Sequence[str], config_name: str = "train") -> Dict
     try:
         with initialize_config_dir(str(root / "conf"), version_base="1.3"):
             config = compose(config_name, [*overrides, search_path(root)])
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise WSSSError(_one_line(error, root / "conf" / f"{config_name}.yaml")) from error
     check_config(config)
     return config
@@ -207,7 +209,9 @@ def _check_node(
             _check_value(f"{prefix}{key}", value, parameters[key].annotation)
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in {*node, *supplied}:
-            raise WSSSError(f"{prefix}{key} is missing; give it on the command line: {prefix}{key}=...")
+            raise WSSSError(
+                f"{prefix}{key} is missing; give it on the command line: {prefix}{key}=..."
+            )
 
 
 def _check_value(path: str, value: Any, annotation: Any) -> None:
@@ -247,11 +251,13 @@ def _one_line(error: Exception, path: Path) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]}: unknown key{_nearest_in_config(match[1])}"
     if match := re.search(r"Could not find '([^']+)'", text):
-        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
-        group, _, choice = match[1].rpartition("/")
+        group, _, choice = match[1].partition("/")
+        folder = path.parent / group
+        folder = folder if folder.is_dir() else path.parents[1] / group  # experiments
+        options = sorted(
+            str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml")
+        )
         return f"{group}={choice}: no such choice{_nearest(choice, options)}"
-    if match := re.search(r"Could not override '?([^'.\s]+)'?\.|No match in the defaults list", text):
-        return " ".join(text.split())
     return " ".join(text.split())[:300] or f"{path} does not compose"
 
 
@@ -267,4 +273,5 @@ def nearest_key(key: str, config: DictConfig) -> str:
     node = OmegaConf.select(config, parent) if parent else config
     if not isinstance(node, DictConfig):
         return f"; there is no group {parent}"
-    return _nearest(name, [str(other) for other in node], f"{parent}." if parent else "")
+    names = [str(other) for other in node if other != "_target_"]
+    return _nearest(name, names, f"{parent}." if parent else "")

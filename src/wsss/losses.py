@@ -1,4 +1,4 @@
-"""Segmentation losses of ToCo: balanced cross-entropy and gated dense energy (toco.md section 2)."""
+"""ToCo's segmentation losses: balanced cross-entropy, gated dense energy (toco.md section 2)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def balanced_segmentation_loss(
     return total
 
 
-def _energy_features(images: Tensor, *, sigma_rgb: float, sigma_xy: float) -> Tensor:
+def energy_features(images: Tensor, *, sigma_rgb: float, sigma_xy: float) -> Tensor:
     """Position and colour of every pixel in units of the kernel: (B, N, 5)."""
     batch, _, height, width = images.shape
     columns = torch.arange(width, device=images.device, dtype=images.dtype)
@@ -138,9 +138,9 @@ def energy_inputs(
         Reduced images as 0-255 floats (nearest), probabilities (bilinear, differentiable), box
         mask (B, 1, h, w) and gate (B, 1, h, w).
     """
-    colour_mean = images.new_tensor(mean).view(3, 1, 1)
-    colour_std = images.new_tensor(std).view(3, 1, 1)
-    colours = F.interpolate((images * colour_std + colour_mean) * 255, scale_factor=scale_factor)
+    colour_mean = images.new_tensor([255 * m for m in mean]).view(3, 1, 1)
+    colour_std = images.new_tensor([255 * s for s in std]).view(3, 1, 1)
+    colours = F.interpolate(images * colour_std + colour_mean, scale_factor=scale_factor)
     reduced = F.interpolate(prob, scale_factor=scale_factor, mode="bilinear", align_corners=False)
     inside = inside_boxes(boxes.to(images.device), *images.shape[-2:])[:, None].to(prob.dtype)
     roi = F.interpolate(inside, scale_factor=scale_factor)
@@ -185,7 +185,7 @@ def dense_energy_from_prob(
         std=std,
         ignore_index=ignore_index,
     )
-    features = _energy_features(colours, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy * scale_factor)
+    features = energy_features(colours, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy * scale_factor)
     filtered = filter_maps(features, reduced.detach() * roi, kernel)
     if kernel == "gaussian":
         filtered = filtered * gaussian_scale

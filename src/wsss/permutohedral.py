@@ -23,14 +23,17 @@ def _elevate(features: Tensor) -> Tensor:
     """Embed (P, d) features in the hyperplane of R^(d+1) whose coordinates sum to zero.
 
     The factor sqrt(2/3) * (d + 1) makes the whole filter's standard deviation 1 in feature units.
+    The order of the operations is that of the C++ filters, so that float32 rounds alike.
     """
     d = features.shape[1]
-    axis = torch.arange(d, dtype=torch.float64, device=features.device)
-    scale = math.sqrt(2.0 / 3.0) * (d + 1) / torch.sqrt((axis + 1) * (axis + 2))
-    scaled = features * scale.to(features.dtype)
-    # Coordinate j holds the sum of the scaled features from j on, less j times feature j - 1.
-    tail = F.pad(scaled.flip(1).cumsum(1).flip(1), (0, 1))
-    return tail - F.pad(scaled * (axis + 1).to(features.dtype), (1, 0))
+    spread = torch.tensor(math.sqrt(2.0 / 3.0) * (d + 1)).item()  # rounded to float32
+    tail = torch.zeros_like(features[:, 0])
+    columns = []
+    for axis in range(d, 0, -1):
+        scaled = features[:, axis - 1] * (spread / math.sqrt(axis * (axis + 1)))
+        columns.append(tail - axis * scaled)
+        tail = tail + scaled
+    return torch.stack([tail, *reversed(columns)], dim=1)
 
 
 def _enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,8 +47,9 @@ def _enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         remainder 0 .. d, which sum to 1.
     """
     size = elevated.shape[1]
-    up = torch.ceil(elevated / size) * size
-    down = torch.floor(elevated / size) * size
+    inverse = 1 / size  # multiplied by, as in the C++ filters
+    up = torch.ceil(elevated * inverse) * size
+    down = torch.floor(elevated * inverse) * size
     nearest = torch.where(up - elevated < elevated - down, up, down)
     excess = (nearest.sum(1) / size).round().long()
 
@@ -63,7 +67,7 @@ def _enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rank += shift * size
     nearest = nearest + shift * size
 
-    delta = (elevated - nearest) / size
+    delta = (elevated - nearest) * inverse
     weights = torch.zeros(len(elevated), size + 1, dtype=elevated.dtype, device=elevated.device)
     weights.scatter_add_(1, size - 1 - rank, delta)
     weights.scatter_add_(1, size - rank, -delta)
@@ -101,7 +105,8 @@ class PermutohedralLattice:
 
         image = torch.arange(batch, device=points.device).repeat_interleave(len(points) // batch)
         keys, strides = self._packed_keys(vertex, rank, image)
-        order = keys.flatten().argsort()
+        # Stable, so that each vertex sums its points in their own order: the same bits every time.
+        order = keys.flatten().argsort(stable=True)
         unique, vertex_of, counts = torch.unique_consecutive(
             keys.flatten()[order], return_inverse=True, return_counts=True
         )
@@ -126,9 +131,7 @@ class PermutohedralLattice:
         d = size - 1
         remainder = torch.arange(size, device=vertex.device)
         # Vertex r of the simplex lies at +r, or at r - (d + 1) where the rank is among the last r.
-        step = remainder[None, :, None] - size * (
-            rank[:, None, :d] > d - remainder[None, :, None]
-        )
+        step = remainder[None, :, None] - size * (rank[:, None, :d] > d - remainder[None, :, None])
         coordinates = vertex[:, None, :d] + step
         low, high = coordinates.amin((0, 1)), coordinates.amax((0, 1))
         # A blur neighbour is up to d away: with that margin it cannot alias another key.

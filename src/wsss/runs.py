@@ -47,7 +47,9 @@ def build_module(
         num_classes: K, foreground classes.
         with_weights: load the backbone's stated weights; False when a checkpoint follows.
     """
-    settings = dict(config["backbone"]) if with_weights else {**config["backbone"], "weights": "random"}
+    settings = (
+        dict(config["backbone"]) if with_weights else {**config["backbone"], "weights": "random"}
+    )
     backbone: Backbone = instantiate(settings, _convert_="all")
     module: WSSSModule = instantiate(
         config["method"], backbone=backbone, num_classes=num_classes, _convert_="all"

@@ -1,6 +1,8 @@
 """``wsss train``: compose, train, evaluate, and leave a run folder that says how it was made."""
 
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +10,16 @@ import lightning
 import torch
 from hydra import main as hydra_main
 from hydra.utils import instantiate
+from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig
 
-from wsss.config import check_config, compose_config, config_hash, config_root, plain, search_path
+from wsss.config import check_config, compose_config, config_root, plain, search_path
 from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import Evaluator
 from wsss.evaluation.protocol import Protocol
-from wsss.methods.base import WSSSModule
 from wsss.reporting import evaluate_and_report
 from wsss.results.store import RESULTS_FILE, read_results
 from wsss.runs import LAST_CHECKPOINT, build_data, build_module, run_folder, write_config
@@ -77,15 +79,16 @@ def train(config: dict[str, Any]) -> Path:
     if checkpoint.is_file():
         print(f"resuming {folder}")
     print(f"run folder: {folder}")
-    trainer.fit(
-        module,
-        datamodule=data,
-        ckpt_path=str(checkpoint) if checkpoint.is_file() else None,
-        weights_only=True,
-    )
-    if trainer.interrupted:
-        print(f"interrupted at step {trainer.global_step}; the same command resumes", file=sys.stderr)
-        raise SystemExit(130)
+    try:
+        trainer.fit(
+            module,
+            datamodule=data,
+            ckpt_path=str(checkpoint) if checkpoint.is_file() else None,
+            weights_only=True,
+        )
+    except SystemExit as leave:  # how Lightning ends after Ctrl-C
+        print(f"stopped at step {trainer.global_step}; the same command resumes", file=sys.stderr)
+        raise SystemExit(130) from leave
     evaluate_and_report(
         module,
         data,
@@ -94,6 +97,7 @@ def train(config: dict[str, Any]) -> Path:
         folder=folder,
         splits=[data.val_split, *data.test_splits],
         step=trainer.global_step,
+        device=trainer.strategy.root_device,
         logger=_wandb(trainer),
     )
     return folder
@@ -104,9 +108,8 @@ def build_trainer(
 ) -> lightning.Trainer:
     """The Trainer of a configuration with the callbacks that every run has."""
     every = config["budget"]["eval_every"]
-    per_epoch = max(len(data.train_dataloader()) // config["trainer"]["accumulate_grad_batches"], 1)
     callbacks: list[Callback] = [
-        SaveOnInterrupt(folder / LAST_CHECKPOINT),
+        SaveOnStop(folder / LAST_CHECKPOINT),
         ModelCheckpoint(
             dirpath=folder / LAST_CHECKPOINT.parent,
             filename=LAST_CHECKPOINT.stem,
@@ -120,7 +123,6 @@ def build_trainer(
     loggers: list[Logger] = [CSVLogger(folder, name="logs", version="")]
     if config["logger"]["wandb"]:
         loggers.append(make_wandb_logger(config, folder))
-    del per_epoch
     return instantiate(
         config["trainer"],
         callbacks=callbacks,
@@ -134,18 +136,60 @@ def build_trainer(
     )
 
 
-class SaveOnInterrupt(Callback):
-    """Leaves a checkpoint that resumes when a run is stopped by Ctrl-C or an error."""
+class SaveOnStop(Callback):
+    """A checkpoint whenever training stops: at the end, on Ctrl-C, on an error.
+
+    Ctrl-C waits for the step in progress, so that what is saved stands between two steps; a second
+    one stops at once and leaves the previous checkpoint.
+
+    Args:
+        path: the checkpoint to write.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.asked = False
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Take over Ctrl-C; sweeps and notebooks may train outside the main thread, without it."""
+        if threading.current_thread() is threading.main_thread():
+            self.default = signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self.default)
+        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        """Stop here if asked to."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        """Stop here if asked to."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """The last iterate is the result; nothing is selected on a validation split."""
+        trainer.save_checkpoint(self.path)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give Ctrl-C back."""
+        if hasattr(self, "default"):
+            signal.signal(signal.SIGINT, self.default)
 
     def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+        self, trainer: lightning.Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save where training stood, unless the weights themselves are what broke."""
+        """Save where training stood, unless the weights are what broke or a step was cut."""
+        cut = isinstance(exception, KeyboardInterrupt) and not self.asked
         finite = all(bool(torch.isfinite(p).all()) for p in pl_module.parameters())
-        if trainer.global_step > 0 and finite:
+        if trainer.global_step > 0 and finite and not cut:
             trainer.save_checkpoint(self.path)
 
 
@@ -153,7 +197,7 @@ class NamedLosses(TQDMProgressBar):
     """Progress bar with the named losses, without Lightning's version number."""
 
     def get_metrics(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+        self, trainer: lightning.Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         """Losses without their ``train/`` prefix."""
         metrics = super().get_metrics(trainer, pl_module)

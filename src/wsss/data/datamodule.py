@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from wsss.data.builtin import minivoc_root
 from wsss.data.samplers import TrainSampler, UnpaddedDistributedSampler
 from wsss.data.voc import (
     TrainTransform,
@@ -56,6 +57,10 @@ def make_loader(
     )
 
 
+def _hash_names(names: Sequence[str]) -> str:
+    return hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
+
+
 class WSSSDataModule(L.LightningDataModule):
     """A VOC-layout data set: one split to train on, others to evaluate.
 
@@ -70,7 +75,7 @@ class WSSSDataModule(L.LightningDataModule):
 
     Args:
         name: of the data set, for reports.
-        root: see `wsss.data.voc.find_voc_root`.
+        root: see `wsss.data.voc.find_voc_root`; ``builtin`` is MiniVOC inside the package.
         class_names: the K foreground classes.
         train_split: list to train on; its masks are never opened by training (unless the image
             labels are taken from them).
@@ -108,7 +113,7 @@ class WSSSDataModule(L.LightningDataModule):
         if limit is not None and limit < 1:
             raise WSSSError(f"data.limit is {limit}; expected at least 1, or null for all images")
         self.name = name
-        self.root = Path(root)
+        self.root = minivoc_root() if str(root) == "builtin" else Path(root)
         self.class_names = check_class_names(class_names)
         self.train_split = train_split
         self.val_split = val_split
@@ -132,8 +137,7 @@ class WSSSDataModule(L.LightningDataModule):
 
     def list_hash(self, split: str) -> str:
         """Returns the sha256 of the split's names in use, one a line, in their order."""
-        names = read_split(find_voc_root(self.root), split)[: self.limit]
-        return hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
+        return _hash_names(read_split(find_voc_root(self.root), split)[: self.limit])
 
     def setup(self, stage: str) -> None:
         """Builds the data sets of a stage, so that bad data is named before anything else runs."""
@@ -242,7 +246,7 @@ class WSSSDataModule(L.LightningDataModule):
     def _order_identity(self) -> dict[str, Any]:
         """What must be unchanged for a position in the epoch to mean the same images."""
         return {
-            "training list (sha256)": self.list_hash(self.train_split),
+            "training list (sha256)": _hash_names(self._make_train_dataset().names),
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -208,13 +209,11 @@ class ThresholdConfusion(Metric):
 
     def __init__(self, *, num_classes: int, thresholds: Sequence[float]) -> None:
         super().__init__()
-        pairs = zip(thresholds, thresholds[1:], strict=False)
-        if not thresholds or any(a >= b for a, b in pairs) or not 0 <= thresholds[0] <= 1:
+        ascending = all(low < high for low, high in pairwise(thresholds))
+        if not thresholds or not ascending or thresholds[0] < 0 or thresholds[-1] > 1:
             raise WSSSError(
                 f"CAM thresholds must be ascending values in [0, 1], got {list(thresholds)}"
             )
-        if thresholds[-1] > 1:
-            raise WSSSError(f"CAM thresholds must lie in [0, 1], got {thresholds[-1]}")
         self.num_classes = num_classes
         self.thresholds = tuple(float(t) for t in thresholds)
         shape = (len(thresholds) + 1, num_classes, num_classes - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,21 +12,22 @@ from torchmetrics.utilities import dim_zero_cat
 from wsss.errors import WSSSError
 
 
-@dataclass(frozen=True)
-class ImageScores:
+class ImageScores(NamedTuple):
     """Multi-label classification scores of a data set.
 
     Attributes:
-        average_precision: (K,) float64, NaN for a class without a positive image.
+        average_precision: K values, NaN for a class without a positive image.
         mean_average_precision: Mean of the above over the classes that occur.
         f1: Macro F1 at probability 0.5, over the classes that occur.
         f1_images: F1 of each image's label set at probability 0.5, averaged over images.
+        num_images: Number of images.
     """
 
-    average_precision: Tensor
+    average_precision: tuple[float, ...]
     mean_average_precision: float
     f1: float
     f1_images: float
+    num_images: int
 
 
 def average_precision(logits: Tensor, labels: Tensor) -> Tensor:
@@ -126,8 +127,9 @@ class ImageLevelScores(Metric):
         ap = average_precision(logits, labels)
         predicted = logits > 0
         return ImageScores(
-            average_precision=ap,
+            average_precision=tuple(ap.tolist()),
             mean_average_precision=ap.nanmean().item(),
             f1=f1_per_axis(predicted, labels, 0).nanmean().item(),
             f1_images=f1_per_axis(predicted, labels, 1).nanmean().item(),
+            num_images=len(logits),
         )

@@ -284,7 +284,9 @@ class ToCo(WSSSModule):
     ) -> None:
         super().__init__(backbone=backbone, num_classes=num_classes, max_steps=max_steps)
         if not -backbone.depth <= aux_layer < backbone.depth:
-            raise WSSSError(f"method.aux_layer={aux_layer}: the backbone has {backbone.depth} blocks")
+            raise WSSSError(
+                f"method.aux_layer={aux_layer}: the backbone has {backbone.depth} blocks"
+            )
         if not 0 <= low_threshold <= high_threshold <= 1:
             raise WSSSError(
                 f"method: expected 0 <= low_threshold <= high_threshold <= 1, got "
@@ -440,7 +442,11 @@ class ToCo(WSSSModule):
         heads = [self.classifier, self.aux_classifier, self.ctc_student]
         head_lr = self.lr * self.head_lr_factor
         return [
-            {"name": "encoder", "params": [p for n, p in encoder if "norm" not in n], "lr": self.lr},
+            {
+                "name": "encoder",
+                "params": [p for n, p in encoder if "norm" not in n],
+                "lr": self.lr,
+            },
             {"name": "norms", "params": [p for n, p in encoder if "norm" in n], "lr": self.lr},
             {
                 "name": "heads",
@@ -510,9 +516,7 @@ class ToCo(WSSSModule):
         return ctc_loss(student, teacher, local.flags, self.temperature)
 
     @torch.no_grad()
-    def _pseudo_labels(
-        self, images: Tensor, cam: Tensor, labels: Tensor, boxes: Tensor
-    ) -> Tensor:
+    def _pseudo_labels(self, images: Tensor, cam: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
         """PAR-refined pseudo labels (B, H, W), 255 where undecided or padded."""
         pixels = denormalise(images)
         pixels = pixels.trunc() if self.official_compat else pixels.round()

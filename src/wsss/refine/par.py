@@ -24,6 +24,8 @@ class PAR(nn.Module):
     The weights of a pixel add up to 1.01 and are not renormalised.
     """
 
+    position: Tensor  # (n,) weights by distance alone
+
     def __init__(
         self, *, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24), num_iter: int = 10
     ) -> None:

@@ -1,0 +1,51 @@
+"""``KEY=VALUE`` arguments of the verbs that are not composed by Hydra."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wsss.config import nearest_key
+from wsss.errors import WSSSError
+
+T = TypeVar("T")
+
+
+def parse_arguments(
+    schema: type[T], arguments: Sequence[str], *, passed_on: Sequence[str] = ()
+) -> tuple[T, list[str]]:
+    """Read arguments into a dataclass; missing ones are those without a default.
+
+    Args:
+        schema: a dataclass of plain types; its defaults are the arguments' defaults.
+        arguments: ``KEY=VALUE`` strings.
+        passed_on: groups (``eval``, ``data``) whose keys belong to a stored configuration.
+
+    Returns:
+        The dataclass, and the arguments that are passed on.
+
+    Raises:
+        WSSSError: not ``KEY=VALUE``, unknown key, wrong type, missing key.
+    """
+    own: list[str] = []
+    others: list[str] = []
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if not equals:
+            raise WSSSError(f"{argument!r}: expected KEY=VALUE")
+        (others if key.split(".")[0] in passed_on else own).append(argument)
+    known = OmegaConf.structured(schema)
+    for argument in own:
+        key = argument.partition("=")[0]
+        if key not in {field.name for field in fields(schema)}:  # type: ignore[arg-type]
+            raise WSSSError(f"{key}: unknown key{nearest_key(key, known)}")
+    try:
+        merged: Any = OmegaConf.merge(known, OmegaConf.from_dotlist(own))
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise WSSSError(f"{missing[0]} is missing; give {missing[0]}=...")
+        return OmegaConf.to_object(merged), others  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise WSSSError(" ".join(str(error).split("\n")[0].split())) from error

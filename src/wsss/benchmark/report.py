@@ -1,0 +1,117 @@
+"""Figures of the benchmark as a summary for JSON and as a table."""
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ORDER = ("forward", "cam", "pseudo_labels", "energy", "backward", "optimiser", "rest")
+
+
+def summarise(config: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Add median, fastest step, images per second and ratios to ours (the first result).
+
+    Args:
+        config: arguments of the benchmark.
+        results: one entry a side, as :func:`wsss.benchmark.runner.run_side` returns them.
+
+    Returns:
+        What ``out=`` holds.
+    """
+    sides = []
+    for result in results:
+        seconds = [step["seconds"] for step in result["steps"]]
+        fastest = min(result["steps"], key=lambda step: step["seconds"])
+        side = {key: value for key, value in result.items() if key != "machine"}
+        side["fastest_seconds"] = fastest["seconds"]
+        side["median_seconds"] = median(seconds)
+        side["images_per_second"] = config["batch_size"] / fastest["seconds"]
+        # phases of one step, so that they add up to it
+        side["fastest_phases"] = fastest["phases"]
+        sides.append(side)
+    ours = sides[0]
+    for side in sides[1:]:
+        side["ratio_fastest"] = side["fastest_seconds"] / ours["fastest_seconds"]
+        side["ratio_median"] = side["median_seconds"] / ours["median_seconds"]
+        side["ratio_memory"] = side["peak_memory_bytes"] / ours["peak_memory_bytes"]
+        side["largest_loss_difference"] = _loss_difference(side["losses"], ours["losses"])
+    return {"arguments": config, "machine": results[0]["machine"], "sides": sides}
+
+
+def _loss_difference(losses: dict[str, float], reference: dict[str, float]) -> float:
+    """Largest difference among the losses that both sides computed; relative for those above 1."""
+    return max(
+        abs(losses[name] - value) / max(abs(value), 1.0)
+        for name, value in reference.items()
+        if name in losses
+    )
+
+
+def show(summary: dict[str, Any], console: Console) -> None:
+    """Print phases of ours beside the official way, then the single savings."""
+    arguments, sides = summary["arguments"], summary["sides"]
+    shown = [side for side in sides if len(side["switched_off"]) != 1]
+    title = (
+        f"{arguments['method']}, {arguments['backbone']}, {arguments['image_size']} px, "
+        f"batch {arguments['batch_size']}, {arguments['dtype']}, stage {arguments['stage']}"
+    )
+    machine = summary["machine"]
+    table = Table(
+        title=title,
+        caption=f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; "
+        "phases of the fastest step",
+    )
+    table.add_column("phase")
+    for side in shown:
+        table.add_column(f"{side['name']}, s", justify="right")
+        table.add_column("share", justify="right")
+    if len(shown) == 2:
+        table.add_column("saved, s", justify="right")
+    for phase in ORDER:
+        values = [side["fastest_phases"].get(phase, 0.0) for side in shown]
+        cells = [phase.replace("_", " ")]
+        for side, value in zip(shown, values, strict=True):
+            cells += [f"{value:.3f}", f"{value / side['fastest_seconds']:.0%}"]
+        if len(shown) == 2:
+            cells.append(f"{values[1] - values[0]:+.3f}")
+        table.add_row(*cells)
+    table.add_section()
+    for label, key, scale, form in (
+        ("step, fastest", "fastest_seconds", 1, ".3f"),
+        ("step, median", "median_seconds", 1, ".3f"),
+        ("images/s", "images_per_second", 1, ".3f"),
+        ("peak memory, GiB", "peak_memory_bytes", 2**-30, ".2f"),
+    ):
+        table.add_row(label, *[c for s in shown for c in (f"{s[key] * scale:{form}}", "")])
+    console.print(table)
+    for side in shown[1:]:
+        console.print(
+            f"{side['name']}: {side['ratio_fastest']:.2f} times the time of ours (fastest; median "
+            f"{side['ratio_median']:.2f}), {side['ratio_memory']:.2f} times the memory; losses "
+            f"differ by at most {side['largest_loss_difference']:.1e}"
+        )
+    _show_single(summary, console)
+
+
+def _show_single(summary: dict[str, Any], console: Console) -> None:
+    """Our step with one saving switched off at a time."""
+    ours = summary["sides"][0]
+    single = [side for side in summary["sides"] if len(side["switched_off"]) == 1]
+    if not single:
+        return
+    table = Table(
+        title="one saving switched off at a time", caption="relative to ours, fastest step"
+    )
+    for name in ("saving switched off", "step, s", "more, s", "time", "memory"):
+        table.add_column(name, justify="left" if name.startswith("saving") else "right")
+    for side in sorted(single, key=lambda side: -side["ratio_fastest"]):
+        table.add_row(
+            side["switched_off"][0],
+            f"{side['fastest_seconds']:.3f}",
+            f"{side['fastest_seconds'] - ours['fastest_seconds']:+.3f}",
+            f"x {side['ratio_fastest']:.2f}",
+            f"x {side['ratio_memory']:.2f}",
+        )
+    console.print(table)

@@ -1,0 +1,236 @@
+"""One side of the benchmark: build, make a batch, time steps. Runs in its own process."""
+
+import platform
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wsss.benchmark.toco_official import OfficialToCo, Savings
+from wsss.errors import WSSSError
+from wsss.methods.base import Batch
+from wsss.methods.toco import ToCo
+from wsss.runs import build_module, compose_run
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way of computing the step.
+
+    Attributes:
+        name: as printed.
+        target: class that replaces the method's own, or None for the method as it trains.
+        off: the savings that are switched off.
+    """
+
+    name: str
+    target: str | None
+    off: tuple[str, ...]
+
+
+@dataclass
+class Stopwatch:
+    """Adds up the time of named phases; inside a nested phase only the inner one counts.
+
+    Attributes:
+        device: synchronised at every boundary where it is a GPU.
+        seconds: phase -> exclusive seconds since the last :meth:`reset`.
+    """
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+    _open: list[str] = field(default_factory=list)
+    _since: float = 0.0
+
+    def now(self) -> float:
+        """Seconds, after all work submitted so far is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def reset(self) -> None:
+        """Forget all phases."""
+        self.seconds = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time a phase; the enclosing one pauses meanwhile."""
+        self._switch()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._open.pop()
+
+    def _switch(self) -> None:
+        """Credit the time since the last boundary to the innermost open phase."""
+        now = self.now()
+        if self._open:
+            name = self._open[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+def run_side(config: dict[str, Any], side: Side) -> dict[str, Any]:
+    """Time one side.
+
+    Args:
+        config: fields of ``BenchmarkConfig``.
+        side: which way of computing.
+
+    Returns:
+        Per-step seconds and phases, losses of the very first step, peak memory, the machine.
+
+    Raises:
+        WSSSError: no such device, out of GPU memory, a configuration that does not compose.
+    """
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    device = _device(config["device"])
+    torch.manual_seed(config["seed"])
+    module = build(config, side).to(device).train()
+    batch = make_batch(config, device)
+    try:
+        steps, losses = _steps(config, module, batch, device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise WSSSError(
+            f"{side.name}: out of GPU memory; lower batch_size or image_size"
+        ) from error
+    memory, kind = peak_memory(device)
+    return {
+        "name": side.name,
+        "switched_off": list(side.off),
+        "steps": steps,
+        "losses": losses,
+        "peak_memory_bytes": memory,
+        "peak_memory_kind": kind,
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def build(config: dict[str, Any], side: Side) -> ToCo:
+    """The module of a side, with random weights drawn after the seed that is set."""
+    # local crops keep the proportion of VOC's settings: 96 of 448 px, whole patches of 16
+    local = max(16, round(config["image_size"] * 96 / 448 / 16) * 16)
+    run = compose_run(
+        [
+            f"method={config['method']}",
+            "data=voc",
+            "data.root=unset",
+            f"backbone={config['backbone']}",
+            "backbone.weights=random",
+            f"budget.crop_size={config['image_size']}",
+            f"budget.local_size={local}",
+        ]
+    )
+    if side.target:
+        run["method"]["_target_"] = side.target
+    module = build_module(run, config["num_classes"])
+    assert isinstance(module, ToCo)
+    if isinstance(module, OfficialToCo):
+        module.use_savings(Savings(**{f.name: f.name not in side.off for f in fields(Savings)}))
+    return module
+
+
+def make_batch(config: dict[str, Any], device: torch.device) -> Batch:
+    """A random training batch: smooth images, one to three classes, every second image padded.
+
+    The shapes are those of ``wsss.data.transforms.ToCoViews``.
+    """
+    size, count = config["image_size"], config["batch_size"]
+    views = [_smooth_images(count, size) for _ in range(3)]
+    boxes = torch.tensor([[0, size, 0, size]]).repeat(count, 1)
+    boxes[1::2] = torch.tensor([size // 8, size - size // 8, 0, size - size // 16])
+    for b, (r0, r1, c0, c1) in enumerate(boxes.tolist()):
+        padding = torch.ones(size, size, dtype=torch.bool)
+        padding[r0:r1, c0:c1] = False
+        views[0][b, :, padding] = 0
+    labels = torch.zeros(count, config["num_classes"])
+    for b in range(count):
+        present = torch.randperm(config["num_classes"])[: 1 + b % 3]
+        labels[b, present] = 1
+    named = zip(("image", "view2", "local_view"), views, strict=True)
+    batch = {**dict(named), "labels": labels, "box": boxes}
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _smooth_images(count: int, size: int) -> Tensor:
+    """Normalised images (B, 3, H, W) of broad colour patches with a little grain."""
+    patches = F.interpolate(torch.randn(count, 3, 8, 8), size=(size, size), mode="bicubic")
+    return patches + 0.05 * torch.randn(count, 3, size, size)
+
+
+def _steps(
+    config: dict[str, Any], module: ToCo, batch: Batch, device: torch.device
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Timed optimisation steps, and the losses of the very first one."""
+    watch = Stopwatch(device)
+    module.phase = watch  # type: ignore[method-assign, assignment]
+    optimizer = module.optimizer(module.param_groups())
+    number = 0 if config["stage"] == "before" else module.max_steps - 1
+    half = config["dtype"] == "bfloat16"
+    steps: list[dict[str, Any]] = []
+    losses: dict[str, float] = {}
+    for index in range(config["warmup"] + config["repeats"]):
+        watch.reset()
+        start = watch.now()
+        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+            result = module.compute_losses(batch, number)
+        with watch("backward"):
+            result.total.backward()
+        with watch("optimiser"):
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds = watch.now() - start
+        if index == 0:
+            losses = {name: loss.item() for name, loss in result.losses.items()}
+        del result
+        if index >= config["warmup"]:
+            # what no phase claims: token labels, crops and glue
+            rest = seconds - sum(watch.seconds.values())
+            steps.append({"seconds": seconds, "phases": {**watch.seconds, "rest": rest}})
+    return steps, losses
+
+
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """Peak bytes of this process, and what they count."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "GPU memory allocated"
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # not ru_maxrss, which a child inherits from the process that started it
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert match is not None
+        return int(match[1]) * 1024, "resident set of the process"
+    import resource
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * unit, "resident set of the process"
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise WSSSError("device=cuda: torch sees no GPU; use device=cpu or device=auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    return match[1] if match else platform.processor() or "CPU"

@@ -1,0 +1,177 @@
+"""From a module's ``forward`` and ``cams`` to maps at mask size, as a protocol says.
+
+Evaluation, the gallery and `wsss predict` share these functions, so that what one looks at is what
+was scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol as Interface
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsss.evaluation.protocol import Merge, Protocol
+from wsss.pseudo_labels import cam_to_label_with_ignore, refine_cam_to_label
+from wsss.refine.par import PAR
+
+
+class OutputsLike(Interface):
+    """Result of a forward pass (`wsss.methods.base.Outputs`)."""
+
+    @property
+    def class_logits(self) -> Tensor:
+        """(B, K) image-level logits."""
+
+    @property
+    def seg_logits(self) -> Tensor | None:
+        """(B, K+1, h, w) logits with the background first, or None."""
+
+
+class ModuleLike(Interface):
+    """All that evaluation may see of a method."""
+
+    def __call__(self, images: Tensor) -> OutputsLike:
+        """Logits of normalised images (B, 3, H, W)."""
+
+    def cams(self, images: Tensor, labels: Tensor) -> Tensor:
+        """(B, K, H, W) maps in [0, 1], zero for classes that ``labels`` (B, K) does not hold."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Logits of a batch.
+
+    Attributes:
+        class_logits: (B, K).
+        single: (B, K+1, H, W) single-scale logits at mask size, None without a segmentation head.
+        merged: The same over scales and flip; None where the protocol has only one scale.
+    """
+
+    class_logits: Tensor
+    single: Tensor | None
+    merged: Tensor | None
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every submodule gets its own former mode back.
+
+    It is ``no_grad`` and not ``inference_mode``, because a method may need gradients for its CAMs
+    and can then ask for them with ``torch.enable_grad``.
+    """
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+
+
+def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear resize without aligned corners, in float32; the same size is left untouched."""
+    maps = maps.float()
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _squash(images: Tensor, side: int | None) -> Tensor:
+    return images if side is None else resized(images, (side, side))
+
+
+def _merge(first: Tensor, second: Tensor, how: Merge) -> Tensor:
+    return first + second if how == "sum" else torch.maximum(first, second)
+
+
+def predict(
+    module: ModuleLike, images: Tensor, size: Sequence[int], protocol: Protocol
+) -> Prediction:
+    """Runs the module at every scale of the protocol.
+
+    The unflipped scale 1 is run once and serves the image-level logits, the single-scale result
+    and the merge. Order as in ToCo (toco.md section 5): logits to mask size, merge the mirror
+    image, then merge the scales.
+
+    Args:
+        module: The method, in eval mode.
+        images: (B, 3, H, W) normalised.
+        size: Height and width of the result.
+        protocol: Scales and merges.
+    """
+    images = _squash(images, protocol.resize)
+    outputs = module(images)
+    if outputs.seg_logits is None:
+        return Prediction(outputs.class_logits.float(), None, None)
+    single = resized(outputs.seg_logits, size)
+    merged: Tensor | None = None
+    for scale in protocol.seg_scales if protocol.multi_scale else ():
+        height, width = (max(1, int(scale * side)) for side in images.shape[-2:])
+        scaled = resized(images, (height, width))
+        logits = single if scale == 1 else _segment(module, scaled, size)
+        if protocol.flip:
+            mirrored = _segment(module, scaled.flip(-1), size).flip(-1)
+            logits = _merge(logits, mirrored, protocol.flip_merge)
+        merged = logits if merged is None else _merge(merged, logits, protocol.scale_merge)
+    return Prediction(outputs.class_logits.float(), single, merged)
+
+
+def _segment(module: ModuleLike, images: Tensor, size: Sequence[int]) -> Tensor:
+    logits = module(images).seg_logits
+    assert logits is not None  # the same module gave some at scale 1
+    return resized(logits, size)
+
+
+def localise(
+    module: ModuleLike, images: Tensor, labels: Tensor, size: Sequence[int], protocol: Protocol
+) -> Tensor:
+    """CAMs at mask size.
+
+    Args:
+        module: The method, in eval mode.
+        images: (B, 3, H, W) normalised.
+        labels: (B, K) in {0, 1}; CAMs of other classes are zero.
+        size: Height and width of the result.
+        protocol: Gives the size at which CAMs are computed.
+
+    Returns:
+        (B, K, H, W) in [0, 1].
+    """
+    cams = module.cams(_squash(images, protocol.cam_resize), labels)
+    return resized(cams, size) * labels[:, :, None, None].to(cams.device)
+
+
+def predicted_labels(class_logits: Tensor) -> Tensor:
+    """Classes above probability 0.5, and always the strongest one: (B, K) in {0, 1}."""
+    labels = (class_logits > 0).float()
+    return labels.scatter(1, class_logits.argmax(1, keepdim=True), 1.0)
+
+
+def pseudo_label(
+    par: PAR | None, rgb: Tensor, cams: Tensor, labels: Tensor, protocol: Protocol
+) -> Tensor:
+    """Pseudo labels as a method trains on them, but at mask size.
+
+    Args:
+        par: Refinement; used where the protocol says so.
+        rgb: (B, H, W, 3) uint8 images.
+        cams: (B, K, H, W) at the same size.
+        labels: (B, K) image-level labels.
+        protocol: Thresholds, which must be set.
+
+    Returns:
+        (B, H, W) int64 class ids, 255 where undecided.
+    """
+    high, low = protocol.cam_high, protocol.cam_low
+    if high is None or low is None:
+        raise ValueError("pseudo labels need cam_high and cam_low")
+    if par is None:
+        return cam_to_label_with_ignore(cams, labels, high=high, low=low)
+    images = rgb.to(cams.device).permute(0, 3, 1, 2).float() / 255
+    return refine_cam_to_label(par, images, cams, labels, high=high, low=low)

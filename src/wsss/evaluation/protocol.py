@@ -1,0 +1,224 @@
+"""What has to be said beside a number for it to mean something (design.md, "A number")."""
+
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import wsss
+from wsss.errors import WSSSError
+from wsss.refine.dense_crf import CRF_PRESETS, CRFPreset
+
+Merge = Literal["sum", "max"]
+
+ORACLE_THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(20))
+PACKAGES = ("torch", "timm", "lightning", "torchmetrics", "albumentations", "pydensecrf2")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a trained module is turned into numbers.
+
+    Attributes:
+        resize: Side of the square to which images are squashed before the segmentation forward
+            pass; None keeps the native size. Scores are always taken at the mask's size.
+        cam_resize: The same for CAMs; ToCo squashes them to 448 on VOC while it segments at
+            native size (toco.md section 5).
+        seg_scales: Scales of multi-scale segmentation.
+        flip: Whether multi-scale segmentation adds the mirror image.
+        flip_merge: How logits of an image and its mirror are merged.
+        scale_merge: How logits of the scales are merged.
+        crf: Name of a dense CRF preset, or None for no CRF.
+        crf_prune: Let only background and the image's labelled classes into the CRF. It uses
+            image labels, so it is refused unless ``use_image_labels`` is set.
+        cam_threshold: Declared background threshold of CAM seeds.
+        cam_high: Pseudo labels are foreground above it; None: no pseudo labels are scored.
+        cam_low: Pseudo labels are background up to it; 255 lies between.
+        refine: Refinement of pseudo labels, ``par`` or None.
+        use_image_labels: CAM seeds get the image's true classes (GT-known); otherwise those that
+            the module itself predicts.
+        oracle_thresholds: Thresholds of the curve whose best value is the oracle.
+    """
+
+    resize: int | None = None
+    cam_resize: int | None = None
+    seg_scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    flip_merge: Merge = "sum"
+    scale_merge: Merge = "sum"
+    crf: str | None = None
+    crf_prune: bool = False
+    cam_threshold: float = 0.5
+    cam_high: float | None = None
+    cam_low: float | None = None
+    refine: Literal["par"] | None = None
+    use_image_labels: bool = True
+    oracle_thresholds: tuple[float, ...] = ORACLE_THRESHOLDS
+
+    def __post_init__(self) -> None:
+        # YAML gives lists; a frozen, hashable protocol needs tuples.
+        for name in ("seg_scales", "oracle_thresholds"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        self._check_sizes()
+        self._check_thresholds()
+        if self.crf is not None and self.crf not in CRF_PRESETS:
+            names = ", ".join(CRF_PRESETS)
+            raise WSSSError(f"eval.crf={self.crf}: expected one of {names} or null")
+        if self.crf_prune and not self.use_image_labels:
+            raise WSSSError(
+                "eval.crf_prune=true uses image labels, which eval.use_image_labels=false "
+                "forbids; set one of the two"
+            )
+        for name in ("flip_merge", "scale_merge"):
+            if getattr(self, name) not in ("sum", "max"):
+                raise WSSSError(f"eval.{name}={getattr(self, name)}: expected sum or max")
+        if self.refine not in ("par", None):
+            raise WSSSError(f"eval.refine={self.refine}: expected par or null")
+
+    def _check_sizes(self) -> None:
+        for name in ("resize", "cam_resize"):
+            side = getattr(self, name)
+            if side is not None and side < 1:
+                raise WSSSError(f"eval.{name}={side}: expected a positive side in pixels or null")
+        if not self.seg_scales or min(self.seg_scales) <= 0:
+            raise WSSSError(f"eval.seg_scales={list(self.seg_scales)}: expected positive scales")
+
+    def _check_thresholds(self) -> None:
+        if not 0 <= self.cam_threshold <= 1:
+            raise WSSSError(f"eval.cam_threshold={self.cam_threshold}: expected 0..1")
+        high, low = self.cam_high, self.cam_low
+        if (high is None) != (low is None):
+            raise WSSSError("eval.cam_high and eval.cam_low: give both, or neither (null)")
+        if high is not None and low is not None and not 0 <= low <= high <= 1:
+            raise WSSSError(
+                f"eval.cam_high={high}, eval.cam_low={low}: expected 0 <= low <= high <= 1"
+            )
+        if not self.oracle_thresholds or not all(0 <= t <= 1 for t in self.oracle_thresholds):
+            raise WSSSError(
+                f"eval.oracle_thresholds={list(self.oracle_thresholds)}: expected values in 0..1"
+            )
+
+    @property
+    def crf_preset(self) -> CRFPreset | None:
+        """The parameters behind ``crf``."""
+        return None if self.crf is None else CRF_PRESETS[self.crf]
+
+    @property
+    def multi_scale(self) -> bool:
+        """Whether merged segmentation differs from the plain single-scale one."""
+        return self.flip or self.seg_scales != (1.0,)
+
+    @property
+    def curve_thresholds(self) -> tuple[float, ...]:
+        """Thresholds at which seeds are scored: the oracle's and the declared one, ascending."""
+        return tuple(sorted({*self.oracle_thresholds, self.cam_threshold}))
+
+    def during_training(self) -> Self:
+        """The cheap form for validation in training: one scale, no flip, no CRF, no pseudo labels.
+
+        Numbers under it are for watching a run and are not results.
+        """
+        return replace(
+            self,
+            seg_scales=(1.0,),
+            flip=False,
+            crf=None,
+            crf_prune=False,
+            cam_high=None,
+            cam_low=None,
+        )
+
+
+def git_commit() -> str | None:
+    """Commit of the source checkout with ``-dirty`` on local changes; None when installed.
+
+    Only a checkout that tracks this very file counts, so that an installed package does not
+    report the commit of whatever repository its environment happens to lie in.
+    """
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here.parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        commit = git("rev-parse", "HEAD")
+        return f"{commit}-dirty" if git("status", "--porcelain", "-uno") else commit
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that move numbers; None for one that is not installed."""
+    versions: dict[str, str | None] = {"wsss": wsss.__version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def protocol_card(
+    *,
+    protocol: Protocol,
+    split: str,
+    list_hash: str,
+    num_images: int,
+    backbone: Mapping[str, Any],
+    crop_size: int,
+    iterations: int,
+    global_batch_size: int,
+    seed: int,
+    supervision: str = "image labels",
+    selection: str = "last checkpoint",
+) -> dict[str, Any]:
+    """The card that is stored beside every number (field.md D, "Fairness card").
+
+    Args:
+        protocol: How the module was evaluated.
+        split: Name of the evaluated split.
+        list_hash: SHA-256 of its list.
+        num_images: Number of images that were counted.
+        backbone: Name, weights source, file hash and pretraining data, as the backbone tells.
+        crop_size: Side of a training crop in pixels.
+        iterations: Optimiser steps of the evaluated weights.
+        global_batch_size: Images a step.
+        seed: Seed of the run.
+        supervision: League of the training signal, such as ``image labels`` or ``masks``.
+        selection: How the checkpoint was chosen.
+
+    Returns:
+        Plain values, ready for JSON.
+    """
+    settings = asdict(protocol)
+    preset = protocol.crf_preset
+    return {
+        "split": split,
+        "list_sha256": list_hash,
+        "num_images": num_images,
+        **{field.name: settings[field.name] for field in fields(protocol) if field.name != "crf"},
+        "crf": None if preset is None else asdict(preset),
+        "cam_threshold_source": "declared in the configuration",
+        "oracle_threshold_source": "ground truth of this split",
+        "pseudo_labels_use_image_labels": True,
+        "segmentation_uses_image_labels": protocol.crf_prune,
+        "metric": "dataset-level confusion matrix, mean IoU over classes in the ground truth",
+        "backbone": dict(backbone),
+        "crop_size": crop_size,
+        "iterations": iterations,
+        "global_batch_size": global_batch_size,
+        "seed": seed,
+        "supervision": supervision,
+        "selection": selection,
+        "commit": git_commit(),
+        "versions": package_versions(),
+    }

@@ -1,0 +1,101 @@
+"""``wsss predict``: masks and overlays for one's own images."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import MISSING
+from PIL import Image
+from rich.progress import track
+
+from wsss.arguments import parse_arguments
+from wsss.data.images import ImageFolderDataset, voc_palette
+from wsss.errors import WSSSError
+from wsss.evaluation.inference import evaluating, localise, predict, predicted_labels
+from wsss.gallery import overlay
+from wsss.pseudo_labels import cam_to_label
+from wsss.refine.dense_crf import dense_crf
+from wsss.reporting import choose_device
+from wsss.runs import LoadedRun, load_run
+
+
+@dataclass
+class PredictArguments:
+    """Arguments of ``wsss predict``.
+
+    Attributes:
+        run: run folder or ``.ckpt`` file.
+        images: folder of images.
+        out: folder for masks and overlays.
+        device: ``auto``, ``cpu``, ``cuda``, ...
+    """
+
+    run: str = MISSING
+    images: str = MISSING
+    out: str = MISSING
+    device: str = "auto"
+
+
+def main(arguments: list[str]) -> int:
+    """The verb."""
+    chosen, overrides = parse_arguments(PredictArguments, arguments, passed_on=("eval",))
+    # no data set is opened here, so a run whose data lies elsewhere still predicts
+    run = load_run(Path(chosen.run), overrides)
+    images = ImageFolderDataset(Path(chosen.images))
+    out = Path(chosen.out)
+    if out.resolve() == Path(chosen.images).resolve():
+        raise WSSSError(f"out={out}: masks would lie among the images; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    device = choose_device(chosen.device)
+    run.module.to(device)
+    names = ["background", *run.data.class_names]
+    with evaluating(run.module):
+        for index in track(range(len(images)), description="predicting"):
+            item = images[index]
+            mask = predict_mask(run, item["image"].to(device), item["rgb"])
+            _save(mask, item["rgb"], out / item["name"])
+    (out / "classes.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(names)))
+    print(f"{len(images)} masks and overlays in {out}")
+    return 0
+
+
+def predict_mask(run: LoadedRun, image: torch.Tensor, rgb: np.ndarray) -> np.ndarray:
+    """Class ids of one image under the run's protocol.
+
+    A method without a segmentation head gives the CAMs of the classes it predicts, thresholded.
+
+    Args:
+        run: the loaded run.
+        image: (3, H, W), normalised.
+        rgb: (H, W, 3), uint8.
+
+    Returns:
+        uint8 (H, W).
+    """
+    size, protocol = rgb.shape[:2], run.protocol
+    prediction = predict(run.module, image[None], size, protocol)
+    logits = prediction.single if prediction.merged is None else prediction.merged
+    if logits is None:
+        labels = predicted_labels(prediction.class_logits)
+        cams = localise(run.module, image[None], labels, size, protocol)
+        label = cam_to_label(cams, labels, bg_threshold=protocol.cam_threshold)
+        return label[0].cpu().numpy().astype(np.uint8)
+    probability = logits[0].softmax(0).cpu().numpy()
+    if protocol.crf_preset is not None:
+        probability = dense_crf(rgb, probability, protocol.crf_preset)
+    return probability.argmax(0).astype(np.uint8)
+
+
+def _save(mask: np.ndarray, rgb: np.ndarray, stem: Path) -> None:
+    """Palette mask and overlay; each file appears whole or not at all."""
+    palette = Image.fromarray(mask, mode="P")
+    palette.putpalette(voc_palette())
+    for image, name in (
+        (palette, f"{stem.name}.png"),
+        (Image.fromarray(overlay(rgb, mask, voc_palette())), f"{stem.name}_overlay.jpg"),
+    ):
+        temporary = stem.with_name(f".{name}")
+        image.save(temporary, format="PNG" if name.endswith(".png") else "JPEG")
+        os.replace(temporary, stem.with_name(name))

@@ -1,0 +1,163 @@
+"""``results.json``: written whole or not at all, and read back with a check.
+
+Schema 1::
+
+    {"schema": 1, "method", "data", "seed", "config_hash", "status": "finished" | ...,
+     "splits": {split: {<metrics>, "per_class": {...}, "confusion": {...}, "protocol": {...}}}}
+
+Metrics are numbers, or null where a number does not exist (a model without a segmentation head, a
+class that the split never shows).
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from wsss.errors import WSSSError
+
+RESULTS_FILE = "results.json"
+SCHEMA = 1
+
+#: (heading, key, whether it is a percentage), in the order of the table.
+ROWS = (
+    ("CAM seed mIoU", "seed_miou", True),
+    ("CAM seed mIoU, predicted labels", "seed_miou_predicted_labels", True),
+    ("CAM seed mIoU, oracle threshold", "seed_miou_oracle", True),
+    ("  oracle threshold", "seed_threshold_oracle", False),
+    ("pseudo label mIoU, 255 as background", "pseudo_label_miou_ignored_as_background", True),
+    ("pseudo label mIoU, 255 excluded", "pseudo_label_miou_excluded", True),
+    ("  pseudo label coverage", "pseudo_label_coverage", True),
+    ("segmentation mIoU, single scale", "seg_miou", True),
+    ("segmentation mIoU, single scale + CRF", "seg_miou_crf", True),
+    ("segmentation mIoU, multi-scale", "seg_miou_ms", True),
+    ("segmentation mIoU, multi-scale + CRF", "seg_miou_ms_crf", True),
+    ("image mAP", "image_map", True),
+    ("image F1", "image_f1", True),
+)
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Writes results so that a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: Target, usually ``run folder / RESULTS_FILE``; its folder is created.
+        results: Content of the schema above. ``schema`` is added; NaN becomes null; tensors,
+            NumPy values, tuples and paths become plain values.
+    """
+    text = _compact_lists(
+        json.dumps(_plain({"schema": SCHEMA, **results}), indent=2, allow_nan=False)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private; results are to be shared
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Reads what :func:`write_results` wrote.
+
+    Raises:
+        WSSSError: If the file is missing, is no JSON or has another schema.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WSSSError(f"{path}: cannot be read ({error.strerror}); run `wsss eval`") from error
+    except ValueError as error:
+        raise WSSSError(f"{path}: not valid JSON ({error}); run `wsss eval` again") from error
+    found = results.get("schema") if isinstance(results, dict) else None
+    if found != SCHEMA:
+        raise WSSSError(f"{path}: schema {found}, expected {SCHEMA}; run `wsss eval` again")
+    return results
+
+
+def print_table(
+    results: Mapping[str, Any], *, console: Console | None = None, per_class: bool = False
+) -> None:
+    """Prints metrics as rows and splits as columns.
+
+    Args:
+        results: Content of the schema above.
+        console: Where to print; standard output by default.
+        per_class: Also print the table of IoUs per class of every split.
+    """
+    console = console or Console()
+    splits: Mapping[str, Mapping[str, Any]] = results["splits"]
+    title = " · ".join(str(results[key]) for key in ("method", "data") if key in results)
+    table = Table(title=title or None, title_justify="left")
+    table.add_column("metric")
+    for split in splits:
+        table.add_column(split, justify="right")
+    for heading, key, percent in ROWS:
+        values = [metrics.get(key) for metrics in splits.values()]
+        if any(value is not None for value in values):
+            table.add_row(heading, *(_cell(value, percent) for value in values))
+    console.print(table)
+    for split, metrics in splits.items():
+        for note in metrics.get("notes", []):
+            console.print(f"{split}: {note}")
+        if per_class:
+            console.print(per_class_table(metrics, title=f"{split}, per class (%)"))
+
+
+def per_class_table(metrics: Mapping[str, Any], *, title: str | None = None) -> Table:
+    """The per-class scores of one split as a table, one class a row.
+
+    Args:
+        metrics: One entry of ``splits``.
+        title: Heading.
+    """
+    columns: Mapping[str, list[Any]] = metrics["per_class"]
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="left" if name == "class" else "right")
+    for values in zip(*columns.values(), strict=True):
+        table.add_row(*(v if isinstance(v, str) else _cell(v, True) for v in values))
+    return table
+
+
+def _cell(value: float | None, percent: bool) -> str:
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{100 * value:.1f}" if percent else f"{value:.2f}"
+
+
+def _plain(value: Any) -> Any:
+    """Nested plain values; floats that JSON cannot express become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # tensors, NumPy arrays and scalars
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _compact_lists(text: str) -> str:
+    """Puts each innermost list of numbers on one line; a confusion matrix stays readable.
+
+    Only line breaks go, and JSON has none inside strings, so no value can change.
+    """
+    return re.sub(r"\[[\d\s.,eE+\-nul]*\]", lambda m: re.sub(r"\n\s*", " ", m[0]), text)

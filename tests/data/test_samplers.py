@@ -1,0 +1,62 @@
+import pytest
+
+from wsss.data.samplers import TrainSampler, UnpaddedDistributedSampler
+
+
+def train_order(replicas: int, *, epoch: int = 0) -> list[set[int]]:
+    """Images of each optimiser step, over all processes."""
+    shares = []
+    for rank in range(replicas):
+        sampler = TrainSampler(
+            length=50, global_batch_size=12, num_replicas=replicas, rank=rank, seed=1
+        )
+        sampler.set_epoch(epoch)
+        items = list(sampler)
+        assert len(items) == len(sampler) == 48 // replicas
+        assert {e for e, _ in items} == {epoch}
+        shares.append([index for _, index in items])
+    size = 12 // replicas
+    return [
+        {index for share in shares for index in share[step * size : (step + 1) * size]}
+        for step in range(4)
+    ]
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4])
+def test_steps_hold_the_same_images_for_any_number_of_processes(replicas: int) -> None:
+    assert train_order(replicas, epoch=2) == train_order(1, epoch=2)
+
+
+def test_an_epoch_repeats_no_image_and_epochs_differ() -> None:
+    first, second = train_order(1), train_order(1, epoch=1)
+    assert sum(map(len, first)) == len(set().union(*first)) == 48
+    assert first != second
+
+
+def test_start_skips_only_in_its_own_epoch() -> None:
+    def sampler(**changes: tuple[int, int]) -> TrainSampler:
+        return TrainSampler(
+            length=50, global_batch_size=10, num_replicas=1, rank=0, seed=1, **changes
+        )
+
+    whole, resumed = sampler(), sampler(start=(3, 20))
+    whole.set_epoch(3)
+    # before Lightning calls set_epoch the resumed sampler is in the right epoch already
+    assert list(resumed) == list(whole)[20:]
+    assert len(resumed) == 50
+    for each in (whole, resumed):
+        each.set_epoch(4)
+    assert list(resumed) == list(whole)
+
+
+@pytest.mark.parametrize(("length", "replicas"), [(10, 3), (2, 4), (7, 1)])
+def test_evaluation_counts_each_image_once(length: int, replicas: int) -> None:
+    shares = [
+        list(UnpaddedDistributedSampler(length=length, num_replicas=replicas, rank=rank))
+        for rank in range(replicas)
+    ]
+    assert sorted(index for share in shares for index in share) == list(range(length))
+    assert [len(share) for share in shares] == [
+        len(UnpaddedDistributedSampler(length=length, num_replicas=replicas, rank=rank))
+        for rank in range(replicas)
+    ]

@@ -1,0 +1,56 @@
+import torch
+from series import series
+
+from wsss.refine.par import PAR
+
+
+def test_values_of_the_specification() -> None:
+    image = 0.5 * series((1, 3, 32, 32), 0.05) + 0.5
+    first, third = series((32, 32), 0.013), series((32, 32), 0.11)
+    masks = torch.stack([first, -first, third]).softmax(0)[None]
+    refined = PAR()(image, masks)
+    expected = torch.tensor([414.596, 362.009, 354.528])
+    torch.testing.assert_close(refined.sum((0, 2, 3)), expected, rtol=0, atol=1e-3)
+    assert refined.argmax(1).flatten().bincount().tolist() == [718, 214, 92]
+
+
+def test_weights_add_up_to_one_hundred_and_one_percent() -> None:
+    images = torch.rand(2, 3, 17, 29, generator=torch.Generator().manual_seed(0))
+    affinity = PAR().affinity(images)
+    assert affinity.shape == (2, 48, 17, 29)
+    torch.testing.assert_close(affinity.sum(1), torch.full((2, 17, 29), 1.01))
+    constant = PAR(num_iter=3)(images, torch.full((2, 1, 17, 29), 0.5))
+    torch.testing.assert_close(constant, torch.full_like(constant, 0.5 * 1.01**3))
+
+
+def test_flat_image_has_no_nan() -> None:
+    refined = PAR()(torch.full((1, 3, 9, 9), 0.3), torch.rand(1, 2, 9, 9))
+    assert refined.isfinite().all()
+
+
+def test_small_masks_are_resized_with_aligned_corners() -> None:
+    images = torch.rand(1, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+    masks = torch.rand(1, 2, 5, 7, generator=torch.Generator().manual_seed(1))
+    par = PAR(num_iter=2)
+    full = torch.nn.functional.interpolate(
+        masks, size=(16, 20), mode="bilinear", align_corners=True
+    )
+    assert torch.equal(par(images, masks), par(images, full))
+
+
+def test_image_smaller_than_a_dilation() -> None:
+    assert PAR()(torch.rand(1, 3, 6, 5), torch.rand(1, 2, 6, 5)).shape == (1, 2, 6, 5)
+
+
+def test_a_mask_is_kept_inside_an_edge() -> None:
+    images = torch.zeros(1, 3, 32, 32)
+    images[..., 16:] = 1
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 12:] = 1  # four columns over the edge
+    refined = PAR()(images, mask) / 1.01**10
+    assert refined[0, 0, :, 18:].min() > 0.9
+    assert refined[0, 0, :, 12:15].max() < mask[0, 0, :, 12:15].min() * 0.6
+
+
+def test_buffers_follow_the_device_but_are_not_saved() -> None:
+    assert not PAR().state_dict()

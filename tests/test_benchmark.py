@@ -1,0 +1,272 @@
+"""The benchmark: both ways of computing agree, and the command measures and reports."""
+
+import json
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from wsss import benchmark
+from wsss.backbone import Backbone
+from wsss.benchmark.report import summarise
+from wsss.benchmark.runner import Side, Stopwatch, make_batch, peak_memory
+from wsss.benchmark.toco_official import OfficialToCo, Savings, looped_ctc_loss
+from wsss.cli import main
+from wsss.errors import WSSSError
+from wsss.methods.toco import StepResult, ToCo, ctc_loss
+
+SAVINGS = [field.name for field in fields(Savings)]
+MAX_STEPS = 100
+TINY = {"image_size": 96, "batch_size": 2, "num_classes": 4, "seed": 0}
+
+
+def module_of(kind: type[ToCo], *, official_compat: bool = False) -> ToCo:
+    torch.manual_seed(0)
+    backbone = Backbone(
+        name="vit_tiny_patch16_224",
+        weights="random",
+        overrides={"embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 64},
+    )
+    return kind(
+        backbone=backbone,
+        num_classes=4,
+        max_steps=MAX_STEPS,
+        local_size=32,
+        decoder_channels=32,
+        # a random network's maps need these to hold background, uncertain and foreground
+        low_threshold=0.5,
+        high_threshold=0.75,
+        official_compat=official_compat,
+    ).train()
+
+
+def step_of(module: ToCo, step: int) -> tuple[StepResult, dict[str, torch.Tensor]]:
+    """Losses and gradients of one step with fixed weights, batch and draws."""
+    torch.manual_seed(1)
+    batch = make_batch(TINY, torch.device("cpu"))
+    result = module.compute_losses(batch, step)
+    result.total.backward()
+    zero = {name: torch.zeros_like(p) for name, p in module.named_parameters() if p.requires_grad}
+    found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return result, {**zero, **found}
+
+
+def assert_same_step(module: OfficialToCo, step: int, *, official_compat: bool = False) -> None:
+    expected, expected_grads = step_of(module_of(ToCo, official_compat=official_compat), step)
+    result, grads = step_of(module, step)
+    assert expected.local is not None
+    assert set(expected.local.flags.flatten().tolist()) == {0.0, 1.0}
+    assert expected.losses.keys() <= result.losses.keys()
+    for name, loss in expected.losses.items():
+        assert result.losses[name].item() == pytest.approx(loss.item(), rel=1e-6), name
+    assert result.total.item() == pytest.approx(expected.total.item(), rel=1e-6)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in expected_grads.items():
+        limit = 1e-4 * grad.abs().max().item() + 1e-9
+        assert (grads[name] - grad).abs().max().item() <= limit, name
+
+
+@pytest.mark.parametrize("step", [0, MAX_STEPS - 1])
+@pytest.mark.parametrize("official_compat", [False, True])
+def test_the_official_way_gives_the_same_step(step: int, official_compat: bool) -> None:
+    module = module_of(OfficialToCo, official_compat=official_compat)
+    assert isinstance(module, OfficialToCo)
+    assert module.savings == Savings()
+    assert not any(asdict(module.savings).values())
+    assert_same_step(module, step, official_compat=official_compat)
+
+
+@pytest.mark.parametrize("off", SAVINGS)
+def test_each_saving_alone_changes_nothing(off: str) -> None:
+    module = module_of(OfficialToCo)
+    assert isinstance(module, OfficialToCo)
+    module.use_savings(Savings(**{name: name != off for name in SAVINGS}))
+    assert_same_step(module, MAX_STEPS - 1)
+
+
+class Work(NamedTuple):
+    """Encoder passes as (images, side in pixels, with gradient) and images the decoder saw."""
+
+    passes: list[tuple[int, int, bool]]
+    decoder: list[int]
+
+
+def work_of(module: ToCo) -> Work:
+    work = Work([], [])
+
+    def encoder(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        work.passes.append((len(inputs[0]), inputs[0].shape[-1], torch.is_grad_enabled()))
+
+    module.backbone.register_forward_pre_hook(encoder)
+    module.decoder.register_forward_pre_hook(lambda _, inputs: work.decoder.append(len(inputs[0])))
+    step_of(module, MAX_STEPS - 1)
+    return work
+
+
+def test_our_step_encodes_the_views_once_and_decodes_once() -> None:
+    work = work_of(module_of(ToCo))
+    views, locals_ = (4, 96, True), (16, 32, True)
+    flip, half, one_and_a_half = (2, 96, False), (4, 48, False), (4, 144, False)
+    assert work.passes == [views, flip, half, one_and_a_half, locals_]
+    assert work.decoder == [2]
+
+
+def test_the_official_way_does_all_the_work_of_the_page() -> None:
+    work = work_of(module_of(OfficialToCo))
+    # item 1: three CAM scales with mirror images; input, both globals twice, locals with gradient
+    assert sorted(work.passes) == sorted(
+        [
+            *[(4, 96, False), (4, 48, False), (4, 144, False)],
+            *[(2, 96, True), (4, 96, True), (4, 96, True), (16, 32, True)],
+        ]
+    )
+    assert work.decoder == [4, 4, 4, 2]  # item 2: on every CAM pass
+
+
+def test_attention_is_materialised_only_the_official_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    fused = F.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        used.append(True)
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    step_of(module_of(OfficialToCo), 0)
+    assert not used
+    step_of(module_of(ToCo), 0)
+    assert used
+
+
+def test_looped_contrast_equals_the_closed_form() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(30, 16) * 0.5, torch.randn(6, 16) * 0.5
+    flags = (torch.rand(3, 10) > 0.4).float()
+    for temperature in (0.5, 1.0):
+        torch.testing.assert_close(
+            looped_ctc_loss(student, teacher, flags, temperature),
+            ctc_loss(student, teacher, flags, temperature),
+            rtol=1e-6,
+            atol=1e-6,
+        )
+
+
+def test_stopwatch_counts_nested_time_once() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    with watch("outer"):
+        time.sleep(0.02)
+        with watch("inner"):
+            time.sleep(0.05)
+        time.sleep(0.02)
+    assert watch.seconds["inner"] == pytest.approx(0.05, abs=0.02)
+    assert watch.seconds["outer"] == pytest.approx(0.04, abs=0.02)
+    watch.reset()
+    assert watch.seconds == {}
+
+
+def test_batch_has_padding_and_one_to_three_classes() -> None:
+    batch = make_batch({**TINY, "batch_size": 3}, torch.device("cpu"))
+    assert batch["labels"].sum(1).tolist() == [1, 2, 3]
+    assert batch["box"][0].tolist() == [0, 96, 0, 96]
+    r0, r1, c0, c1 = batch["box"][1].tolist()
+    assert batch["image"][1, :, r0:r1, c0:c1].abs().min() > 0
+    assert (batch["image"][1, :, :r0] == 0).all()
+    assert (batch["image"][1, :, :, c1:] == 0).all()
+    assert (batch["view2"][1] != 0).all()
+
+
+def test_sides_are_ours_the_official_one_and_one_a_saving() -> None:
+    config = benchmark.parse(["method=toco", "ablate=true"])
+    listed = benchmark.sides(config)
+    assert listed[0] == Side("ours", None, ())
+    assert listed[1].off == tuple(SAVINGS)
+    assert [side.off for side in listed[2:]] == [(name,) for name in SAVINGS]
+    assert len(benchmark.sides(benchmark.parse(["method=toco", "official=false"]))) == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("image_sizes=448", "did you mean image_size"),
+        ("batch_size=two", "batch_size"),
+        ("batch_size=0", "at least 1"),
+        ("official=maybe", "official"),
+        ("dtype=float16", "float32 or bfloat16"),
+        ("stage=during", "after or before"),
+        ("method=tocco", "method=tocco: expected toco"),
+        ("repeats", "expected KEY=VALUE"),
+        ("out=/nowhere/at/all.json", "/nowhere/at"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(argument: str, message: str) -> None:
+    with pytest.raises(WSSSError, match=message) as caught:
+        benchmark.main(["method=toco", argument])
+    assert "\n" not in str(caught.value)
+
+
+def test_method_must_be_given() -> None:
+    with pytest.raises(WSSSError, match="method is missing"):
+        benchmark.parse([])
+
+
+def test_summary_takes_phases_of_the_fastest_step() -> None:
+    def side(name: str, times: list[float], memory: int) -> dict[str, Any]:
+        steps = [{"seconds": t, "phases": {"forward": t / 4, "rest": 3 * t / 4}} for t in times]
+        return {
+            "name": name,
+            "switched_off": [],
+            "steps": steps,
+            "losses": {"cls_loss": 1.0 if name == "ours" else 1.5},
+            "peak_memory_bytes": memory,
+            "peak_memory_kind": "",
+            "machine": {},
+        }
+
+    summary = summarise(
+        {"batch_size": 2}, [side("ours", [2.0, 1.0, 4.0], 100), side("official", [3.0, 5.0], 250)]
+    )
+    ours, official = summary["sides"]
+    assert (ours["fastest_seconds"], ours["median_seconds"]) == (1.0, 2.0)
+    assert ours["fastest_phases"] == {"forward": 0.25, "rest": 0.75}
+    assert ours["images_per_second"] == 2.0
+    assert (official["ratio_fastest"], official["ratio_median"]) == (3.0, 2.0)
+    assert official["ratio_memory"] == 2.5
+    assert official["largest_loss_difference"] == 0.5
+
+
+def test_peak_memory_counts_this_process_and_never_falls() -> None:
+    before, kind = peak_memory(torch.device("cpu"))
+    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    after, _ = peak_memory(torch.device("cpu"))
+    assert kind == "resident set of the process"
+    assert 0 < before <= after
+    assert after >= block.numel()
+
+
+@pytest.mark.slow
+def test_command_measures_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "benchmark.json"
+    arguments = (
+        "method=toco backbone=vit_pico image_size=64 repeats=2 warmup=0 device=cpu threads=1"
+    )
+    assert main(["benchmark", *arguments.split(), "num_classes=4", f"out={out}"]) == 0
+    summary = json.loads(out.read_text())
+    ours, official = summary["sides"]
+    assert official["switched_off"] == SAVINGS
+    for side in (ours, official):
+        assert len(side["steps"]) == 2
+        phases = side["fastest_phases"]
+        assert {"forward", "cam", "pseudo_labels", "energy", "backward", "optimiser"} <= set(phases)
+        assert sum(phases.values()) == pytest.approx(side["fastest_seconds"], rel=1e-6)
+        assert min(phases.values()) >= 0
+        assert side["peak_memory_bytes"] > 2**27
+    assert official["largest_loss_difference"] < 1e-6
+    assert official["ratio_fastest"] == official["fastest_seconds"] / ours["fastest_seconds"]
+    printed = capsys.readouterr().out
+    for text in ("pseudo labels", "images/s", "peak memory", "times the time of ours"):
+        assert text in printed

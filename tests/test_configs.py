@@ -1,0 +1,78 @@
+"""Every method x data x experiment composes, passes the check, and builds."""
+
+from pathlib import Path
+
+import pytest
+
+from wsss.config import compose_config, config_hash, config_root, plain
+from wsss.errors import WSSSError
+from wsss.runs import build_module, override_config
+
+ROOT = config_root()
+EXPERIMENTS = sorted(
+    str(path.relative_to(ROOT / "experiments").with_suffix(""))
+    for path in (ROOT / "experiments").rglob("*.yaml")
+)
+METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+DATA = sorted(path.stem for path in (ROOT / "conf" / "data").glob("*.yaml"))
+# a value for what a user must give, and no download
+GIVEN = ["data.root=unset", "backbone.weights=random"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiments_compose_and_build(experiment: str) -> None:
+    config = plain(compose_config([f"+experiments={experiment}", *GIVEN]))
+    assert experiment.split("/")[0] in config["method"]["_target_"]
+    if "base" not in config["backbone"]["name"]:  # ViT-B is built once, below
+        build_module(config, len(config["data"]["class_names"]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("data", DATA)
+def test_every_method_with_every_data_set(method: str, data: str) -> None:
+    config = plain(
+        compose_config([f"method={method}", f"data={data}", "backbone=vit_pico", *GIVEN])
+    )
+    module = build_module(config, len(config["data"]["class_names"]))
+    assert module.num_classes == len(config["data"]["class_names"])
+    assert module.max_steps == config["budget"]["max_steps"]
+
+
+@pytest.mark.parametrize("group", ["backbone", "trainer", "logger", "eval"])
+def test_every_choice_of_a_group_composes(group: str) -> None:
+    for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
+        compose_config([f"{group}={path.stem}", "data.root=unset"])
+
+
+def test_hash_ignores_where_a_run_lies_and_nothing_else() -> None:
+    base = plain(compose_config(["data=minivoc"]))
+    moved = plain(compose_config(["data=minivoc", "runs_dir=elsewhere", "logger=wandb"]))
+    other = plain(compose_config(["data=minivoc", "method.ptc_weight=0.3"]))
+    assert config_hash(base) == config_hash(moved)
+    assert config_hash(base) != config_hash(other)
+
+
+def test_data_chooses_the_backbone_and_the_line_has_the_last_word() -> None:
+    pico = compose_config(["data=minivoc"])
+    assert "vit_pico" in pico.backbone.weights
+    chosen = compose_config(["data=minivoc", "backbone=vit_base"])
+    assert chosen.backbone.name.startswith("vit_base")
+
+
+def test_stored_configuration_is_overridden_with_the_same_care() -> None:
+    config = plain(compose_config(["data=minivoc"]))
+    assert override_config(config, ["eval.crf=null"])["eval"]["crf"] is None
+    with pytest.raises(WSSSError, match=r"eval\.crf"):
+        override_config(config, ["eval.crff=null"])
+    with pytest.raises(WSSSError, match=r"seed"):
+        override_config(config, ["seed=zero"])
+
+
+def test_few_yaml_files() -> None:
+    """design.md: at most about 45; nothing per backbone or GPU count."""
+    assert len(list((ROOT / "conf").rglob("*.yaml"))) <= 45
+
+
+def test_root_is_a_checkout_or_a_wheel() -> None:
+    assert (ROOT / "experiments").is_dir()
+    assert isinstance(ROOT, Path)

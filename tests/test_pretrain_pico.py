@@ -1,0 +1,137 @@
+"""The pretraining tool on a few drawn cut-outs: training, resuming, exporting, probing."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+TOOLS = Path(__file__).parents[1] / "tools"
+sys.path.insert(0, str(TOOLS))  # the tools are scripts, not a package
+
+import cutouts  # noqa: E402
+import pretrain_pico as tool  # noqa: E402
+
+OBJECTS = tool.Stage("objects", images=16, size=32, batch=4, lr=1e-3, warmup=2, keep=10)
+SCENES = tool.Stage("scenes", images=8, size=48, batch=4, lr=1e-3, warmup=1, grids=(12, 20))
+
+
+def disc(key: str, label: int, colour: tuple[int, int, int]) -> cutouts.CutOut:
+    y, x = np.mgrid[:40, :30]
+    inside = ((x - 15) / 14) ** 2 + ((y - 20) / 19) ** 2 < 1
+    rgba = np.zeros((40, 30, 4), np.uint8)
+    rgba[inside] = (*colour, 255)
+    return cutouts.CutOut(key, rgba, label, key, "drawn", "test", "CC0-1.0")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other make such small steps slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pool() -> tool.Pool:
+    objects = [disc(f"c{i}", i, (25 * i, 255 - 25 * i, 60)) for i in range(1, 9)]
+    extras = [disc(f"x{i}", 0, (60, 60, 80 * i)) for i in range(3)]
+    photo = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
+    return tool.Pool(objects + extras, [photo])
+
+
+def trainer(pool: tool.Pool, out: Path) -> tool.Trainer:
+    return tool.Trainer(pool, [OBJECTS, SCENES], out, seed=3, weights=out / "pico.safetensors")
+
+
+def test_items_are_reproducible_and_say_what_is_pasted(pool: tool.Pool) -> None:
+    first, second = (tool.Composites(pool, SCENES, seed=5) for _ in range(2))
+    for i in (0, 7):
+        assert all(np.array_equal(first[i][k], second[i][k]) for k in first[i])
+    item = first[3]
+    assert item["image"].shape == (3, 48, 48)
+    assert item["patches"].shape == (36,)
+    pasted = {pool.cutouts[i].label for i in item["identity"] if i >= 0} - {0}
+    assert set(np.nonzero(item["classes"])[0] + 1) == pasted
+
+
+def test_training_lowers_the_loss_on_a_repeated_batch(pool: tool.Pool, tmp_path: Path) -> None:
+    run = trainer(pool, tmp_path)
+    run.step = OBJECTS.warmup
+    batch = next(tool.batches(tool.Composites(pool, OBJECTS, 0), 4, 0, 0))
+    losses = [sum(run.train_step(batch, OBJECTS).values()) for _ in range(12)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_resumed_run_equals_an_uninterrupted_one(pool: tool.Pool, tmp_path: Path) -> None:
+    whole = trainer(pool, tmp_path / "whole")
+    whole.run()
+    trainer(pool, tmp_path / "parts").run(limit=3)
+    rest = trainer(pool, tmp_path / "parts")
+    rest.resume()
+    assert (rest.stage_index, rest.step, rest.done) == (0, 3, 12)
+    rest.run()
+    assert rest.done == 24
+    for name in ("model", "average"):
+        expected = getattr(whole, name).state_dict()
+        for key, value in getattr(rest, name).state_dict().items():
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-6)
+
+
+def test_export_is_half_precision_and_loads_strictly(pool: tool.Pool, tmp_path: Path) -> None:
+    run = trainer(pool, tmp_path)
+    run.run(limit=1)
+    state = load_file(tmp_path / "pico.safetensors")
+    assert {v.dtype for v in state.values()} == {torch.float16}
+    tool.pico().load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
+
+
+def test_tokens_equal_timms_own_on_a_whole_grid() -> None:
+    vit = tool.pico().eval()
+    images = torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(tool.tokens(vit, images), vit.forward_features(images))
+
+
+def test_whitening_gives_patches_of_equal_variance() -> None:
+    vit = tool.pico()
+    images = torch.nn.functional.avg_pool2d(torch.randn(64, 3, 192, 192), 2)
+    tool.whiten_patches(vit, images)
+    out = vit.patch_embed.proj(images).flatten(2).transpose(1, 2).flatten(0, 1)
+    assert out.mean(0).abs().max() < 0.05
+    assert out.std(0).max() < 1.5 * out.std(0).min()
+
+
+def test_orthogonalise_evens_out_singular_values() -> None:
+    values = torch.linalg.svdvals(tool.orthogonalise(torch.randn(24, 60)))
+    assert values.min() > 0.5
+    assert values.max() < 1.5
+
+
+def test_composite_masks_soft_edges_and_counts_what_shows() -> None:
+    low, high = (np.zeros((4, 4, 4), np.float32) for _ in range(2))
+    low[:, :3] = 255
+    high[:, 2] = 60  # a soft edge over the lower object
+    high[:, 3] = 255
+    image, mask, visible = cutouts.composite(np.zeros((4, 4, 3), np.uint8), [low, high], [1, 2])
+    assert mask[0].tolist() == [1, 1, 255, 2]
+    assert visible == [8, 4]
+    assert image[0, 0].tolist() == [255, 255, 255]
+
+
+def test_average_precision_of_perfect_and_reversed_scores() -> None:
+    truth = np.array([[1], [0], [1], [0]])
+    assert tool.average_precision(np.array([[4.0], [1], [3], [2]]), truth) == 1
+    assert tool.average_precision(np.array([[1.0], [3], [2], [4]]), truth) == pytest.approx(5 / 12)
+
+
+def test_cam_miou_is_one_for_maps_equal_to_the_masks() -> None:
+    masks = np.zeros((8, 16, 16), np.uint8)
+    cams = np.zeros((8, 8, 16, 16), np.float32)
+    for i in range(8):
+        masks[i, 4:9, 3:12] = i + 1
+        cams[i, i, 4:9, 3:12] = 2
+    assert tool.cam_miou(cams, masks, np.eye(8), threshold=0.5) == 1

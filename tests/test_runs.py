@@ -1,0 +1,240 @@
+"""Through the command line: train, skip, stop, resume, evaluate, predict, convert."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wsss.checkpoints import TOCO_PREFIXES
+from wsss.cli import main
+from wsss.data.builtin import minivoc_root
+from wsss.errors import WSSSError
+from wsss.runs import load_run
+
+# a network and pictures small enough for a second a step
+TINY = [
+    "method=toco",
+    "data=minivoc",
+    "backbone.weights=random",
+    "+backbone.overrides.embed_dim=48",
+    "backbone.overrides.depth=4",
+    "budget.crop_size=64",
+    "budget.local_size=16",
+    "budget.warmup_steps=1",
+    "budget.global_batch_size=4",
+    "data.limit=8",
+    "data.num_workers=0",
+    "data.test_splits=[]",
+    "method.decoder_channels=16",
+    "eval.seg_scales=[1.0]",
+    "trainer.deterministic=true",
+    "gallery=4",
+]
+
+
+def _wsss(*arguments: str) -> int:
+    try:
+        return main(list(arguments))
+    except SystemExit as leave:
+        return int(leave.code or 0)
+
+
+def _only_run(runs: Path) -> Path:
+    (folder,) = (path.parent for path in runs.rglob("config.yaml"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of four steps."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert (
+        _wsss("train", *TINY, "budget.max_steps=4", "budget.eval_every=2", f"runs_dir={runs}") == 0
+    )
+    return _only_run(runs)
+
+
+def test_run_folder_holds_everything(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert results["status"] == "finished"
+    metrics = results["splits"]["val"]
+    assert 0 <= metrics["seg_miou"] <= 1
+    assert 0 <= metrics["seg_miou_ms_crf"] <= 1
+    assert metrics["protocol"]["iterations"] == 4
+    assert metrics["protocol"]["backbone"]["source"] == "random"
+    assert len(metrics["protocol"]["list_sha256"]) == 64
+    assert list((finished / "gallery").glob("*.png"))
+    assert (finished / "checkpoints" / "last.ckpt").is_file()
+    with (finished / "logs" / "metrics.csv").open() as stream:
+        columns = next(csv.reader(stream))
+    assert {"val/seg_miou", "val/seed_miou"} <= set(columns)
+
+
+def test_finished_run_is_not_run_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    runs = finished.parents[1]
+    assert (
+        _wsss("train", *TINY, "budget.max_steps=4", "budget.eval_every=2", f"runs_dir={runs}") == 0
+    )
+    assert "is finished" in capsys.readouterr().out
+    assert (finished / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+
+
+def test_eval_repeats_the_numbers(finished: Path, tmp_path: Path) -> None:
+    assert _wsss("eval", f"run={finished}", f"out={tmp_path}") == 0
+    trained = json.loads((finished / "results.json").read_text())["splits"]["val"]
+    again = json.loads((tmp_path / "results.json").read_text())["splits"]["val"]
+    assert again["confusion"] == trained["confusion"]
+    assert again["protocol"]["iterations"] == 4
+
+
+def test_eval_under_another_protocol(finished: Path, tmp_path: Path) -> None:
+    arguments = [f"run={finished}", f"out={tmp_path}", "eval.crf=null", "splits=[val_unseen]"]
+    assert _wsss("eval", *arguments, "gallery=0") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["splits"]) == ["val_unseen"]
+    assert results["splits"]["val_unseen"]["seg_miou_crf"] is None
+    assert not (tmp_path / "gallery").exists()
+
+
+def test_predict_writes_masks_of_the_images_own_size(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (50, 70, 3), np.uint8)).save(folder / "colour.jpg")
+    Image.fromarray(rng.integers(0, 255, (61, 40), np.uint8)).save(folder / "grey.png")
+    assert _wsss("predict", f"run={finished}", f"images={folder}", f"out={tmp_path / 'out'}") == 0
+    for name, size in (("colour", (70, 50)), ("grey", (40, 61))):
+        with Image.open(tmp_path / "out" / f"{name}.png") as mask:
+            assert mask.mode == "P"
+            assert mask.size == size
+            assert np.asarray(mask).max() <= 8
+        assert (tmp_path / "out" / f"{name}_overlay.jpg").is_file()
+    assert "1 bottle" in (tmp_path / "out" / "classes.txt").read_text()
+
+
+def test_predict_refuses_to_write_among_the_images(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = minivoc_root() / "VOC2012" / "JPEGImages"
+    assert _wsss("predict", f"run={finished}", f"images={images}", f"out={images}") == 2
+    assert "choose another folder" in capsys.readouterr().err
+
+
+def test_truncated_and_foreign_checkpoints_are_refused(finished: Path, tmp_path: Path) -> None:
+    whole = (finished / "checkpoints" / "last.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WSSSError, match=r"cut\.ckpt"):
+        load_run(tmp_path / "cut.ckpt", [])
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    with pytest.raises(WSSSError, match="wsss convert"):
+        load_run(tmp_path / "foreign.ckpt", [])
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    """Stopped and resumed equals uninterrupted, to the bit, on the CPU."""
+    steps = ["budget.max_steps=6", "budget.eval_every=100", "gallery=0"]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert _wsss("train", *TINY, *steps, f"runs_dir={straight}") == 0
+    command = [sys.executable, "-m", "wsss.cli", "train", *TINY, *steps, f"runs_dir={broken}"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=0
+    )
+    assert process.stderr is not None
+    assert process.stdout is not None
+    seen = ""
+    deadline = time.monotonic() + 240
+    while "1/2" not in seen and time.monotonic() < deadline:  # the bar after the first step
+        seen += process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 130, errors
+    assert "the same command resumes" in errors
+    folder = _only_run(broken)
+    assert not (folder / "results.json").exists()
+    stopped = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert 0 < stopped["global_step"] < 6
+    assert _wsss("train", *TINY, *steps, f"runs_dir={broken}") == 0
+    ends = [
+        torch.load(_only_run(runs) / "checkpoints" / "last.ckpt", weights_only=True)
+        for runs in (straight, broken)
+    ]
+    assert ends[0]["global_step"] == ends[1]["global_step"] == 6
+    for name, value in ends[0]["state_dict"].items():
+        assert torch.equal(value, ends[1]["state_dict"][name]), name
+
+
+def test_corrupt_image_ends_training_with_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    root = tmp_path / "VOC2012"
+    shutil.copytree(minivoc_root() / "VOC2012", root)
+    victim = root / "JPEGImages" / "mini_train_0001.jpg"
+    assert victim.is_file()
+    victim.write_bytes(victim.read_bytes()[:200])
+    status = _wsss(
+        "train", *TINY, "budget.max_steps=4", "budget.eval_every=4",
+        f"data.root={root}", f"runs_dir={tmp_path / 'runs'}",
+    )  # fmt: skip
+    assert status == 2
+    error = capsys.readouterr().err
+    assert "mini_train_0001.jpg" in error
+    assert "Traceback" not in error
+
+
+def _official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our parameters under the official names, as an official file would hold them."""
+    renamed = {}
+    for name, value in state.items():
+        official = name
+        for theirs, ours in TOCO_PREFIXES.items():
+            if name.startswith(ours):
+                official = theirs + name.removeprefix(ours)
+                break
+        official = official.replace(".parametrizations.weight.original0", ".weight_g")
+        renamed["module." + official.replace(".parametrizations.weight.original1", ".weight_v")] = (
+            value
+        )
+    renamed["module.encoder.head.weight"] = torch.zeros(1000, 48)
+    renamed["module.encoder.head.bias"] = torch.zeros(1000)
+    return renamed
+
+
+def test_converted_checkpoint_gives_the_same_numbers(finished: Path, tmp_path: Path) -> None:
+    state = load_run(finished, []).module.state_dict()
+    torch.save(_official(state), tmp_path / "official.pth")
+    shape = [argument for argument in TINY if not argument.startswith(("method=", "gallery"))]
+    out = tmp_path / "ours.ckpt"
+    assert _wsss("convert", "toco", str(tmp_path / "official.pth"), str(out), *shape) == 0
+    assert _wsss("eval", f"run={out}", f"out={tmp_path / 'eval'}", "gallery=0") == 0
+    trained = json.loads((finished / "results.json").read_text())["splits"]["val"]
+    again = json.loads((tmp_path / "eval" / "results.json").read_text())["splits"]["val"]
+    assert again["confusion"] == trained["confusion"]
+    assert again["protocol"]["backbone"]["source"] == "converted:official.pth"
+
+
+def test_checkpoint_that_does_not_fit_is_refused_by_name(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = _official(load_run(finished, []).module.state_dict())
+    state["module.stranger.weight"] = state.pop("module.decoder.conv6.weight")
+    state["module.classifier.weight"] = state["module.classifier.weight"][:3]
+    torch.save(state, tmp_path / "bad.pth")
+    shape = [argument for argument in TINY if not argument.startswith(("method=", "gallery"))]
+    out = tmp_path / "ours.ckpt"
+    assert _wsss("convert", "toco", str(tmp_path / "bad.pth"), str(out), *shape) == 2
+    error = capsys.readouterr().err
+    for name in ("decoder.conv6.weight", "stranger.weight", "classifier.weight"):
+        assert name in error
+    assert not out.exists()

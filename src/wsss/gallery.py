@@ -53,9 +53,9 @@ class Panel:
 
 
 def overlay(
-    rgb: Pixels, mask: NDArray[Any], palette: Sequence[int] | None = None, alpha: float = 0.6
+    rgb: Pixels, mask: NDArray[Any], palette: Sequence[int] | None = None, alpha: float = 0.7
 ) -> Pixels:
-    """Colours a label map over its image; background stays the (greyed) image, 255 is hatched.
+    """Colours a label map over its faded image; regions are outlined, 255 is hatched.
 
     Args:
         rgb: (H, W, 3) uint8.
@@ -70,15 +70,29 @@ def overlay(
     colours = np.array(flat, dtype=np.float32).reshape(-1, 3)
     ids = mask.astype(np.int64)
     ignored = ids == IGNORE_INDEX
-    # a grey, paler image lets the colours alone speak
-    grey = rgb.astype(np.float32).mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.7 + 60
+    # pale and half grey, so that the class colours alone are strong
+    colour = rgb.astype(np.float32)
+    faded = 0.3 * colour + 0.35 * colour.mean(axis=2, keepdims=True) + 0.35 * 230
     painted = colours[np.where(ignored, 0, ids)]
     weight = np.where((ids > 0) & ~ignored, alpha, 0.0)[..., None]
-    result = grey * (1 - weight) + painted * weight
+    result = faded * (1 - weight) + painted * weight
     rows, columns = np.indices(ids.shape)
-    stripe: NDArray[np.bool_] = np.less((rows + columns) % 8, 3)
-    result[ignored] = np.where(stripe[ignored][:, None], 255.0, grey[ignored] * 0.6 + 90)
+    stripe: NDArray[np.bool_] = np.less((rows + columns) % 8, 4)
+    result[ignored] = np.where(stripe[ignored][:, None], 255.0, 150.0)
+    # some VOC colours are greys and near-blacks: a white outline shows them on any image
+    result[_outline(ids)] = 255.0
     return result.clip(0, 255).astype(np.uint8)
+
+
+def _outline(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(H, W) mask of the class pixels that touch another label on a side."""
+    edge = np.zeros(ids.shape, dtype=bool)
+    down, right = ids[1:] != ids[:-1], ids[:, 1:] != ids[:, :-1]
+    edge[1:] |= down
+    edge[:-1] |= down
+    edge[:, 1:] |= right
+    edge[:, :-1] |= right
+    return edge & (ids > 0) & (ids != IGNORE_INDEX)
 
 
 def heat(rgb: Pixels, values: NDArray[np.float32]) -> Pixels:

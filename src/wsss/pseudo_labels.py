@@ -125,14 +125,30 @@ def _present_slots(labels: Tensor) -> tuple[Tensor, Tensor]:
     return ids, present.gather(1, ids)
 
 
+def _packed_scores(
+    cam: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    size: tuple[int, int],
+    backgrounds: tuple[float, ...],
+) -> Tensor:
+    """Reduced scores (B, T, M, h, w) of the slots, once for each of T background scores."""
+    chosen = (ids - 1).clamp_min(0)[:, :, None, None].expand(-1, -1, *cam.shape[-2:])
+    packed = (cam * labels[:, :, None, None].to(cam.dtype)).gather(1, chosen)
+    packed = F.interpolate(packed, size=size, mode="bilinear", align_corners=False)
+    scores = packed[:, None].repeat(1, len(backgrounds), 1, 1, 1)
+    scores[:, :, 0] = cam.new_tensor(backgrounds)[None, :, None, None]
+    return scores
+
+
 def _refined_maps(
-    par: PAR, affinity: Tensor, scores: Tensor, valid: Tensor, size: tuple[int, int]
+    par: PAR, images: Tensor, scores: Tensor, valid: Tensor, size: tuple[int, int]
 ) -> Tensor:
     """Softmax over the valid slots, propagate, resize, slot of the maximum.
 
     Args:
         par: The refinement module.
-        affinity: (B, 48, h, w) affinity of the reduced images.
+        images: (B, 3, h, w) reduced images.
         scores: (B, T, M, h, w) raw scores for T background scores.
         valid: (B, M) which slots are classes of the image.
         size: Size of the result.
@@ -142,10 +158,30 @@ def _refined_maps(
     """
     empty = ~valid[:, None, :, None, None]
     prob = scores.masked_fill(empty, float("-inf")).softmax(dim=2)
-    refined = par.propagate(affinity, prob.flatten(1, 2))
+    refined = par(images, prob.flatten(1, 2))
     refined = F.interpolate(refined, size=size, mode="bilinear", align_corners=False)
     refined = refined.unflatten(1, prob.shape[1:3])
     return refined.masked_fill_(empty, -1.0).argmax(dim=2)
+
+
+def _refined_maps_one_by_one(
+    par: PAR, images: Tensor, scores: Tensor, valid: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """The same as :func:`_refined_maps`, one image and one background score at a time."""
+    return torch.cat(
+        [
+            torch.cat(
+                [
+                    _refined_maps(par, image, one[:, :, : int(kept.sum())], kept[:, kept[0]], size)
+                    for one in score.split(1, dim=1)
+                ],
+                dim=1,
+            )
+            for image, score, kept in zip(
+                images.split(1), scores.split(1), valid.split(1), strict=True
+            )
+        ]
+    )
 
 
 @torch.no_grad()
@@ -203,28 +239,9 @@ def refine_cam_to_label(
         raise WSSSError(f"down_scale {down_scale} leaves nothing of a {height}x{width} image")
     reduced = F.interpolate(images, size=small, mode="bilinear", align_corners=False)
     ids, valid = _present_slots(labels)
-    backgrounds = cam.new_tensor([high, low])
-
-    slot_ids = (ids - 1).clamp_min(0)[:, :, None, None].expand(-1, -1, height, width)
-    packed = (cam * labels[:, :, None, None].to(cam.dtype)).gather(1, slot_ids)
-    packed = F.interpolate(packed, size=small, mode="bilinear", align_corners=False)
-    scores = packed[:, None].repeat(1, 2, 1, 1, 1)
-    scores[:, :, 0] = backgrounds[None, :, None, None]
-
-    if share_affinity:
-        slots = _refined_maps(par, par.affinity(reduced), scores, valid, (height, width))
-    else:
-        slots = ids.new_empty(len(images), 2, height, width)
-        for i in range(len(images)):
-            for t in range(2):
-                pick, keep = slice(i, i + 1), slice(int(valid[i].sum()))
-                slots[pick, t : t + 1] = _refined_maps(
-                    par,
-                    par.affinity(reduced[pick]),
-                    scores[pick, t : t + 1, keep],
-                    valid[pick, keep],
-                    (height, width),
-                )
+    scores = _packed_scores(cam, labels, ids, small, (high, low))
+    refine = _refined_maps if share_affinity else _refined_maps_one_by_one
+    slots = refine(par, reduced, scores, valid, (height, width))
     against_high, against_low = (
         ids.gather(1, slots[:, t].flatten(1)).view(-1, height, width) for t in range(2)
     )

@@ -111,7 +111,8 @@ def ctc_loss(student: Tensor, teacher: Tensor, flags: Tensor, temperature: float
 
     With E_tj = exp(<T_t, S_j> / temperature), N_t the sum of E_tj over negative crops and P the
     number of positive ones (toco.md section 2, "CTC loss"):
-    l = sum_t [sum_positive -log(E_tj / (E_tj + N_t + 1e-4)) + log(1 + N_t + 1e-4)] / (2 (P + 1e-4)).
+    l = sum_t [sum_positive -log(E_tj / (E_tj + N_t + 1e-4)) + log(1 + N_t + 1e-4)]
+    / (2 (P + 1e-4)).
     Everything stays in logarithms, since the unnormalised products overflow ``exp`` (Q6).
 
     Args:
@@ -160,8 +161,16 @@ def crop_local_views(images: Tensor, roi: Tensor, size: int, count: int = NUM_LO
         roi: 0 background, 1 uncertain, 2 foreground, (B, H, W).
         size: side s of a crop in pixels.
         count: crops an image.
+
+    Raises:
+        WSSSError: the images leave no room for the crops.
     """
     margin = size // 2
+    if min(roi.shape[1:]) <= size or (min(roi.shape[1:]) - 2 * margin) ** 2 < count:
+        raise WSSSError(
+            f"local crops of {size} px do not fit into images of {tuple(roi.shape[1:])} px; lower "
+            "method.local_size or raise the crop size"
+        )
     inner = roi[:, margin:-margin, margin:-margin].cpu()
     corners = []
     for mask in inner:
@@ -287,6 +296,8 @@ class ToCo(WSSSModule):
             raise WSSSError(
                 f"method.aux_layer={aux_layer}: the backbone has {backbone.depth} blocks"
             )
+        if backbone.num_prefix_tokens == 0:
+            raise WSSSError("method=toco contrasts class tokens, and this backbone has none")
         if not 0 <= low_threshold <= high_threshold <= 1:
             raise WSSSError(
                 f"method: expected 0 <= low_threshold <= high_threshold <= 1, got "

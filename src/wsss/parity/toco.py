@@ -198,12 +198,12 @@ def a_backbone(case: Case) -> Produced:
     aux = case.settings.get("aux_layer", -3) % backbone.depth
     produced = {}
     for name, array in case.inputs.items():
-        size = name.removeprefix("img_")
+        size = name.removeprefix("img")  # "_64x96"
         features = backbone(_network_images(array), taps=(aux,))
         last = aux == backbone.depth - 1  # the last list entry is the normed output
-        produced[f"cls_{size}"] = features.cls_tokens[:, 0]
-        produced[f"patch_{size}"] = features.patch_tokens
-        produced[f"aux_{size}"] = features.patch_tokens if last else features.intermediates[aux]
+        produced[f"cls{size}"] = features.cls_tokens[:, 0]
+        produced[f"patch{size}"] = features.patch_tokens
+        produced[f"aux{size}"] = features.patch_tokens if last else features.intermediates[aux]
     return produced
 
 
@@ -251,7 +251,9 @@ def c_multiscale_cam(case: Case) -> Produced:
 def d_labels(case: Case) -> Produced:
     """Thresholding, boxes, ROI and pair masks."""
     high, low, background = _thresholds(case)
-    cam, labels, boxes = (_tensor(case.inputs[k]) for k in ("cam", "cls_label", "box"))
+    cam, labels = (_tensor(case.inputs[k]) for k in ("cam", "cls_label"))
+    whole = np.array([[0, cam.shape[2], 0, cam.shape[3]]] * len(cam))
+    boxes = _tensor(case.inputs.get("box", whole))
     plain = cam_to_label(cam, labels, bg_threshold=background)
     ignored = partial(cam_to_label_with_ignore, labels=labels, high=high, low=low)
     produced = {

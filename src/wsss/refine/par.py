@@ -22,6 +22,10 @@ class PAR(nn.Module):
     Each pixel looks at its eight neighbours at every dilation (the edge is replicated). The weight
     of a neighbour is a softmax of its colour distance plus 0.01 times a softmax of its distance.
     The weights of a pixel add up to 1.01 and are not renormalised.
+
+    Args:
+        dilations: Distances of the neighbours in pixels.
+        num_iter: Number of diffusion steps.
     """
 
     position: Tensor  # (n,) weights by distance alone
@@ -29,7 +33,6 @@ class PAR(nn.Module):
     def __init__(
         self, *, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24), num_iter: int = 10
     ) -> None:
-        """Args: dilations in pixels; num_iter, the number of diffusion steps."""
         super().__init__()
         self.dilations = tuple(int(d) for d in dilations)
         self.num_iter = num_iter

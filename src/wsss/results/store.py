@@ -44,6 +44,18 @@ ROWS = (
     ("image F1", "image_f1", True),
 )
 
+#: (heading, key in ``per_class``) of the per-class table; results.json holds more columns.
+CLASS_COLUMNS = (
+    ("seed", "seed_iou"),
+    ("oracle", "seed_iou_oracle"),
+    ("pseudo", "pseudo_label_iou_ignored_as_background"),
+    ("seg", "seg_iou"),
+    ("seg+CRF", "seg_crf_iou"),
+    ("MS", "seg_ms_iou"),
+    ("MS+CRF", "seg_ms_crf_iou"),
+    ("AP", "image_ap"),
+)
+
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Writes results so that a reader sees the old file or the new one, never a part.
@@ -127,10 +139,12 @@ def per_class_table(metrics: Mapping[str, Any], *, title: str | None = None) -> 
     """
     columns: Mapping[str, list[Any]] = metrics["per_class"]
     table = Table(title=title, title_justify="left")
-    for name in columns:
-        table.add_column(name.replace("_", " "), justify="left" if name == "class" else "right")
-    for values in zip(*columns.values(), strict=True):
-        table.add_row(*(v if isinstance(v, str) else _cell(v, True) for v in values))
+    table.add_column("class")
+    shown = [(heading, columns[key]) for heading, key in CLASS_COLUMNS if key in columns]
+    for heading, _ in shown:
+        table.add_column(heading, justify="right")
+    for row, name in enumerate(columns["class"]):
+        table.add_row(name, *(_cell(values[row], True) for _, values in shown))
     return table
 
 

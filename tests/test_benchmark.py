@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import nn
 
 from wsss import benchmark
 from wsss.backbone import Backbone
-from wsss.benchmark.report import summarise
+from wsss.benchmark.report import show, summarise
 from wsss.benchmark.runner import Side, Stopwatch, make_batch, peak_memory
 from wsss.benchmark.toco_official import OfficialToCo, Savings, looped_ctc_loss
 from wsss.cli import main
@@ -201,6 +202,7 @@ def test_sides_are_ours_the_official_one_and_one_a_saving() -> None:
         ("method=tocco", "method=tocco: expected toco"),
         ("repeats", "expected KEY=VALUE"),
         ("out=/nowhere/at/all.json", "/nowhere/at"),
+        ("out=/tmp", "out=/tmp: is a folder"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(argument: str, message: str) -> None:
@@ -214,22 +216,26 @@ def test_method_must_be_given() -> None:
         benchmark.parse([])
 
 
-def test_summary_takes_phases_of_the_fastest_step() -> None:
-    def side(name: str, times: list[float], memory: int) -> dict[str, Any]:
-        steps = [{"seconds": t, "phases": {"forward": t / 4, "rest": 3 * t / 4}} for t in times]
-        return {
-            "name": name,
-            "switched_off": [],
-            "steps": steps,
-            "losses": {"cls_loss": 1.0 if name == "ours" else 1.5},
-            "peak_memory_bytes": memory,
-            "peak_memory_kind": "",
-            "machine": {},
-        }
+def side_result(name: str, times: list[float], memory: int, off: list[str]) -> dict[str, Any]:
+    """What run_side returns, with a quarter of every step in the forward pass."""
+    steps = [{"seconds": t, "phases": {"forward": t / 4, "rest": 3 * t / 4}} for t in times]
+    return {
+        "name": name,
+        "switched_off": off,
+        "steps": steps,
+        "losses": {"cls_loss": 1.0 if name == "ours" else 1.5},
+        "peak_memory_bytes": memory,
+        "peak_memory_kind": "",
+        "machine": {"device": "abacus", "threads": 1, "torch": "0"},
+    }
 
-    summary = summarise(
-        {"batch_size": 2}, [side("ours", [2.0, 1.0, 4.0], 100), side("official", [3.0, 5.0], 250)]
-    )
+
+def test_summary_takes_phases_of_the_fastest_step() -> None:
+    results = [
+        side_result("ours", [2.0, 1.0, 4.0], 100, []),
+        side_result("official way", [3.0, 5.0], 250, SAVINGS),
+    ]
+    summary = summarise({"batch_size": 2}, results)
     ours, official = summary["sides"]
     assert (ours["fastest_seconds"], ours["median_seconds"]) == (1.0, 2.0)
     assert ours["fastest_phases"] == {"forward": 0.25, "rest": 0.75}
@@ -237,6 +243,23 @@ def test_summary_takes_phases_of_the_fastest_step() -> None:
     assert (official["ratio_fastest"], official["ratio_median"]) == (3.0, 2.0)
     assert official["ratio_memory"] == 2.5
     assert official["largest_loss_difference"] == 0.5
+
+
+def test_tables_show_both_sides_and_single_savings_by_cost() -> None:
+    results = [
+        side_result("ours", [1.0], 2**30, []),
+        side_result("official way", [3.0], 2**31, SAVINGS),
+        side_result("without cheap", [1.1], 2**30, ["cheap"]),
+        side_result("without dear", [1.7], 2**30, ["dear"]),
+    ]
+    console = Console(record=True, width=120)
+    show(summarise(asdict(benchmark.parse(["method=toco"])), results), console)
+    text = console.export_text()
+    assert "forward" in text
+    assert "+0.500" in text  # 0.75 s officially, 0.25 s ours
+    assert "official way: 3.00 times the time of ours" in text
+    assert text.index("dear") < text.index("cheap")
+    assert "x 1.70" in text
 
 
 def test_peak_memory_counts_this_process_and_never_falls() -> None:

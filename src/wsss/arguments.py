@@ -36,16 +36,16 @@ def parse_arguments(
         if not equals:
             raise WSSSError(f"{argument!r}: expected KEY=VALUE")
         (others if key.split(".")[0] in passed_on else own).append(argument)
-    known = OmegaConf.structured(schema)
+    merged: Any = OmegaConf.structured(schema)
     for argument in own:
         key = argument.partition("=")[0]
         if key not in {field.name for field in fields(schema)}:  # type: ignore[arg-type]
-            raise WSSSError(f"{key}: unknown key{nearest_key(key, known)}")
-    try:
-        merged: Any = OmegaConf.merge(known, OmegaConf.from_dotlist(own))
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise WSSSError(f"{missing[0]} is missing; give {missing[0]}=...")
-        return OmegaConf.to_object(merged), others  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise WSSSError(" ".join(str(error).split("\n")[0].split())) from error
+            raise WSSSError(f"{key}: unknown key{nearest_key(key, merged)}")
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([argument]))
+        except OmegaConfBaseException as error:
+            raise WSSSError(f"{argument}: {str(error).splitlines()[0]}") from error
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise WSSSError(f"{missing[0]} is missing; give it on the command line: {missing[0]}=...")
+    return OmegaConf.to_object(merged), others  # type: ignore[return-value]

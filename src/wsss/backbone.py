@@ -211,9 +211,9 @@ def resize_positions(positions: Tensor, grid: tuple[int, int], num_prefix: int) 
     return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _block_with_attention(block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _block_with_attention(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """One pre-norm block with its softmax attention, (B, heads, N, N), kept in the graph."""
-    attn: Any = block.attn
+    attn = block.attn
     normed = block.norm1(tokens)
     batch, count, dim = normed.shape
     qkv = attn.qkv(normed).reshape(batch, count, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)

@@ -139,8 +139,12 @@ Example:
         "time a training step by phases, beside the official way of computing",
         """\
   backbone=vit_base  image_size=448  batch_size=2  repeats=3  warmup=1  device=auto
+  stage=after     after the start of segmentation, or before
+  dtype=float32   or bfloat16 (autocast)      threads=N  num_classes=20  seed=0
   official=true   also run the step with every saving switched off; the ratio is of one run
+  ablate=true     also once per saving, with that one alone switched off
   out=FILE.json   write the figures
+Weights are random, which changes no time; each side runs in a process of its own.
 
 Example:
   wsss benchmark method=toco""",
@@ -170,7 +174,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(__version__)
         return 0
-    name, rest = arguments[0], arguments[1:]
+    return run_verb(arguments[0], arguments[1:])
+
+
+def run_verb(name: str, arguments: list[str]) -> int:
+    """Run one verb with its arguments; what the user got wrong is told in one line."""
     try:
         if name not in VERBS:
             import difflib
@@ -179,10 +187,10 @@ def main(argv: list[str] | None = None) -> int:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise WSSSError(f"unknown verb {name!r}{hint} (wsss --help lists them)")
         verb = VERBS[name]
-        if "-h" in rest or "--help" in rest:
+        if "-h" in arguments or "--help" in arguments:
             print(f"usage: wsss {verb.usage}\n\n{verb.summary}\n\n{verb.details}")
             return 0
-        return verb.run(rest)
+        return verb.run(arguments)
     except WSSSError as error:
         if os.environ.get("WSSS_DEBUG") == "1":
             raise

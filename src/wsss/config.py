@@ -109,16 +109,18 @@ def compose_config(overrides: Sequence[str], config_name: str = "train") -> Dict
     root = config_root()
     try:
         with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            config = compose(config_name, [*overrides, search_path(root)])
+            config = compose(config_name, with_search_path(overrides))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise WSSSError(_one_line(error, root / "conf" / f"{config_name}.yaml")) from error
     check_config(config)
     return config
 
 
-def search_path(root: Path) -> str:
-    """The override that lets ``+experiments=toco/voc`` find the folder beside ``conf/``."""
-    return f"hydra.searchpath=[file://{root}]"
+def with_search_path(overrides: Sequence[str]) -> list[str]:
+    """Overrides that also let ``+experiments=toco/voc`` find the folder beside ``conf/``."""
+    if any(override.startswith("hydra.searchpath=") for override in overrides):
+        return list(overrides)
+    return [*overrides, f"hydra.searchpath=[file://{config_root()}]"]
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -185,7 +187,8 @@ def _target(name: str, path: str) -> type:
 def _parameters(target: type) -> dict[str, inspect.Parameter]:
     """Parameters of a constructor with resolved annotations."""
     signature = inspect.signature(target)
-    hints = typing.get_type_hints(target.__init__)
+    constructor: Any = target.__init__  # type: ignore[misc]  # the class itself, not a subclass
+    hints = typing.get_type_hints(constructor)
     return {
         name: parameter.replace(annotation=hints.get(name, Any))
         for name, parameter in signature.parameters.items()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import wsss
-from wsss.checkpoints import CONVERTERS, file_sha256, load_official, read_state_dict
 from wsss.backbone import WeightsInfo, state_sha256
+from wsss.checkpoints import CONVERTERS, file_sha256, load_official, read_state_dict
 from wsss.errors import WSSSError
 from wsss.runs import build_module, compose_run
 

@@ -20,9 +20,12 @@ class LargeFOV(nn.Module):
         self, *, in_channels: int, num_outputs: int, channels: int = 512, dilation: int = 5
     ) -> None:
         super().__init__()
-        dilated = {"kernel_size": 3, "padding": dilation, "dilation": dilation, "bias": False}
-        self.conv6 = nn.Conv2d(in_channels, channels, **dilated)
-        self.conv7 = nn.Conv2d(channels, channels, **dilated)
+        self.conv6 = nn.Conv2d(
+            in_channels, channels, 3, padding=dilation, dilation=dilation, bias=False
+        )
+        self.conv7 = nn.Conv2d(
+            channels, channels, 3, padding=dilation, dilation=dilation, bias=False
+        )
         self.conv8 = nn.Conv2d(channels, num_outputs, kernel_size=1, bias=False)
         self.relu = nn.ReLU(inplace=True)
 

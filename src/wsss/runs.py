@@ -134,7 +134,7 @@ def override_config(config: dict[str, Any], overrides: list[str]) -> dict[str, A
     """
     from wsss.config import check_config, nearest_key
 
-    node = OmegaConf.create(config)
+    node: Any = OmegaConf.create(config)
     OmegaConf.set_struct(node, True)
     for override in overrides:
         key, equals, _ = override.partition("=")

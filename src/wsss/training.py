@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig
 
-from wsss.config import check_config, compose_config, config_root, plain, search_path
+from wsss.cli import run_verb
+from wsss.config import check_config, compose_config, config_root, plain, with_search_path
 from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import Evaluator
@@ -32,9 +33,10 @@ def main(arguments: list[str]) -> int:
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     if not {"-m", "--multirun"} & set(flags):
         compose_config(overrides)
-    root = config_root()
-    sys.argv = ["wsss train", *arguments, search_path(root)]
-    decorate = hydra_main(version_base="1.3", config_path=str(root / "conf"), config_name="train")
+    # this file, not the console script: DDP starts its other processes from sys.argv
+    sys.argv = [__file__, *with_search_path(arguments)]
+    conf = str(config_root() / "conf")
+    decorate = hydra_main(version_base="1.3", config_path=conf, config_name="train")
     decorate(_job)()
     return 0
 
@@ -221,3 +223,7 @@ def _quiet() -> None:
 
 def _wandb(trainer: lightning.Trainer) -> Logger | None:
     return next((log for log in trainer.loggers if not isinstance(log, CSVLogger)), None)
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("train", sys.argv[1:]))

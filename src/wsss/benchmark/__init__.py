@@ -14,14 +14,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 from rich.console import Console
 
+from wsss.arguments import parse_arguments
 from wsss.benchmark.report import show, summarise
 from wsss.benchmark.runner import Side, run_side
 from wsss.benchmark.toco_official import Savings
-from wsss.config import nearest_key
 from wsss.errors import WSSSError
 
 #: method -> class that computes its step the official way
@@ -91,6 +90,8 @@ def main(arguments: list[str]) -> int:
     """
     config = parse(arguments)
     out = Path(config.out) if config.out else None
+    if out and out.is_dir():
+        raise WSSSError(f"out={out}: is a folder; name a .json file")
     if out and not os.access(out.parent, os.W_OK):
         raise WSSSError(f"out={out}: the folder {out.parent} is missing or not writable")
     console = Console()
@@ -114,21 +115,7 @@ def parse(arguments: Sequence[str]) -> BenchmarkConfig:
     Raises:
         WSSSError: no KEY=VALUE, unknown key, wrong type, value out of range.
     """
-    schema = OmegaConf.structured(BenchmarkConfig)
-    for argument in arguments:
-        key, equals, _ = argument.partition("=")
-        if not equals:
-            raise WSSSError(f"{argument!r}: expected KEY=VALUE, for example method=toco")
-        if key not in {field.name for field in fields(BenchmarkConfig)}:
-            raise WSSSError(f"{key}: unknown key{nearest_key(key, schema)}")
-        try:
-            schema = OmegaConf.merge(schema, OmegaConf.from_dotlist([argument]))
-        except OmegaConfBaseException as error:
-            raise WSSSError(f"{argument}: {str(error).splitlines()[0]}") from error
-    if OmegaConf.is_missing(schema, "method"):
-        raise WSSSError("method is missing; give it on the command line: method=toco")
-    config = OmegaConf.to_object(schema)
-    assert isinstance(config, BenchmarkConfig)
+    config, _ = parse_arguments(BenchmarkConfig, arguments)
     for key, choices in CHOICES.items():
         if getattr(config, key) not in choices:
             raise WSSSError(f"{key}={getattr(config, key)}: expected {' or '.join(choices)}")

@@ -178,7 +178,7 @@ def _steps(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Timed optimisation steps, and the losses of the very first one."""
     watch = Stopwatch(device)
-    module.phase = watch  # type: ignore[method-assign, assignment]
+    module.phase = watch
     optimizer = module.optimizer(module.param_groups())
     number = 0 if config["stage"] == "before" else module.max_steps - 1
     half = config["dtype"] == "bfloat16"

@@ -98,11 +98,12 @@ class OfficialToCo(ToCo):
                 "cls_aux_loss": F.multilabel_soft_margin_loss(aux_logits, labels),
             }
         total = losses["cls_loss"] + losses["cls_aux_loss"]
-        cam = cam_aux = token_label = pseudo_label = seg_logits = local = None
-        if ptc or ctc or seg or reg:
-            cam, cam_aux = self._cams_for_training(images, features)
+        if not (ptc or ctc or seg or reg):
+            return StepResult(losses, total, Outputs(class_logits, None), features)
+
+        cam, cam_aux = self._cams_for_training(images, features)
+        token_label = pseudo_label = seg_logits = local = None
         if ptc:
-            assert cam_aux is not None
             token_label = self._token_labels(cam_aux, labels, boxes, features.grid)
             with self.phase("forward"):
                 same, different = self._pairs(token_label)
@@ -110,30 +111,26 @@ class OfficialToCo(ToCo):
                     losses["ptc_loss"] = ptc_loss(tokens, same, different)
                     total = total + weights.ptc * losses["ptc_loss"]
         if ctc:
-            assert cam_aux is not None
             roi = roi_mask(cam_aux, labels, high=self.high_threshold, low=self.low_threshold)
             local = self._crops(batch["local_view"], roi)
             with self.phase("forward"):
                 losses["ctc_loss"] = self._contrast(batch, features, local)
                 total = total + weights.ctc * losses["ctc_loss"]
         if seg or reg:
-            assert cam is not None
-            assert cam_aux is not None
             with self.phase("pseudo_labels"):
                 source = cam_aux if self._labels_from_aux(step) else cam
                 pseudo_label = self._pseudo_labels(images, source, labels, boxes)
             with self.phase("forward"):
                 seg_logits = self.decoder(tokens)
                 full = F.interpolate(seg_logits, images.shape[-2:], mode="bilinear")
-        if seg:
-            assert pseudo_label is not None
-            with self.phase("forward"):
-                losses["seg_loss"] = self._segmentation_loss(full, pseudo_label)
-                total = total + weights.seg * losses["seg_loss"]
-        if reg:
-            with self.phase("energy"):
-                losses["reg_loss"] = self._energy(images, full, pseudo_label, boxes)
-                total = total + weights.reg * losses["reg_loss"]
+            if seg:
+                with self.phase("forward"):
+                    losses["seg_loss"] = self._segmentation_loss(full, pseudo_label)
+                    total = total + weights.seg * losses["seg_loss"]
+            if reg:
+                with self.phase("energy"):
+                    losses["reg_loss"] = self._energy(images, full, pseudo_label, boxes)
+                    total = total + weights.reg * losses["reg_loss"]
         outputs = Outputs(class_logits, seg_logits)
         return StepResult(
             losses, total, outputs, features, cam, cam_aux, token_label, pseudo_label, local
@@ -252,12 +249,9 @@ class OfficialToCo(ToCo):
             start=logits.new_zeros(()),
         )
 
-    def _energy(
-        self, images: Tensor, logits: Tensor, label: Tensor | None, boxes: Tensor
-    ) -> Tensor:
+    def _energy(self, images: Tensor, logits: Tensor, label: Tensor, boxes: Tensor) -> Tensor:
         if self.savings.energy_on_device:
             return super()._energy(images, logits, label, boxes)
-        assert label is not None
         on_cpu = [tensor.cpu() for tensor in (images, logits, label, boxes)]
         return super()._energy(*on_cpu).to(images.device)
 

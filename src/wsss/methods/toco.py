@@ -76,7 +76,7 @@ class CTCHead(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
         self.last_layer = weight_norm(nn.Linear(bottleneck, out, bias=False))
-        magnitude = self.last_layer.parametrizations.weight.original0  # type: ignore[union-attr, index]
+        magnitude = self.last_layer.parametrizations.weight.original0
         magnitude.data.fill_(1.0)
         magnitude.requires_grad_(False)
 
@@ -217,11 +217,11 @@ class StepResult(NamedTuple):
     total: Tensor
     outputs: Outputs
     features: Features
-    cam: Tensor | None
-    cam_aux: Tensor | None
-    token_label: Tensor | None
-    pseudo_label: Tensor | None
-    local: LocalCrops | None
+    cam: Tensor | None = None
+    cam_aux: Tensor | None = None
+    token_label: Tensor | None = None
+    pseudo_label: Tensor | None = None
+    local: LocalCrops | None = None
 
 
 class ToCo(WSSSModule):
@@ -380,18 +380,14 @@ class ToCo(WSSSModule):
                 ),
             }
         total = losses["cls_loss"] + losses["cls_aux_loss"]
+        if not (ptc or ctc or seg or reg):
+            return StepResult(losses, total, Outputs(class_logits, None), features)
 
-        cam = cam_aux = token_label = pseudo_label = seg_logits = local = None
-        if ptc or ctc or seg or reg:
-            with self.phase("cam"), torch.no_grad():
-                cam, cam_aux = multiscale_cam(
-                    self.raw_cams,
-                    images,
-                    scales=self.scales,
-                    scale_one=self._raw_cams(features, size),
-                )
+        with self.phase("cam"), torch.no_grad():
+            own = self._raw_cams(features, size)
+            cam, cam_aux = multiscale_cam(self.raw_cams, images, scales=self.scales, scale_one=own)
+        token_label = pseudo_label = seg_logits = local = None
         if ptc:
-            assert cam_aux is not None
             token_label = self._token_labels(cam_aux, labels, boxes, features.grid)
             with self.phase("forward"):
                 same, different = pair_masks(token_label)
@@ -399,31 +395,28 @@ class ToCo(WSSSModule):
                     losses["ptc_loss"] = ptc_loss(tokens, same, different)
                     total = total + weights.ptc * losses["ptc_loss"]
         if ctc:
-            assert cam_aux is not None
             roi = roi_mask(cam_aux, labels, high=self.high_threshold, low=self.low_threshold)
             local = crop_local_views(batch["local_view"], roi, self.local_size)
             with self.phase("forward"):
                 losses["ctc_loss"] = self._class_token_contrast(features, local)
                 total = total + weights.ctc * losses["ctc_loss"]
         if seg or reg:
-            assert cam is not None
-            assert cam_aux is not None
             with self.phase("pseudo_labels"):
                 source = cam_aux if self._labels_from_aux(step) else cam
                 pseudo_label = self._pseudo_labels(images, source, labels, boxes)
             with self.phase("forward"):
                 seg_logits = self.decoder(tokens)
                 full = F.interpolate(seg_logits, images.shape[-2:], mode="bilinear")
-        if seg:
-            with self.phase("forward"):
-                losses["seg_loss"] = balanced_segmentation_loss(
-                    full, pseudo_label, guard=not self.official_compat
-                )
-                total = total + weights.seg * losses["seg_loss"]
-        if reg:
-            with self.phase("energy"):
-                losses["reg_loss"] = self._energy(images, full, pseudo_label, boxes)
-                total = total + weights.reg * losses["reg_loss"]
+            if seg:
+                with self.phase("forward"):
+                    losses["seg_loss"] = balanced_segmentation_loss(
+                        full, pseudo_label, guard=not self.official_compat
+                    )
+                    total = total + weights.seg * losses["seg_loss"]
+            if reg:
+                with self.phase("energy"):
+                    losses["reg_loss"] = self._energy(images, full, pseudo_label, boxes)
+                    total = total + weights.reg * losses["reg_loss"]
         outputs = Outputs(class_logits, seg_logits)
         return StepResult(
             losses, total, outputs, features, cam, cam_aux, token_label, pseudo_label, local
@@ -541,11 +534,8 @@ class ToCo(WSSSModule):
             low=self.low_threshold,
         )
 
-    def _energy(
-        self, images: Tensor, logits: Tensor, label: Tensor | None, boxes: Tensor
-    ) -> Tensor:
+    def _energy(self, images: Tensor, logits: Tensor, label: Tensor, boxes: Tensor) -> Tensor:
         """Gated dense-CRF energy of the prediction (toco.md section 2, "Reg")."""
-        assert label is not None
         return dense_energy_loss(
             images,
             logits,

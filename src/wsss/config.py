@@ -55,6 +55,7 @@ class Budget:
         warmup_steps: steps of learning-rate warm-up.
         global_batch_size: images a step over all devices.
         crop_size: side of a training crop in pixels.
+        scale_range: bounds of the random scale before the crop.
         local_size: side of a local crop in pixels.
         cam_size: side of the square to which images are squashed for CAM scores; None: native.
         eval_every: steps between validations.
@@ -64,6 +65,7 @@ class Budget:
     warmup_steps: int
     global_batch_size: int
     crop_size: int
+    scale_range: tuple[float, float]
     local_size: int
     cam_size: int | None
     eval_every: int

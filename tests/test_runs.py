@@ -73,7 +73,7 @@ def test_run_folder_holds_everything(finished: Path) -> None:
     assert len(metrics["protocol"]["list_sha256"]) == 64
     assert list((finished / "gallery").glob("*.png"))
     assert (finished / "checkpoints" / "last.ckpt").is_file()
-    with (finished / "logs" / "metrics.csv").open() as stream:
+    with (finished / "logs" / "version_0" / "metrics.csv").open() as stream:
         columns = next(csv.reader(stream))
     assert {"val/seg_miou", "val/seed_miou"} <= set(columns)
 

@@ -122,7 +122,8 @@ def build_trainer(
         Evaluator(protocol=protocol, class_names=data.class_names),
         NamedLosses(),
     ]
-    loggers: list[Logger] = [CSVLogger(folder, name="logs", version="")]
+    # a resumed run gets a folder of its own: CSVLogger would delete the first one's file
+    loggers: list[Logger] = [CSVLogger(folder, name="logs")]
     if config["logger"]["wandb"]:
         loggers.append(make_wandb_logger(config, folder))
     return instantiate(

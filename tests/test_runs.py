@@ -2,10 +2,12 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -173,23 +175,76 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_weights(tmp_path: P
         assert torch.equal(value, ends[1]["state_dict"][name]), name
 
 
-def test_corrupt_image_ends_training_with_its_name(
+def _copy_of_minivoc(folder: Path) -> Path:
+    root = folder / "VOC2012"
+    shutil.copytree(minivoc_root() / "VOC2012", root)
+    return root
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _rgb_mask(path: Path) -> None:
+    Image.new("RGB", (160, 160)).save(path)
+
+
+def _small_mask(path: Path) -> None:
+    Image.new("P", (80, 160)).save(path)
+
+
+def _foreign_id(path: Path) -> None:
+    Image.new("P", (160, 160), 9).save(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "expected"),
+    [
+        ("JPEGImages/{train}.jpg", _cut, "complete"),
+        ("JPEGImages/{train}.jpg", Path.unlink, "missing"),
+        ("JPEGImages/{val}.jpg", _cut, "complete"),
+        ("SegmentationClass/{val}.png", _rgb_mask, "RGB"),
+        ("SegmentationClass/{val}.png", _small_mask, "80x160"),
+        ("SegmentationClass/{val}.png", _foreign_id, "9"),
+        ("Annotations/{train}.xml", _cut, "annotation"),
+        ("ImageSets/Segmentation/val.txt", Path.unlink, "val"),
+    ],
+)
+def test_bad_data_is_named_before_anything_is_written(
+    file: str,
+    spoil: Callable[[Path], None],
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root, runs = _copy_of_minivoc(tmp_path), tmp_path / "runs"
+    lists = root / "ImageSets" / "Segmentation"
+    names = {split: (lists / f"{split}.txt").read_text().split()[2] for split in ("train", "val")}
+    victim = root / file.format(**names)
+    spoil(victim)
+    steps = ["budget.max_steps=4", "budget.eval_every=4"]
+    assert _wsss("train", *TINY, *steps, f"data.root={root}", f"runs_dir={runs}") == 2
+    error = capsys.readouterr().err.strip()
+    assert victim.name in error
+    assert expected in error
+    assert len(error.splitlines()) == 1
+    assert not runs.exists()
+
+
+def test_image_that_only_decoding_shows_to_be_bad_ends_training_with_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
-    root = tmp_path / "VOC2012"
-    shutil.copytree(minivoc_root() / "VOC2012", root)
-    victim = root / "JPEGImages" / "mini_train_0001.jpg"
-    assert victim.is_file()
-    victim.write_bytes(victim.read_bytes()[:200])
-    status = _wsss(
-        "train", *TINY, "budget.max_steps=4", "budget.eval_every=4",
-        f"data.root={root}", f"runs_dir={tmp_path / 'runs'}",
-    )  # fmt: skip
-    assert status == 2
+    """A PNG under a .jpg name has no end marker to look for; the run stops with its name."""
+    root = _copy_of_minivoc(tmp_path)
+    name = (root / "ImageSets" / "Segmentation" / "train.txt").read_text().split()[0]
+    victim = root / "JPEGImages" / f"{name}.jpg"
+    noise = np.random.default_rng(0).integers(0, 255, (160, 160, 3), np.uint8)
+    Image.fromarray(noise).save(victim, format="PNG")
+    _cut(victim)
+    steps = ["budget.max_steps=4", "budget.eval_every=4"]
+    assert _wsss("train", *TINY, *steps, f"data.root={root}", f"runs_dir={tmp_path / 'runs'}") == 2
     error = capsys.readouterr().err
-    assert "mini_train_0001.jpg" in error
+    assert victim.name in error
     assert "Traceback" not in error
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,7 +31,7 @@ def parse_arguments(
     """
     own: list[str] = []
     others: list[str] = []
-    for argument in arguments:
+    for argument in [argument.removeprefix("+") for argument in arguments]:  # Hydra's habit
         key, equals, _ = argument.partition("=")
         if not equals:
             raise WSSSError(f"{argument!r}: expected KEY=VALUE")
@@ -44,7 +44,9 @@ def parse_arguments(
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([argument]))
         except OmegaConfBaseException as error:
-            raise WSSSError(f"{argument}: {str(error).splitlines()[0]}") from error
+            kind = get_type_hints(schema)[key]
+            expected = getattr(kind, "__name__", str(kind))
+            raise WSSSError(f"{argument}: expected {expected}, lists as {key}=[a,b]") from error
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise WSSSError(f"{missing[0]} is missing; give it on the command line: {missing[0]}=...")

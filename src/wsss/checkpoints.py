@@ -57,7 +57,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, safetensors and OS errors share no base class
         raise WSSSError(
-            f"{path}: not a readable checkpoint ({first_line(error)}); "
+            f"{path}: not a readable checkpoint ({type(error).__name__}); "
             "expected .safetensors, or a torch file that loads with weights_only=True"
         ) from error
     for wrapper in ("state_dict", "model"):

@@ -178,8 +178,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_verb(name: str, arguments: list[str]) -> int:
-    """Run one verb with its arguments; what the user got wrong is told in one line."""
-    try:
+    """Run one verb with its arguments; returns the exit status."""
+
+    def run() -> int:
         if name not in VERBS:
             import difflib
 
@@ -191,14 +192,29 @@ def run_verb(name: str, arguments: list[str]) -> int:
             print(f"usage: wsss {verb.usage}\n\n{verb.summary}\n\n{verb.details}")
             return 0
         return verb.run(arguments)
-    except WSSSError as error:
-        if os.environ.get("WSSS_DEBUG") == "1":
-            raise
-        print(f"wsss {name}: {error}", file=sys.stderr)
-        return 2
+
+    return telling_errors(name, run)
+
+
+def telling_errors(name: str, run: Callable[[], int]) -> int:
+    """Run something; what goes wrong becomes one line on standard error and an exit status."""
+    try:
+        return run()
     except KeyboardInterrupt:
         print("wsss: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if os.environ.get("WSSS_DEBUG") == "1":
+            raise
+        if isinstance(error, WSSSError):
+            print(f"wsss {name}: {error}", file=sys.stderr)
+            return 2
+        text = (str(error).splitlines() or [""])[0]
+        print(
+            f"wsss {name}: {type(error).__name__}: {text} (WSSS_DEBUG=1 shows the traceback)",
+            file=sys.stderr,
+        )
+        return 1
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ is its own schema.
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
 import re
 import typing
@@ -18,6 +19,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
@@ -70,6 +72,21 @@ class Budget:
     cam_size: int | None
     eval_every: int
 
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "global_batch_size", "crop_size", "local_size", "eval_every"):
+            if getattr(self, name) < 1:
+                raise WSSSError(f"budget.{name}={getattr(self, name)}: must be at least 1")
+        if self.warmup_steps < 0:
+            raise WSSSError(f"budget.warmup_steps={self.warmup_steps}: must not be negative")
+        if self.local_size >= self.crop_size:
+            raise WSSSError(
+                f"budget.local_size={self.local_size}: must be smaller than "
+                f"budget.crop_size={self.crop_size}"
+            )
+        low, high = self.scale_range
+        if not 0 < low <= high:
+            raise WSSSError(f"budget.scale_range=[{low}, {high}]: expected 0 < low <= high")
+
 
 @dataclass(frozen=True)
 class LoggerConfig:
@@ -118,6 +135,25 @@ def compose_config(overrides: Sequence[str], config_name: str = "train") -> Dict
     return config
 
 
+def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every job that ``-m`` makes of comma-separated values.
+
+    Raises:
+        WSSSError: an override that does not parse.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise WSSSError(" ".join(str(error).split())) from error
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [str(override.input_line)]
+        for override in parsed
+    ]
+    return [list(job) for job in itertools.product(*choices)]
+
+
 def with_search_path(overrides: Sequence[str]) -> list[str]:
     """Overrides that also let ``+experiments=toco/voc`` find the folder beside ``conf/``."""
     if any(override.startswith("hydra.searchpath=") for override in overrides):
@@ -163,8 +199,13 @@ def check_config(config: DictConfig) -> None:
         schema = {"eval": Protocol, "logger": LoggerConfig, "budget": Budget}.get(field.name)
         if schema is not None:
             _check_node(content[field.name], _parameters(schema), field.name, supplied=set())
+            schema(**content[field.name])  # its own checks of values
     for path, node in _targets(content):
         _check_node(node, _parameters(_target(node["_target_"], path)), path, supplied=SUPPLIED)
+    if not 0 <= content["seed"] < 2**32:
+        raise WSSSError(f"seed={content['seed']}: expected 0 to 2**32 - 1")
+    if content["gallery"] < 0:
+        raise WSSSError(f"gallery={content['gallery']}: expected 0 or more images")
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -34,6 +34,8 @@ def convert(method: str, official: str, out: str, *, overrides: list[str]) -> in
     if target.suffix != ".ckpt":
         raise WSSSError(f"{out}: expected an output that ends in .ckpt")
     state = read_state_dict(source)
+    if any(name.startswith("backbone.vit.") for name in state):
+        raise WSSSError(f"{source}: is a wsss checkpoint already; pass it to run= as it is")
     # data.root is not needed to convert; evaluation asks for it
     root = [] if any(o.startswith("data.root=") for o in overrides) else ["data.root=unset"]
     config = compose_run([f"method={method}", *root, *overrides])

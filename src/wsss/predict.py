@@ -17,7 +17,7 @@ from wsss.evaluation.inference import evaluating, localise, predict, predicted_l
 from wsss.gallery import overlay
 from wsss.pseudo_labels import cam_to_label
 from wsss.refine.dense_crf import dense_crf
-from wsss.reporting import choose_device
+from wsss.reporting import choose_device, make_writable
 from wsss.runs import LoadedRun, load_run
 
 
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     out = Path(chosen.out)
     if out.resolve() == Path(chosen.images).resolve():
         raise WSSSError(f"out={out}: masks would lie among the images; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_writable(out)
     device = choose_device(chosen.device)
     run.module.to(device)
     names = ["background", *run.data.class_names]

@@ -1,5 +1,6 @@
 """What a run leaves behind: ``results.json``, the table, the gallery, the same on W&B."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 
 from wsss.config import config_hash
 from wsss.data.datamodule import WSSSDataModule
+from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.protocol import Protocol, protocol_card
 from wsss.gallery import write_gallery
@@ -53,6 +55,8 @@ def evaluate_and_report(
         "splits": {},
     }
     first = _is_first()
+    if first:
+        make_writable(folder)
     for split in splits:
         metrics = evaluate(
             module,
@@ -101,7 +105,33 @@ def _is_first() -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the first GPU where there is one, else the CPU."""
+    """``auto`` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        WSSSError: no device of that name here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise WSSSError(f"device={name}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise WSSSError(f"device={name}: torch sees no such GPU; use device=auto or device=cpu")
+    return device
+
+
+def make_writable(folder: Path) -> None:
+    """Create a folder, and prove that it can be written before hours of work go into it.
+
+    Raises:
+        WSSSError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise WSSSError(
+            f"{folder}: cannot be written ({error.strerror}); choose another folder"
+        ) from error

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from wsss.backbone import Backbone, WeightsInfo
-from wsss.checkpoints import fit_positions, load_state_dict_strictly
+from wsss.checkpoints import first_line, fit_positions, load_state_dict_strictly
 from wsss.config import compose_config, config_hash, plain
 from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import WSSSError
@@ -32,9 +33,25 @@ def run_folder(config: dict[str, Any]) -> Path:
     return Path(config["runs_dir"]) / config["study"] / name
 
 
+def build(node: dict[str, Any], **supplied: Any) -> Any:
+    """The object that a node with a ``_target_`` describes.
+
+    Raises:
+        WSSSError: the constructor refused its arguments; in its own words where it was ours.
+    """
+    try:
+        return instantiate(node, _convert_="all", **supplied)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, WSSSError):
+            raise cause from error
+        raise WSSSError(f"{node['_target_']}: {first_line(cause or error)}") from error
+
+
 def build_data(config: dict[str, Any]) -> WSSSDataModule:
     """The DataModule of a resolved configuration."""
-    return instantiate(config["data"], _convert_="all")
+    data: WSSSDataModule = build(config["data"])
+    return data
 
 
 def build_module(
@@ -50,10 +67,8 @@ def build_module(
     settings = (
         dict(config["backbone"]) if with_weights else {**config["backbone"], "weights": "random"}
     )
-    backbone: Backbone = instantiate(settings, _convert_="all")
-    module: WSSSModule = instantiate(
-        config["method"], backbone=backbone, num_classes=num_classes, _convert_="all"
-    )
+    backbone: Backbone = build(settings)
+    module: WSSSModule = build(config["method"], backbone=backbone, num_classes=num_classes)
     module.run_config = config
     return module
 

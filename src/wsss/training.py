@@ -1,54 +1,87 @@
 """``wsss train``: compose, train, evaluate, and leave a run folder that says how it was made."""
 
+import argparse
 import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning
 import torch
 from hydra import main as hydra_main
-from hydra.utils import instantiate
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig
 
-from wsss.cli import run_verb
-from wsss.config import check_config, compose_config, config_root, plain, with_search_path
+from wsss.cli import run_verb, telling_errors
+from wsss.config import (
+    check_config,
+    compose_config,
+    config_root,
+    plain,
+    sweep_jobs,
+    with_search_path,
+)
 from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import Evaluator
 from wsss.evaluation.protocol import Protocol
-from wsss.reporting import evaluate_and_report
+from wsss.reporting import evaluate_and_report, make_writable
 from wsss.results.store import RESULTS_FILE, read_results
-from wsss.runs import LAST_CHECKPOINT, build_data, build_module, run_folder, write_config
+from wsss.runs import LAST_CHECKPOINT, build, build_data, build_module, run_folder, write_config
 from wsss.tracking import make_wandb_logger
 
 
 def main(arguments: list[str]) -> int:
-    """The verb: Hydra's own command line, with bad overrides told in one line first."""
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
-    if not {"-m", "--multirun"} & set(flags):
-        compose_config(overrides)
+    """The verb: Hydra's own command line, with what is wrong told in one line first."""
+    overrides, flags = _read_command_line(arguments)
+    for job in sweep_jobs(overrides) if "--multirun" in flags else [overrides]:
+        compose_config(job)
     # this file, not the console script: DDP starts its other processes from sys.argv
-    sys.argv = [__file__, *with_search_path(arguments)]
+    sys.argv = [__file__, *with_search_path(overrides), *flags]
     conf = str(config_root() / "conf")
     decorate = hydra_main(version_base="1.3", config_path=conf, config_name="train")
     decorate(_job)()
     return 0
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse that tells an error like all others here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise WSSSError(f"{message} (wsss train --help)")
+
+
+def _read_command_line(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Overrides, then those of Hydra's flags that are supported (it wants them apart)."""
+    parser = _OneLineParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
+    parser.add_argument("-p", "--package")
+    parser.add_argument("--resolve", action="store_true")
+    read = parser.parse_intermixed_args(arguments)
+    flags = [f"--{name}" for name in ("multirun", "resolve") if getattr(read, name)]
+    for name in ("cfg", "package"):
+        if getattr(read, name) is not None:
+            flags += [f"--{name}", getattr(read, name)]
+    return read.overrides, flags
+
+
 def _job(config: DictConfig) -> None:
     """One job of Hydra; a sweep runs several."""
-    try:
+
+    def run() -> int:
         check_config(config)
         train(plain(config))
-    except WSSSError as error:
-        print(f"wsss train: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        return 0
+
+    # told here, since Hydra would wrap an exception in lines of its own
+    status = telling_errors("train", run)
+    if status:
+        raise SystemExit(status)
 
 
 def train(config: dict[str, Any]) -> Path:
@@ -72,9 +105,16 @@ def train(config: dict[str, Any]) -> Path:
     _quiet()
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     data = build_data(config)
-    data.setup("fit")  # bad data is told before a backbone is loaded or anything is written
+    data.setup("fit")
+    data.check_contents()  # bad data is told before anything is written
     module = build_module(config, data.num_classes)
+    if module.backbone.patch_size > config["budget"]["crop_size"]:
+        raise WSSSError(
+            f"budget.crop_size={config['budget']['crop_size']}: smaller than one patch of "
+            f"{module.backbone.patch_size} px"
+        )
     protocol = Protocol(**config["eval"])
+    make_writable(folder)
     write_config(folder, config)
     trainer = build_trainer(config, folder, data, protocol)
     checkpoint = folder / LAST_CHECKPOINT
@@ -91,6 +131,10 @@ def train(config: dict[str, Any]) -> Path:
     except SystemExit as leave:  # how Lightning ends after Ctrl-C
         print(f"stopped at step {trainer.global_step}; the same command resumes", file=sys.stderr)
         raise SystemExit(130) from leave
+    except WSSSError as error:
+        if not checkpoint.is_file():
+            raise
+        raise WSSSError(f"{error}; once mended, the same command resumes") from error
     evaluate_and_report(
         module,
         data,
@@ -126,7 +170,7 @@ def build_trainer(
     loggers: list[Logger] = [CSVLogger(folder, name="logs")]
     if config["logger"]["wandb"]:
         loggers.append(make_wandb_logger(config, folder))
-    return instantiate(
+    return build(
         config["trainer"],
         callbacks=callbacks,
         logger=loggers,
@@ -135,7 +179,6 @@ def build_trainer(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         enable_model_summary=False,
-        _convert_="all",
     )
 
 

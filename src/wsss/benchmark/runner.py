@@ -17,6 +17,7 @@ from wsss.benchmark.toco_official import OfficialToCo, Savings
 from wsss.errors import WSSSError
 from wsss.methods.base import Batch
 from wsss.methods.toco import ToCo
+from wsss.reporting import choose_device
 from wsss.runs import build_module, compose_run
 
 
@@ -94,7 +95,7 @@ def run_side(config: dict[str, Any], side: Side) -> dict[str, Any]:
     """
     if config["threads"]:
         torch.set_num_threads(config["threads"])
-    device = _device(config["device"])
+    device = choose_device(config["device"])
     torch.manual_seed(config["seed"])
     module = build(config, side).to(device).train()
     batch = make_batch(config, device)
@@ -220,14 +221,6 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     unit = 1 if platform.system() == "Darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * unit, "resident set of the process"
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise WSSSError("device=cuda: torch sees no GPU; use device=cpu or device=auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def _cpu_name() -> str:

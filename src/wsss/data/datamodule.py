@@ -150,6 +150,19 @@ class WSSSDataModule(L.LightningDataModule):
             for split in self.test_splits:
                 self.eval_dataset(split)
 
+    def check_contents(self) -> None:
+        """Looks into every file that a run will read, evaluation included, before it starts.
+
+        A truncated image or a mask of the wrong kind is then named at once and not after hours of
+        training. Costs a header an image and one decoding a mask: seconds for VOC.
+
+        Raises:
+            WSSSError: names the first file that cannot be used.
+        """
+        self._make_train_dataset().check_contents()
+        for split in (self.val_split, *self.test_splits):
+            self.eval_dataset(split).check_contents()
+
     def _dataset(
         self, split: str, *, transform: TrainTransform | None, with_mask: bool
     ) -> VOCDataset:

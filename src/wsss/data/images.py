@@ -20,6 +20,7 @@ from wsss.errors import WSSSError
 IGNORE_INDEX = 255
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+JPEG_TAIL = 65536  # bytes in which the end marker is looked for; some cameras append data
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
 
@@ -38,6 +39,34 @@ def _decode(path: Path) -> Image.Image:
             f"{path} cannot be decoded ({' '.join(str(error).split())}); expected a complete image "
             "file, copy or download it again"
         ) from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Reads the header of an image, and whether a JPEG is complete; pixels are not decoded.
+
+    Returns:
+        (height, width) in pixels.
+
+    Raises:
+        WSSSError: the file is missing, is no image, or is a JPEG without its end marker.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            kind = image.format
+        if kind == "JPEG":
+            with path.open("rb") as stream:
+                stream.seek(max(0, path.stat().st_size - JPEG_TAIL))
+                if b"\xff\xd9" not in stream.read():  # cannot occur inside the coded pixels
+                    raise OSError("image file is truncated")
+    except FileNotFoundError:
+        raise WSSSError(f"{path} is missing; expected an image file there") from None
+    except Exception as error:  # as in _decode
+        raise WSSSError(
+            f"{path} is no complete image ({' '.join(str(error).split())}); copy or download it "
+            "again"
+        ) from error
+    return height, width
 
 
 def _sixteen_bit_to_eight(path: Path, image: Image.Image) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from wsss.data.images import IGNORE_INDEX, normalise, read_mask, read_rgb
+from wsss.data.images import IGNORE_INDEX, image_size, normalise, read_mask, read_rgb
 from wsss.errors import WSSSError
 
 VOC_CLASSES = (
@@ -229,6 +229,18 @@ class VOCDataset(Dataset[dict[str, Any]]):
                     f"{_list_path(self.root, self.split)}"
                 )
         return labels
+
+    def check_contents(self) -> None:
+        """Looks into every file before training starts: headers of images, all of each mask.
+
+        Raises:
+            WSSSError: names the first file that cannot be used.
+        """
+        for name in self.names:
+            size = image_size(self.root / "JPEGImages" / f"{name}.jpg")
+            if self.with_mask:
+                path = self.mask_folder / f"{name}.png"
+                read_mask(path, num_classes=self.num_classes, size=size)
 
     def __len__(self) -> int:
         return len(self.names)

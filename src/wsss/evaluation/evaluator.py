@@ -169,17 +169,21 @@ class Tally(nn.Module):
         self._update_segmentation(prediction, batch["rgb"], target, labels, crf)
         guessed = predicted_labels(prediction.class_logits).to(labels)
         allowed = labels if self.protocol.use_image_labels else guessed
-        cams = localise(module, images, allowed, size, self.protocol)
-        self.seed.update(cams, target)
+        pseudo = self.protocol.cam_high is not None
+        # a class's map does not depend on the others', so one call serves every set of labels
+        wanted = allowed
         if self.both_labels:
-            same = torch.equal(guessed, labels)
-            other = cams if same else localise(module, images, guessed, size, self.protocol)
-            self.seed_predicted.update(other, target)
-        if self.protocol.cam_high is not None:
-            if not torch.equal(allowed, labels):
-                cams = localise(module, images, labels, size, self.protocol)
+            wanted = torch.maximum(wanted, guessed)
+        if pseudo:
+            wanted = torch.maximum(wanted, labels)
+        cams = localise(module, images, wanted, size, self.protocol)
+        self.seed.update(cams * allowed[..., None, None], target)
+        if self.both_labels:
+            self.seed_predicted.update(cams * guessed[..., None, None], target)
+        if pseudo:
+            true = cams * labels[..., None, None]
             self.pseudo.update(
-                pseudo_label(self.par, batch["rgb"], cams, labels, self.protocol), target
+                pseudo_label(self.par, batch["rgb"], true, labels, self.protocol), target
             )
 
     def _update_segmentation(

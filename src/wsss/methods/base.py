@@ -67,7 +67,8 @@ class WSSSModule(LightningModule):
 
         Args:
             images: (B, 3, H, W), normalised.
-            labels: image-level labels, (B, K) in {0, 1}; maps of absent classes are zero.
+            labels: image-level labels, (B, K) in {0, 1}; maps of absent classes are zero, and the
+                map of a class does not depend on which others are asked for.
         """
 
     @abstractmethod

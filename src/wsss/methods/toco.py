@@ -303,6 +303,11 @@ class ToCo(WSSSModule):
                 f"method: expected 0 <= low_threshold <= high_threshold <= 1, got "
                 f"{low_threshold} and {high_threshold}"
             )
+        if not 0 <= momentum <= 1 or temperature <= 0:
+            raise WSSSError(
+                f"method: expected 0 <= momentum <= 1 and temperature > 0, got {momentum} and "
+                f"{temperature}"
+            )
         self.warmup_steps, self.lr, self.head_lr_factor = warmup_steps, lr, head_lr_factor
         self.weight_decay = weight_decay
         self.aux_block = aux_layer % backbone.depth
@@ -351,6 +356,12 @@ class ToCo(WSSSModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of toco.md section 2; see :meth:`compute_losses`."""
         result = self.compute_losses(batch, self.global_step)
+        if not self.official_compat and not bool(torch.isfinite(result.total)):
+            terms = ", ".join(f"{name} {float(loss):.3g}" for name, loss in result.losses.items())
+            raise WSSSError(
+                f"step {self.global_step}: the loss is not finite ({terms}; images "
+                f"{', '.join(batch['name'])}); lower method.lr, or look at these images"
+            )
         self.log_losses(result.losses, result.total, len(batch["image"]))
         return result.total
 

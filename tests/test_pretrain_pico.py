@@ -55,8 +55,8 @@ def test_items_are_reproducible_and_say_what_is_pasted(pool: tool.Pool) -> None:
     item = first[3]
     assert item["image"].shape == (3, 48, 48)
     assert item["patches"].shape == (36,)
-    pasted = {pool.cutouts[i].label for i in item["identity"] if i >= 0} - {0}
-    assert set(np.nonzero(item["classes"])[0] + 1) == pasted
+    pasted = {pool.cutouts[i].label for i in item["identity"][0] if i >= 0} - {0}
+    assert set(np.nonzero(item["classes"][0])[0] + 1) == pasted
 
 
 def test_training_lowers_the_loss_on_a_repeated_batch(pool: tool.Pool, tmp_path: Path) -> None:
@@ -65,6 +65,21 @@ def test_training_lowers_the_loss_on_a_repeated_batch(pool: tool.Pool, tmp_path:
     batch = next(tool.batches(tool.Composites(pool, OBJECTS, 0), 4, 0, 0))
     losses = [sum(run.train_step(batch, OBJECTS).values()) for _ in range(12)]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_pictures_of_a_mosaic_are_labelled_and_pooled_apart(pool: tool.Pool) -> None:
+    stage = tool.Stage("mosaics", images=12, size=96, batch=4, lr=1e-3, warmup=1)
+    data = tool.Composites(pool, stage, 0)
+    for index, tiles in ((0, 2), (4, 1), (8, 3)):
+        assert data[index]["classes"].shape == (tiles**2, len(tool.CLASSES))
+        assert data[index]["identity"].shape == (tiles**2, 3)
+    model = tool.Pupil(len(pool.cutouts)).eval()
+    image = torch.randn(1, 3, 96, 96)
+    local = tool.tokens(model.vit, image)[0, 1:].unflatten(0, (12, 12))
+    out = model(image, tiles=3)["classes_max"]
+    # the picture in the middle of the second row
+    middle = local[4:8, 4:8].flatten(0, 1).amax(0)
+    torch.testing.assert_close(out[4], model.classes_max(middle))
 
 
 def test_resumed_run_equals_an_uninterrupted_one(pool: tool.Pool, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ splits are never read by the training.
   (some 800 identities, most of them of no class), as ImageNet's 1000 classes teach more than eight
   would, plus the eight classes as multi-label.
 * Stage ``scenes``: one to three objects in a wider range of sizes; the same two targets.
-* Stage ``mosaics``: in turn 2 x 2 pictures, one scene and 3 x 3 pictures side by side on one canvas,
-  some of them empty; each picture keeps its own image-level label and is pooled by itself. A token
-  then has to say what is near it, which is what a CAM is read from.
+* Stage ``mosaics``: in turn 2 x 2 pictures, one scene and 3 x 3 pictures side by side on one
+  canvas, some of them empty; each picture keeps its own image-level label and is pooled by itself.
+  A token then has to say what is near it, which is what a CAM is read from.
 
     python tools/pretrain_pico.py --debs CACHE --out runs/pico --resume
 """
@@ -511,7 +511,9 @@ def identity_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """
     present = (ids >= 0).float()
     count = present.sum(1, keepdim=True)
-    target = torch.zeros_like(logits).scatter_add_(1, ids.clamp(min=0), present / count.clamp(min=1))
+    target = torch.zeros_like(logits).scatter_add_(
+        1, ids.clamp(min=0), present / count.clamp(min=1)
+    )
     loss = F.cross_entropy(logits, target, label_smoothing=0.05, reduction="none")
     filled = (count[:, 0] > 0).float()
     return (loss * filled).sum() / filled.sum().clamp(min=1)
@@ -948,6 +950,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if not os.environ.get("LEAD"):
-        raise SystemExit("LEAD TO H1: I (the lead session) have stopped the run and take over the pretraining and this file from here. Do not start any process and do not edit tools/pretrain_pico.py; write your final report now (numbers, what was looked at, random-start probe if you have it).")
     main()

@@ -65,7 +65,7 @@ def multiscale_cam(
 ) -> list[Tensor]:
     """Sum the class activation maps over scales and mirror images, then normalise.
 
-    Scale 1 always comes first, even when ``scales`` lacks it, and is never used twice. At each
+    Scale 1 always comes first, even when ``scales`` lacks it, and is not used twice. At each
     scale the images and their mirror images go through ``raw_cams`` in one batch; their maps are
     resized to the image size, the maximum of the two is taken, negative values are cut, and the
     scales are summed.
@@ -86,7 +86,7 @@ def multiscale_cam(
     """
     batch, _, height, width = images.shape
     total: list[Tensor] = []
-    for scale in [1.0, *(s for s in dict.fromkeys(scales) if s != 1.0)]:
+    for scale in [1.0, *(s for s in scales if s != 1.0)]:
         size = (int(scale * height), int(scale * width))
         if min(size) < 1:
             raise WSSSError(f"scale {scale} of a {height}x{width} image leaves no pixel")

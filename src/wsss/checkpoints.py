@@ -5,6 +5,7 @@ cannot run code. Keys are never matched loosely: what is missing, extra or missh
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from math import isqrt
 from pathlib import Path
@@ -69,6 +70,25 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if strangers:
         raise WSSSError(f"{path}: entries that are not tensors: {_some(strangers)}")
     return content
+
+
+def save_atomically(checkpoint: Mapping[str, Any], target: Path) -> None:
+    """Write a torch file beside its target, then rename: the old file, or the new one whole.
+
+    Raises:
+        WSSSError: it cannot be written; what was there is untouched.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
+        raise WSSSError(
+            f"{target}: cannot be written ({first_line(error)}); a previous file is untouched"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_state_dict_strictly(

@@ -59,7 +59,8 @@ class Budget:
         crop_size: side of a training crop in pixels.
         scale_range: bounds of the random scale before the crop.
         local_size: side of a local crop in pixels.
-        cam_size: side of the square to which images are squashed for CAM scores; None: native.
+        cam_size: side of the square to which images are squashed for CAM and single-scale scores;
+            None: native.
         eval_every: steps between validations.
     """
 
@@ -179,9 +180,16 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Eight hex digits over everything that changes a run's numbers."""
+    """Eight hex digits over what makes a run another run.
+
+    Left out are where things lie and how they are watched, so that moved data does not orphan an
+    interrupted run. The evaluation protocol is in: ``wsss eval`` takes other ones without training.
+    """
     relevant = {
         key: value for key, value in config.items() if key not in ("runs_dir", "logger", "gallery")
+    }
+    relevant["data"] = {
+        key: value for key, value in config["data"].items() if key not in ("root", "num_workers")
     }
     text = json.dumps(relevant, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

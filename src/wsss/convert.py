@@ -1,14 +1,18 @@
 """``wsss convert``: an official checkpoint becomes a checkpoint of ours."""
 
-import os
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import wsss
 from wsss.backbone import WeightsInfo, state_sha256
-from wsss.checkpoints import CONVERTERS, file_sha256, load_official, read_state_dict
+from wsss.checkpoints import (
+    CONVERTERS,
+    file_sha256,
+    load_official,
+    read_state_dict,
+    save_atomically,
+)
 from wsss.errors import WSSSError
 from wsss.runs import build_module, compose_run
 
@@ -56,20 +60,7 @@ def convert(method: str, official: str, out: str, *, overrides: list[str]) -> in
         "wsss_version": wsss.__version__,
     }
     module.on_save_checkpoint(checkpoint)
-    _write(checkpoint, target)
+    save_atomically(checkpoint, target)
     count = sum(value.numel() for value in state.values() if isinstance(value, Tensor))
     print(f"{target}: {len(state)} entries, {count:,} parameters of {source} under our names")
     return 0
-
-
-def _write(checkpoint: dict[str, object], target: Path) -> None:
-    """Write atomically, so that a full disk leaves no half checkpoint."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise WSSSError(f"{target}: cannot be written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,11 +1,13 @@
 """``wsss train``: compose, train, evaluate, and leave a run folder that says how it was made."""
 
 import argparse
+import fcntl
+import os
 import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import lightning
 import torch
@@ -13,8 +15,10 @@ from hydra import main as hydra_main
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig
 
+from wsss.checkpoints import save_atomically
 from wsss.cli import run_verb, telling_errors
 from wsss.config import (
     check_config,
@@ -29,7 +33,7 @@ from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import Evaluator
 from wsss.evaluation.protocol import Protocol
 from wsss.reporting import evaluate_and_report, make_writable
-from wsss.results.store import RESULTS_FILE, read_results
+from wsss.results.store import RESULTS_FILE, print_table, read_results
 from wsss.runs import LAST_CHECKPOINT, build, build_data, build_module, run_folder, write_config
 from wsss.tracking import make_wandb_logger
 
@@ -98,10 +102,12 @@ def train(config: dict[str, Any]) -> Path:
         SystemExit: 130 after Ctrl-C, with a checkpoint that resumes.
     """
     folder = run_folder(config)
-    results = folder / RESULTS_FILE
-    if results.is_file() and read_results(results).get("status") == "finished":
-        print(f"{folder} is finished; change the configuration, or remove the folder")
-        return folder
+    if (folder / RESULTS_FILE).is_file():
+        results = read_results(folder / RESULTS_FILE)
+        if results.get("status") == "finished":
+            print_table(results)
+            print(f"{folder} is finished; change the configuration, or remove the folder")
+            return folder
     _quiet()
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     data = build_data(config)
@@ -115,6 +121,7 @@ def train(config: dict[str, Any]) -> Path:
         )
     protocol = Protocol(**config["eval"])
     make_writable(folder)
+    lock = lock_folder(folder)
     write_config(folder, config)
     trainer = build_trainer(config, folder, data, protocol)
     checkpoint = folder / LAST_CHECKPOINT
@@ -146,6 +153,8 @@ def train(config: dict[str, Any]) -> Path:
         device=trainer.strategy.root_device,
         logger=_wandb(trainer),
     )
+    if lock is not None:
+        lock.close()
     return folder
 
 
@@ -179,7 +188,45 @@ def build_trainer(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         enable_model_summary=False,
+        plugins=[AtomicCheckpointIO()],
     )
+
+
+def lock_folder(folder: Path) -> IO[str] | None:
+    """Hold a run folder for this process; the system lets go when the process ends.
+
+    Returns:
+        The open lock file, to be kept, or None for the further processes of one DDP run.
+
+    Raises:
+        WSSSError: another process trains there.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return None
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise WSSSError(f"{folder}: another process is training here") from error
+    return lock
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames, so that the previous checkpoint survives a full disk.
+
+    Lightning's own way goes through the system's temporary folder, whence a move may be a copy.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            WSSSError: the disk is full or read-only.
+        """
+        save_atomically(checkpoint, Path(path))
 
 
 class SaveOnStop(Callback):
@@ -236,7 +283,10 @@ class SaveOnStop(Callback):
         cut = isinstance(exception, KeyboardInterrupt) and not self.asked
         finite = all(bool(torch.isfinite(p).all()) for p in pl_module.parameters())
         if trainer.global_step > 0 and finite and not cut:
-            trainer.save_checkpoint(self.path)
+            try:
+                trainer.save_checkpoint(self.path)
+            except WSSSError as error:  # what ended the run is told, not this
+                print(f"wsss train: {error}", file=sys.stderr)
 
 
 class NamedLosses(TQDMProgressBar):
@@ -263,6 +313,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
 
 
 def _wandb(trainer: lightning.Trainer) -> Logger | None:

@@ -20,7 +20,6 @@ from torch import Tensor
 from wsss.affinity import pair_masks
 from wsss.backbone import Features
 from wsss.cams import multiscale_cam
-from wsss.data.images import denormalise
 from wsss.losses import balanced_segmentation_loss
 from wsss.methods.base import Batch, Outputs
 from wsss.methods.toco import (
@@ -29,11 +28,10 @@ from wsss.methods.toco import (
     LocalCrops,
     StepResult,
     ToCo,
-    crop_local_views,
     ctc_loss,
     ptc_loss,
 )
-from wsss.pseudo_labels import refine_cam_to_label, roi_mask
+from wsss.pseudo_labels import roi_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +70,16 @@ class OfficialToCo(ToCo):
     """ToCo with every saving switched off; :meth:`use_savings` switches single ones on."""
 
     savings = Savings()
+    share_affinity = False
 
     def use_savings(self, savings: Savings) -> None:
         """Choose which savings stay on."""
         self.savings = savings
+        self.share_affinity = savings.shared_affinity
 
     # ---- the step ------------------------------------------------------------------------------
 
-    def compute_losses(self, batch: Batch, step: int) -> StepResult:
+    def compute_losses(self, batch: Batch, step: int, *, move_teacher: bool = True) -> StepResult:
         """The losses of :meth:`ToCo.compute_losses`, computed as :attr:`savings` says."""
         images, labels, boxes = batch["image"], batch["labels"], batch["box"]
         weights = self.loss_weights(step)
@@ -111,9 +111,10 @@ class OfficialToCo(ToCo):
                     losses["ptc_loss"] = ptc_loss(tokens, same, different)
                     total = total + weights.ptc * losses["ptc_loss"]
         if ctc:
-            roi = roi_mask(cam_aux, labels, high=self.high_threshold, low=self.low_threshold)
-            local = self._crops(batch["local_view"], roi)
+            local = self.local_crops(batch["local_view"], cam_aux, labels)
             with self.phase("forward"):
+                if move_teacher:
+                    self.update_teacher()
                 losses["ctc_loss"] = self._contrast(batch, features, local)
                 total = total + weights.ctc * losses["ctc_loss"]
         if seg or reg:
@@ -178,9 +179,12 @@ class OfficialToCo(ToCo):
         relation[:, torch.arange(count), torch.arange(count)] = 255
         return relation == 1, relation == 0
 
-    def _crops(self, images: Tensor, roi: Tensor) -> LocalCrops:
+    def local_crops(self, local_view: Tensor, cam_aux: Tensor, labels: Tensor) -> LocalCrops:
+        """Crops for CTC, one by one with a sync each where the saving is off (item 8)."""
         if self.savings.batched_crops:
-            return crop_local_views(images, roi, self.local_size)
+            return super().local_crops(local_view, cam_aux, labels)
+        roi = roi_mask(cam_aux, labels, high=self.high_threshold, low=self.low_threshold)
+        images = local_view
         size, margin = self.local_size, self.local_size // 2
         batch = len(images)
         crops = images.new_empty(NUM_LOCALS, batch, 3, size, size)
@@ -209,7 +213,6 @@ class OfficialToCo(ToCo):
             student_cls = self._encode(views).cls_tokens[:, 0]
             teacher_cls = self._encode(views).cls_tokens[:, 0].detach()
         local_cls = self._encode(local.crops.flatten(0, 1)).cls_tokens[:, 0]  # (8B, D)
-        self.update_teacher()
         student = self.ctc_student(torch.cat([student_cls, local_cls]))
         with torch.no_grad():
             teacher = self.ctc_teacher(teacher_cls)
@@ -217,21 +220,6 @@ class OfficialToCo(ToCo):
         return contrast(student, teacher, local.flags, self.temperature)
 
     # ---- segmentation (items 4, 6, 9) ----------------------------------------------------------
-
-    @torch.no_grad()
-    def _pseudo_labels(self, images: Tensor, cam: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
-        pixels = denormalise(images)
-        pixels = pixels.trunc() if self.official_compat else pixels.round()
-        return refine_cam_to_label(
-            self.par,
-            pixels.clamp(0, 255) / 255,
-            cam,
-            labels,
-            boxes=boxes,
-            high=self.high_threshold,
-            low=self.low_threshold,
-            share_affinity=self.savings.shared_affinity,
-        )
 
     def _segmentation_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         guard = not self.official_compat

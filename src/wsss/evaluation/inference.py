@@ -96,8 +96,8 @@ def predict(
     """Runs the module at every scale of the protocol.
 
     The unflipped scale 1 is run once and serves the image-level logits, the single-scale result
-    and the merge. Order as in ToCo (toco.md section 5): logits to mask size, merge the mirror
-    image, then merge the scales.
+    and (unless it is squashed differently) the merge. Order as in ToCo (toco.md section 5): logits
+    to mask size, merge the mirror image, then merge the scales.
 
     Args:
         module: The method, in eval mode.
@@ -105,16 +105,17 @@ def predict(
         size: Height and width of the result.
         protocol: Scales and merges.
     """
-    images = _squash(images, protocol.resize)
-    outputs = module(images)
+    outputs = module(_squash(images, protocol.single_resize))
     if outputs.seg_logits is None:
         return Prediction(outputs.class_logits.float(), None, None)
     single = resized(outputs.seg_logits, size)
+    shared = protocol.single_resize == protocol.resize
+    images = _squash(images, protocol.resize)
     merged: Tensor | None = None
     for scale in protocol.seg_scales if protocol.multi_scale else ():
         height, width = (max(1, int(scale * side)) for side in images.shape[-2:])
         scaled = resized(images, (height, width))
-        logits = single if scale == 1 else _segment(module, scaled, size)
+        logits = single if scale == 1 and shared else _segment(module, scaled, size)
         if protocol.flip:
             mirrored = _segment(module, scaled.flip(-1), size).flip(-1)
             logits = _merge(logits, mirrored, protocol.flip_merge)

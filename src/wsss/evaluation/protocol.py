@@ -22,10 +22,12 @@ class Protocol:
     """How a trained module is turned into numbers.
 
     Attributes:
-        resize: Side of the square to which images are squashed before the segmentation forward
-            pass; None keeps the native size. Scores are always taken at the mask's size.
-        cam_resize: The same for CAMs; ToCo squashes them to 448 on VOC while it segments at
-            native size (toco.md section 5).
+        resize: Side of the square to which images are squashed before multi-scale segmentation;
+            None keeps the native size. Scores are always taken at the mask's size.
+        single_resize: The same for the single-scale forward pass, whose image-level scores count;
+            ToCo's logged single-scale numbers are of images squashed to 448, its multi-scale ones
+            of native size (toco.md section 5).
+        cam_resize: The same for CAMs.
         seg_scales: Scales of multi-scale segmentation.
         flip: Whether multi-scale segmentation adds the mirror image.
         flip_merge: How logits of an image and its mirror are merged.
@@ -43,6 +45,7 @@ class Protocol:
     """
 
     resize: int | None = None
+    single_resize: int | None = None
     cam_resize: int | None = None
     seg_scales: tuple[float, ...] = (1.0,)
     flip: bool = False
@@ -78,7 +81,7 @@ class Protocol:
             raise WSSSError(f"eval.refine={self.refine}: expected par or null")
 
     def _check_sizes(self) -> None:
-        for name in ("resize", "cam_resize"):
+        for name in ("resize", "single_resize", "cam_resize"):
             side = getattr(self, name)
             if side is not None and side < 1:
                 raise WSSSError(f"eval.{name}={side}: expected a positive side in pixels or null")

@@ -151,7 +151,13 @@ class LocalCrops(NamedTuple):
     corners: Tensor
 
 
-def crop_local_views(images: Tensor, roi: Tensor, size: int, count: int = NUM_LOCALS) -> LocalCrops:
+def crop_local_views(
+    images: Tensor,
+    roi: Tensor,
+    size: int,
+    count: int = NUM_LOCALS,
+    draws: Tensor | None = None,
+) -> LocalCrops:
     """Cut local views whose centre is not certain foreground, and flag the background ones.
 
     Source: toco.md section 2, "CTC crops"; draws come from torch's CPU generator.
@@ -161,6 +167,7 @@ def crop_local_views(images: Tensor, roi: Tensor, size: int, count: int = NUM_LO
         roi: 0 background, 1 uncertain, 2 foreground, (B, H, W).
         size: side s of a crop in pixels.
         count: crops an image.
+        draws: (B, count) which of an image's candidates to take; None draws them.
 
     Raises:
         WSSSError: the images leave no room for the crops.
@@ -173,11 +180,12 @@ def crop_local_views(images: Tensor, roi: Tensor, size: int, count: int = NUM_LO
         )
     inner = roi[:, margin:-margin, margin:-margin].cpu()
     corners = []
-    for mask in inner:
+    for index, mask in enumerate(inner):
         candidates = (mask <= 1).nonzero()
         if len(candidates) < count:
             candidates = torch.ones_like(mask).nonzero()
-        corners.append(candidates[torch.randperm(len(candidates))[:count]])
+        drawn = torch.randperm(len(candidates))[:count] if draws is None else draws[index]
+        corners.append(candidates[drawn])
     corner = torch.stack(corners)  # (B, count, 2)
     # box sums from an integral image: one gather instead of a sync a crop
     integral = F.pad(roi.cpu().long().cumsum(1).cumsum(2), (1, 0, 1, 0))
@@ -262,6 +270,9 @@ class ToCo(WSSSModule):
             large, so it is halved to keep the weight's meaning).
         official_compat: reproduce the official numerics, bugs included.
     """
+
+    #: PAR's affinity serves both thresholds; the benchmark turns it off to show the saving
+    share_affinity = True
 
     def __init__(
         self,
@@ -355,7 +366,9 @@ class ToCo(WSSSModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of toco.md section 2; see :meth:`compute_losses`."""
-        result = self.compute_losses(batch, self.global_step)
+        # once an optimiser step, also where gradients are accumulated
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        result = self.compute_losses(batch, self.global_step, move_teacher=first)
         if not self.official_compat and not bool(torch.isfinite(result.total)):
             terms = ", ".join(f"{name} {float(loss):.3g}" for name, loss in result.losses.items())
             raise WSSSError(
@@ -365,7 +378,7 @@ class ToCo(WSSSModule):
         self.log_losses(result.losses, result.total, len(batch["image"]))
         return result.total
 
-    def compute_losses(self, batch: Batch, step: int) -> StepResult:
+    def compute_losses(self, batch: Batch, step: int, *, move_teacher: bool = True) -> StepResult:
         """All losses of a batch at a 0-based optimiser step.
 
         Args:
@@ -373,6 +386,7 @@ class ToCo(WSSSModule):
                 ``local_view`` (B, 3, H, W), ``labels`` (B, K), ``box`` (B, 4: real pixels as row
                 start, row end, column start, column end).
             step: decides the weights of the terms.
+            move_teacher: let the teacher head follow the student first.
         """
         images, labels, boxes = batch["image"], batch["labels"], batch["box"]
         weights = self.loss_weights(step)
@@ -406,9 +420,10 @@ class ToCo(WSSSModule):
                     losses["ptc_loss"] = ptc_loss(tokens, same, different)
                     total = total + weights.ptc * losses["ptc_loss"]
         if ctc:
-            roi = roi_mask(cam_aux, labels, high=self.high_threshold, low=self.low_threshold)
-            local = crop_local_views(batch["local_view"], roi, self.local_size)
+            local = self.local_crops(batch["local_view"], cam_aux, labels)
             with self.phase("forward"):
+                if move_teacher:
+                    self.update_teacher()
                 losses["ctc_loss"] = self._class_token_contrast(features, local)
                 total = total + weights.ctc * losses["ctc_loss"]
         if seg or reg:
@@ -520,11 +535,15 @@ class ToCo(WSSSModule):
             boxes = torch.stack([start[:, 0], end[:, 0], start[:, 1], end[:, 1]], dim=1)
         return ignore_outside_boxes(label, boxes)
 
+    def local_crops(self, local_view: Tensor, cam_aux: Tensor, labels: Tensor) -> LocalCrops:
+        """Crops for CTC, drawn where the auxiliary CAM (B, K, H, W) is not sure of foreground."""
+        roi = roi_mask(cam_aux, labels, high=self.high_threshold, low=self.low_threshold)
+        return crop_local_views(local_view, roi, self.local_size)
+
     def _class_token_contrast(self, features: Features, local: LocalCrops) -> Tensor:
         """CTC between the class tokens of the global views and of the local crops."""
         global_cls = features.cls_tokens[:, 0]  # (2B, D), [input, view 2]
         local_cls = self.backbone(local.crops.flatten(0, 1)).cls_tokens[:, 0]  # (8B, D)
-        self.update_teacher()
         student = self.ctc_student(torch.cat([global_cls, local_cls]))
         with torch.no_grad():
             teacher = self.ctc_teacher(global_cls)
@@ -543,6 +562,7 @@ class ToCo(WSSSModule):
             boxes=boxes,
             high=self.high_threshold,
             low=self.low_threshold,
+            share_affinity=self.share_affinity,
         )
 
     def _energy(self, images: Tensor, logits: Tensor, label: Tensor, boxes: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from wsss.checkpoints import first_line
 from wsss.errors import WSSSError
 
 METHODS = ("toco",)
@@ -200,6 +202,14 @@ def read_case(path: Path) -> tuple[Case, dict[str, Array]]:
     return Case(path.stem, inputs, settings, extra), outputs
 
 
+def _readable(path: Path) -> bool:
+    try:
+        read_case(path)
+    except Exception:
+        return False
+    return True
+
+
 def run_case(path: Path, kinds: Mapping[str, Kind]) -> Report:
     """Run one file. Whatever goes wrong in it is its own failure and not that of the others."""
     stems = [stem for stem in kinds if path.stem.startswith(stem)]
@@ -212,8 +222,10 @@ def run_case(path: Path, kinds: Mapping[str, Kind]) -> Report:
         return compare(kind, path.stem, outputs, kind.run(case))
     except Exception as error:
         # A corrupt file can break anything from the zip reader to a tensor shape.
-        reason = str(error).splitlines()[0] if str(error) else "no message"
-        return Report(path.stem, 0, 0.0, 0.0, f"{type(error).__name__}: {reason}")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(error, ValueError | OSError | zipfile.BadZipFile) and not _readable(path):
+            reason = "not a readable .npz file"
+        return Report(path.stem, 0, 0.0, 0.0, reason)
 
 
 def run_parity(method: str, folder: Path) -> int:

@@ -54,6 +54,7 @@ STD = np.array((0.229, 0.224, 0.225), np.float32) * 255
 PATCH = 8
 GRID = 12  # patches on a side of the position embedding: 96 / 8
 MAX_OBJECTS = 3
+TRAINED_BLOCKS, SHIPPED_BLOCKS = 6, 4  # the last two blocks smooth the place of an object away
 MOSAICS = (2, 1, 3)  # pictures on a side of a mosaic, in turn from batch to batch; 1 is a scene
 EMPTY = 0.3  # share of a mosaic's pictures without an object
 
@@ -316,10 +317,10 @@ def batches(data: Dataset, batch: int, start: int, workers: int) -> Iterator[dic
 # ----------------------------------------------------------------------------------- model
 
 
-def pico() -> nn.Module:
-    """Returns the backbone: a ViT-Tiny of half the depth with 8-pixel patches."""
+def pico(depth: int = SHIPPED_BLOCKS) -> nn.Module:
+    """Returns the backbone: a ViT-Tiny of fewer blocks with 8-pixel patches."""
     return timm.create_model(
-        "vit_tiny_patch16_224", patch_size=PATCH, depth=6, img_size=GRID * PATCH, num_classes=0
+        "vit_tiny_patch16_224", patch_size=PATCH, depth=depth, img_size=GRID * PATCH, num_classes=0
     )
 
 
@@ -377,7 +378,7 @@ class Pupil(nn.Module):
     def __init__(self, identities: int) -> None:
         """Makes heads for ``identities`` cut-outs and the eight classes."""
         super().__init__()
-        self.vit = pico()
+        self.vit = pico(TRAINED_BLOCKS)
         dim = self.vit.embed_dim
         self.identity_cls = nn.Linear(dim, identities)
         self.identity_mean = nn.Linear(dim, identities)
@@ -710,9 +711,14 @@ def probe(weights: Path | None, root: Path, steps: int, seed: int, device: str) 
 
 
 def export(model: Pupil, path: Path) -> str:
-    """Writes the backbone as float16 safetensors, whole or not at all; returns its sha256."""
+    """Writes the first blocks as float16 safetensors, whole or not at all; returns the sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().half().contiguous() for k, v in model.vit.state_dict().items()}
+    dropped = tuple(f"blocks.{i}." for i in range(SHIPPED_BLOCKS, TRAINED_BLOCKS))
+    state = {
+        k: v.detach().cpu().half().contiguous()
+        for k, v in model.vit.state_dict().items()
+        if not k.startswith(dropped)
+    }
     part = path.with_suffix(".part")
     save_file(state, part)
     os.replace(part, path)

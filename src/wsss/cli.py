@@ -94,7 +94,8 @@ Examples:
         "evaluate a run: CAM seeds, pseudo labels, segmentation with and without CRF",
         """\
 run is a run folder (its last checkpoint is read) or a checkpoint file, also a converted one.
-Writes results.json and the gallery into the run folder, or into out=FOLDER.
+Writes results.json and the gallery into the run folder (below eval/ where splits or the protocol
+are not the run's own), or into out=FOLDER.
 
 Examples:
   wsss eval run=runs/default/toco-minivoc-s0-1a2b3c4d

@@ -58,6 +58,7 @@ class Budget:
         global_batch_size: images a step over all devices.
         crop_size: side of a training crop in pixels.
         scale_range: bounds of the random scale before the crop.
+        blur_radius: bounds of the radius of blurred views in pixels.
         local_size: side of a local crop in pixels.
         cam_size: side of the square to which images are squashed for CAM and single-scale scores;
             None: native.
@@ -69,6 +70,7 @@ class Budget:
     global_batch_size: int
     crop_size: int
     scale_range: tuple[float, float]
+    blur_radius: tuple[float, float]
     local_size: int
     cam_size: int | None
     eval_every: int
@@ -87,6 +89,9 @@ class Budget:
         low, high = self.scale_range
         if not 0 < low <= high:
             raise WSSSError(f"budget.scale_range=[{low}, {high}]: expected 0 < low <= high")
+        low, high = self.blur_radius
+        if not 0 < low <= high:
+            raise WSSSError(f"budget.blur_radius=[{low}, {high}]: expected 0 < low <= high")
 
 
 @dataclass(frozen=True)

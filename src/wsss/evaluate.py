@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from wsss.arguments import parse_arguments
+from wsss.config import config_hash
 from wsss.reporting import choose_device, evaluate_and_report
 from wsss.runs import load_run
 
@@ -17,7 +18,8 @@ class EvalArguments:
     Attributes:
         run: run folder or ``.ckpt`` file.
         splits: lists to evaluate; null: those of the data's configuration.
-        out: where results go; null: the run folder.
+        out: where results go; null: the run folder, or ``eval/HASH`` inside it where splits or the
+            protocol are not the run's own.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
     """
 
@@ -33,12 +35,16 @@ def main(arguments: list[str]) -> int:
         EvalArguments, arguments, passed_on=("eval", "data", "gallery")
     )
     run = load_run(Path(chosen.run), overrides)
+    folder = Path(chosen.out) if chosen.out else run.folder
+    if not chosen.out and (overrides or chosen.splits):
+        # other numbers than the run's own must not take their place
+        folder = run.folder / "eval" / config_hash({**run.config, "splits": chosen.splits})
     evaluate_and_report(
         run.module,
         run.data,
         run.protocol,
         config=run.config,
-        folder=Path(chosen.out) if chosen.out else run.folder,
+        folder=folder,
         splits=chosen.splits or [run.data.val_split, *run.data.test_splits],
         step=run.step,
         device=choose_device(chosen.device),

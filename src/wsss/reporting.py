@@ -76,7 +76,7 @@ def evaluate_and_report(
             iterations=step,
             global_batch_size=config["budget"]["global_batch_size"],
             seed=config["seed"],
-        )
+        ) | {"label_source": data.label_source}
         results["splits"][split] = metrics
     if not first:
         return results

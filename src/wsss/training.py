@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import lightning
 import torch
@@ -32,6 +34,7 @@ from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import Evaluator
 from wsss.evaluation.protocol import Protocol
+from wsss.methods.base import WSSSModule
 from wsss.reporting import evaluate_and_report, make_writable
 from wsss.results.store import RESULTS_FILE, print_table, read_results
 from wsss.runs import LAST_CHECKPOINT, build, build_data, build_module, run_folder, write_config
@@ -102,15 +105,11 @@ def train(config: dict[str, Any]) -> Path:
         SystemExit: 130 after Ctrl-C, with a checkpoint that resumes.
     """
     folder = run_folder(config)
-    if (folder / RESULTS_FILE).is_file():
-        results = read_results(folder / RESULTS_FILE)
-        if results.get("status") == "finished":
-            print_table(results)
-            print(f"{folder} is finished; change the configuration, or remove the folder")
-            return folder
     _quiet()
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     data = build_data(config)
+    if _is_finished(folder, data):
+        return folder
     data.setup("fit")
     data.check_contents()  # bad data is told before anything is written
     module = build_module(config, data.num_classes)
@@ -119,15 +118,45 @@ def train(config: dict[str, Any]) -> Path:
             f"budget.crop_size={config['budget']['crop_size']}: smaller than one patch of "
             f"{module.backbone.patch_size} px"
         )
-    protocol = Protocol(**config["eval"])
     make_writable(folder)
-    lock = lock_folder(folder)
-    write_config(folder, config)
+    with holding(folder):
+        write_config(folder, config)
+        print(f"run folder: {folder}")
+        _fit_and_report(config, folder, data, module)
+    return folder
+
+
+def _is_finished(folder: Path, data: WSSSDataModule) -> bool:
+    """Whether the folder holds this run's results, which are then printed.
+
+    Raises:
+        WSSSError: it holds results of other images under the same configuration.
+    """
+    if not (folder / RESULTS_FILE).is_file():
+        return False
+    results = read_results(folder / RESULTS_FILE)
+    if results.get("status") != "finished":
+        return False
+    for split, metrics in results["splits"].items():
+        if metrics["protocol"]["list_sha256"] != data.list_hash(split):
+            raise WSSSError(
+                f"{folder} holds results of another list {split!r} than data.root has; give "
+                "another study= or runs_dir="
+            )
+    print_table(results)
+    print(f"{folder} is finished; change the configuration, or remove the folder")
+    return True
+
+
+def _fit_and_report(
+    config: dict[str, Any], folder: Path, data: WSSSDataModule, module: WSSSModule
+) -> None:
+    """Train from the last checkpoint, if there is one, then evaluate."""
+    protocol = Protocol(**config["eval"])
     trainer = build_trainer(config, folder, data, protocol)
     checkpoint = folder / LAST_CHECKPOINT
     if checkpoint.is_file():
-        print(f"resuming {folder}")
-    print(f"run folder: {folder}")
+        print(f"resuming from {checkpoint}")
     try:
         trainer.fit(
             module,
@@ -153,9 +182,6 @@ def train(config: dict[str, Any]) -> Path:
         device=trainer.strategy.root_device,
         logger=_wandb(trainer),
     )
-    if lock is not None:
-        lock.close()
-    return folder
 
 
 def build_trainer(
@@ -192,24 +218,22 @@ def build_trainer(
     )
 
 
-def lock_folder(folder: Path) -> IO[str] | None:
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
     """Hold a run folder for this process; the system lets go when the process ends.
-
-    Returns:
-        The open lock file, to be kept, or None for the further processes of one DDP run.
 
     Raises:
         WSSSError: another process trains there.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return None
-    lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise WSSSError(f"{folder}: another process is training here") from error
-    return lock
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process of a DDP run holds it
+        yield
+        return
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise WSSSError(f"{folder}: another process is training here") from error
+        yield
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -179,7 +179,7 @@ def test_blur_radius_is_drawn_uniformly() -> None:
 def test_solarisation_and_grey_are_pillows() -> None:
     rgb = photo()
     rgb[:8, :32] = np.arange(256, dtype=np.uint8).reshape(8, 32)[..., None]
-    solarise = _photometric(blur=0, solarise=1.0).transforms[3]
+    solarise = _photometric(blur=0, radius=(0.1, 2.0), solarise=1.0).transforms[3]
     np.testing.assert_array_equal(
         solarise(image=rgb)["image"], np.array(ImageOps.solarize(Image.fromarray(rgb), 128))
     )
@@ -190,7 +190,7 @@ def test_solarisation_and_grey_are_pillows() -> None:
 
 def test_colour_jitter_is_torchvisions() -> None:
     """Same factors, same random order of the four operations, same result but for rounding."""
-    jitter = _photometric(blur=0).transforms[0]
+    jitter = _photometric(blur=0, radius=(0.1, 2.0)).transforms[0]
     operations = [
         TF.adjust_brightness,
         TF.adjust_contrast,
@@ -219,7 +219,7 @@ def test_colour_jitter_is_torchvisions() -> None:
 def test_photometric_steps_are_drawn_independently() -> None:
     """Untouched 0.2 x 0.8, greyed alone 0.2 x 0.2 (albumentations' own seeding gives 0.2 and 0)."""
     views = ToCoViews(crop_size=8)
-    steps, rgb = _photometric(blur=0), photo(8, 8)
+    steps, rgb = _photometric(blur=0, radius=(0.1, 2.0)), photo(8, 8)
     grey = A.ToGray(p=1)(image=rgb)["image"]
     untouched = greyed = 0
     for seed in range(2000):

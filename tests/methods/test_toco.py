@@ -184,6 +184,7 @@ def test_check_13_whole_loss(vit_base: ToCo) -> None:
     cls_aux = margin(vit_base._classify(vit_base.aux_classifier, aux), labels)
     ptc = ptc_loss(tokens, *pair_masks(token_label))
     local = LocalCrops(crops, flags, torch.zeros(2, 8, 2))
+    vit_base.update_teacher()
     ctc = vit_base._class_token_contrast(features, local)
     logits = nn.functional.interpolate(vit_base.decoder(tokens), (224, 224), mode="bilinear")
     seg = balanced_segmentation_loss(logits, label)

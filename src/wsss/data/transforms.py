@@ -27,7 +27,6 @@ from wsss.data.images import normalise
 # thread pool that exists before the fork can hang the child.
 cv2.setNumThreads(0)
 
-BLUR_RADIUS = (0.1, 2.0)
 GLOBAL2_AREA = (0.4, 1.0)
 GLOBAL2_LOG_RATIO = (np.log(3 / 4), np.log(4 / 3))
 
@@ -48,11 +47,20 @@ def pillow_blur_kernel(radius: float) -> NDArray[np.float64]:
 
 
 class PillowBlur(A.ImageOnlyTransform):
-    """Blurs like ``ImageFilter.GaussianBlur`` with radius U(0.1, 2), but some ten times as fast."""
+    """Blurs like ``ImageFilter.GaussianBlur`` with a random radius, but some ten times as fast.
+
+    Args:
+        radius: bounds of the uniform draw, in pixels.
+        p: probability.
+    """
+
+    def __init__(self, radius: tuple[float, float] = (0.1, 2.0), p: float = 0.5) -> None:
+        super().__init__(p=p)
+        self.radius = radius
 
     def get_params(self) -> dict[str, float]:
         """Draws the radius from the generator that albumentations shares."""
-        return {"radius": self.py_random.uniform(*BLUR_RADIUS)}
+        return {"radius": self.py_random.uniform(*self.radius)}
 
     def apply(self, img: NDArray[np.uint8], radius: float, **_: Any) -> NDArray[np.uint8]:
         """Filters rows and columns of a uint8 image (H, W, 3), repeating its border."""
@@ -60,13 +68,13 @@ class PillowBlur(A.ImageOnlyTransform):
         return cv2.sepFilter2D(img, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
 
 
-def _photometric(*, blur: float, solarise: float = 0.0) -> A.Compose:
+def _photometric(*, blur: float, radius: tuple[float, float], solarise: float = 0.0) -> A.Compose:
     """J without its flip, then blur and solarisation with the given probabilities."""
     return A.Compose(
         [
             A.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8),
             A.ToGray(p=0.2),
-            PillowBlur(p=blur),
+            PillowBlur(radius=radius, p=blur),
             A.Solarize(threshold_range=(128 / 255, 128 / 255), p=solarise),
         ]
     )
@@ -100,6 +108,7 @@ class ToCoViews:
             where it was before that (toco.md Q2, Q3). False, the default, draws one flip for the
             two and moves the box with it. All other draws are the same.
         scale_range: bounds of u.
+        blur_radius: bounds of the blur's radius in pixels, meant for crops of 448.
     """
 
     def __init__(
@@ -108,13 +117,15 @@ class ToCoViews:
         crop_size: int = 448,
         official_compat: bool = False,
         scale_range: tuple[float, float] = (0.5, 2.0),
+        blur_radius: tuple[float, float] = (0.1, 2.0),
     ) -> None:
         self.crop_size = crop_size
         self.official_compat = official_compat
         self.scale_range = (scale_range[0], scale_range[1])
-        self.input_steps = _photometric(blur=1.0)
-        self.local_steps = _photometric(blur=0.5)
-        self.view2_steps = _photometric(blur=0.1, solarise=0.2)
+        radius = (blur_radius[0], blur_radius[1])
+        self.input_steps = _photometric(blur=1.0, radius=radius)
+        self.local_steps = _photometric(blur=0.5, radius=radius)
+        self.view2_steps = _photometric(blur=0.1, radius=radius, solarise=0.2)
 
     def __call__(self, rgb: NDArray[np.uint8], rng: np.random.Generator) -> dict[str, Tensor]:
         """Draws the views of one image.

@@ -30,7 +30,7 @@ from wsss.losses import (
     energy_inputs,
     filter_maps,
 )
-from wsss.methods.toco import StepResult, ToCo, crop_local_views, ctc_loss, ptc_loss
+from wsss.methods.toco import NUM_LOCALS, StepResult, ToCo, crop_local_views, ctc_loss, ptc_loss
 from wsss.parity import GRADIENT, LOSS, Array, Case, Kind, Produced, Tolerance
 from wsss.pseudo_labels import (
     cam_to_label,
@@ -565,13 +565,14 @@ def _step(case: Case, step: int) -> tuple[ToCo, StepResult]:
         "labels": _tensor(case.inputs["cls_label"]),
         "box": boxes,
     }
+    torch.manual_seed(case.settings.get("seed", 0))
     if "roi_mask" in case.inputs:
         # One score beside a threshold would move every later draw: the official mask and draws.
-        roi, draws = _tensor(case.inputs["roi_mask"]).long(), _tensor(case.inputs["draws"])
-        local = crop_local_views(batch["local_view"], roi, model.local_size, draws.shape[1], draws)
+        roi = _tensor(case.inputs["roi_mask"]).long()
+        draws = _tensor(case.inputs["draws"]) if "draws" in case.inputs else None
+        count = NUM_LOCALS if draws is None else draws.shape[1]
+        local = crop_local_views(batch["local_view"], roi, model.local_size, count, draws)
         model.local_crops = lambda *_: local  # type: ignore[method-assign]
-    else:
-        torch.manual_seed(case.settings["seed"])
     return model, model.compute_losses(batch, step)
 
 

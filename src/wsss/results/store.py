@@ -29,9 +29,9 @@ SCHEMA = 1
 
 #: (heading, key, whether it is a percentage), in the order of the table.
 ROWS = (
-    ("CAM seed mIoU", "seed_miou", True),
+    ("CAM seed mIoU, image labels given", "seed_miou", True),
     ("CAM seed mIoU, predicted labels", "seed_miou_predicted_labels", True),
-    ("CAM seed mIoU, oracle threshold", "seed_miou_oracle", True),
+    ("CAM seed mIoU, given, oracle threshold", "seed_miou_oracle", True),
     ("  oracle threshold", "seed_threshold_oracle", False),
     ("pseudo label mIoU, 255 as background", "pseudo_label_miou_ignored_as_background", True),
     ("pseudo label mIoU, 255 excluded", "pseudo_label_miou_excluded", True),

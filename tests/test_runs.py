@@ -18,6 +18,7 @@ from PIL import Image
 from wsss.checkpoints import TOCO_PREFIXES
 from wsss.cli import main
 from wsss.data.builtin import minivoc_root
+from wsss.data.images import voc_palette
 from wsss.errors import WSSSError
 from wsss.runs import load_run
 
@@ -194,7 +195,9 @@ def _small_mask(path: Path) -> None:
 
 
 def _foreign_id(path: Path) -> None:
-    Image.new("P", (160, 160), 9).save(path)
+    mask = Image.new("P", (160, 160), 9)
+    mask.putpalette(voc_palette())  # without one, Pillow renumbers the values
+    mask.save(path)
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,14 @@ def convert(method: str, official: str, out: str, *, overrides: list[str]) -> in
     state = read_state_dict(source)
     if any(name.startswith("backbone.vit.") for name in state):
         raise WSSSError(f"{source}: is a wsss checkpoint already; pass it to run= as it is")
-    # data.root is not needed to convert; evaluation asks for it
-    root = [] if any(o.startswith("data.root=") for o in overrides) else ["data.root=unset"]
-    config = compose_run([f"method={method}", *root, *overrides])
+    arguments = [f"method={method}", *overrides]
+    try:
+        config = compose_run(arguments)
+    except WSSSError as error:
+        if not str(error).startswith("data.root is missing"):
+            raise
+        # no data is read here; evaluation asks for its place
+        config = compose_run([*arguments, "data.root=unset"])
     num_classes = len(config["data"]["class_names"])
     module = build_module(config, num_classes, with_weights=False)
     load_official(method, module, state, str(source))

@@ -44,14 +44,22 @@ from wsss.tracking import make_wandb_logger
 def main(arguments: list[str]) -> int:
     """The verb: Hydra's own command line, with what is wrong told in one line first."""
     overrides, flags = _read_command_line(arguments)
-    for job in sweep_jobs(overrides) if "--multirun" in flags else [overrides]:
-        compose_config(job)
+    for each in sweep_jobs(overrides) if "--multirun" in flags else [overrides]:
+        compose_config(each)
     # this file, not the console script: DDP starts its other processes from sys.argv
     sys.argv = [__file__, *with_search_path(overrides), *flags]
     conf = str(config_root() / "conf")
-    decorate = hydra_main(version_base="1.3", config_path=conf, config_name="train")
-    decorate(_job)()
-    return 0
+    statuses: list[int] = []
+
+    def job(config: DictConfig) -> None:
+        """One job of Hydra; a sweep goes on after one that failed."""
+        statuses.append(_run_job(config))
+
+    hydra_main(version_base="1.3", config_path=conf, config_name="train")(job)()
+    if len(statuses) > 1 and any(statuses):
+        failed = sum(status != 0 for status in statuses)
+        print(f"wsss train: {failed} of {len(statuses)} jobs failed, see above", file=sys.stderr)
+    return max(statuses, default=0)
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -77,8 +85,8 @@ def _read_command_line(arguments: list[str]) -> tuple[list[str], list[str]]:
     return read.overrides, flags
 
 
-def _job(config: DictConfig) -> None:
-    """One job of Hydra; a sweep runs several."""
+def _run_job(config: DictConfig) -> int:
+    """One run; its exit status."""
 
     def run() -> int:
         check_config(config)
@@ -86,9 +94,7 @@ def _job(config: DictConfig) -> None:
         return 0
 
     # told here, since Hydra would wrap an exception in lines of its own
-    status = telling_errors("train", run)
-    if status:
-        raise SystemExit(status)
+    return telling_errors("train", run)
 
 
 def train(config: dict[str, Any]) -> Path:

@@ -85,6 +85,15 @@ class CTCHead(nn.Module):
         return self.last_layer(F.normalize(self.mlp(cls_tokens), dim=-1))
 
 
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """No autocast: bfloat16 products have too few digits for what follows them here."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def ptc_loss(tokens: Tensor, same: Tensor, different: Tensor) -> Tensor:
     """Patch token contrast: tokens of one class alike, of different classes orthogonal.
 
@@ -99,8 +108,9 @@ def ptc_loss(tokens: Tensor, same: Tensor, different: Tensor) -> Tensor:
     Returns:
         A scalar; 0.5 with zero gradient when both masks are empty (Q5).
     """
-    unit = F.normalize(tokens.flatten(2), dim=1, eps=1e-8)  # (B, D, N)
-    similarity = (unit.transpose(1, 2) @ unit).abs()  # (B, N, N)
+    with _full_precision(tokens):
+        unit = F.normalize(_widened(tokens).flatten(2), dim=1, eps=1e-8)  # (B, D, N)
+        similarity = (unit.transpose(1, 2) @ unit).abs()  # (B, N, N)
     alike = (similarity * same).sum() / (same.sum() + 1)
     unlike = (similarity * different).sum() / (different.sum() + 1)
     return 0.5 * (1 - alike) + 0.5 * unlike
@@ -125,9 +135,12 @@ def ctc_loss(student: Tensor, teacher: Tensor, flags: Tensor, temperature: float
         The mean over images, a scalar.
     """
     batch, views = flags.shape
-    logits = torch.einsum(
-        "tbc,vbc->btv", teacher.unflatten(0, (2, batch)), student.unflatten(0, (views, batch))
-    )
+    with _full_precision(student):
+        logits = torch.einsum(
+            "tbc,vbc->btv",
+            _widened(teacher).unflatten(0, (2, batch)),
+            _widened(student).unflatten(0, (views, batch)),
+        )
     logits = logits / temperature  # (B, 2, V)
     negatives = logits.masked_fill(flags[:, None] > 0, -torch.inf)
     floor = logits.new_full((batch, 2, 1), 1e-4).log()
@@ -368,7 +381,12 @@ class ToCo(WSSSModule):
         """One step of toco.md section 2; see :meth:`compute_losses`."""
         # once an optimiser step, also where gradients are accumulated
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        result = self.compute_losses(batch, self.global_step, move_teacher=first)
+        with torch.random.fork_rng(devices=[], enabled=not self.official_compat):
+            if not self.official_compat:
+                # crops depend on seed, rank and batch alone, so that a resumed run draws the same
+                place = (self._seed, self.global_rank, self.global_step, batch_idx)
+                torch.default_generator.manual_seed(hash(place) % 2**63)
+            result = self.compute_losses(batch, self.global_step, move_teacher=first)
         if not self.official_compat and not bool(torch.isfinite(result.total)):
             terms = ", ".join(f"{name} {float(loss):.3g}" for name, loss in result.losses.items())
             raise WSSSError(
@@ -377,6 +395,10 @@ class ToCo(WSSSModule):
             )
         self.log_losses(result.losses, result.total, len(batch["image"]))
         return result.total
+
+    def on_fit_start(self) -> None:
+        """Remember the run's seed for :meth:`training_step`."""
+        self._seed = torch.initial_seed()
 
     def compute_losses(self, batch: Batch, step: int, *, move_teacher: bool = True) -> StepResult:
         """All losses of a batch at a 0-based optimiser step.

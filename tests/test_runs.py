@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wsss.checkpoints import TOCO_PREFIXES
+from wsss.checkpoints import toco_official_name
 from wsss.cli import main
 from wsss.data.builtin import minivoc_root
 from wsss.data.images import voc_palette
@@ -253,17 +253,7 @@ def test_image_that_only_decoding_shows_to_be_bad_ends_training_with_its_name(
 
 def _official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our parameters under the official names, as an official file would hold them."""
-    renamed = {}
-    for name, value in state.items():
-        official = name
-        for theirs, ours in TOCO_PREFIXES.items():
-            if name.startswith(ours):
-                official = theirs + name.removeprefix(ours)
-                break
-        official = official.replace(".parametrizations.weight.original0", ".weight_g")
-        renamed["module." + official.replace(".parametrizations.weight.original1", ".weight_v")] = (
-            value
-        )
+    renamed = {f"module.{toco_official_name(name)}": value for name, value in state.items()}
     renamed["module.encoder.head.weight"] = torch.zeros(1000, 48)
     renamed["module.encoder.head.bias"] = torch.zeros(1000)
     return renamed

@@ -1,6 +1,5 @@
 """Runs on disk: where they lie, how a module is built from one, how it is read back."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from omegaconf import OmegaConf
 
 from wsss.backbone import Backbone, WeightsInfo
 from wsss.checkpoints import first_line, fit_positions, load_state_dict_strictly
-from wsss.config import compose_config, config_hash, plain
+from wsss.config import check_config, compose_config, config_hash, nearest_key, plain
 from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.protocol import Protocol
@@ -147,8 +146,6 @@ def override_config(config: dict[str, Any], overrides: list[str]) -> dict[str, A
     Raises:
         WSSSError: unknown key, wrong type.
     """
-    from wsss.config import check_config, nearest_key
-
     node: Any = OmegaConf.create(config)
     OmegaConf.set_struct(node, True)
     for override in overrides:
@@ -175,4 +172,4 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 def compose_run(overrides: list[str]) -> dict[str, Any]:
     """The resolved configuration of ``wsss train`` with these overrides."""
-    return json.loads(json.dumps(plain(compose_config(overrides))))
+    return plain(compose_config(overrides))

@@ -216,10 +216,10 @@ def test_shipped_weights_load_by_package_path() -> None:
     backbone = Backbone(
         name="vit_tiny_patch16_224",
         weights="package:weights/vit_pico.safetensors",
-        overrides={"patch_size": 8, "depth": 4, "img_size": 96},
+        overrides={"patch_size": 8, "depth": 5, "img_size": 96},
     )
     assert backbone.weights_info.source == "file:vit_pico.safetensors"
-    assert (backbone.patch_size, backbone.depth) == (8, 4)
+    assert (backbone.patch_size, backbone.depth) == (8, 5)
 
 
 def test_missing_file_says_where_weights_come_from() -> None:

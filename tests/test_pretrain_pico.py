@@ -68,7 +68,7 @@ def test_training_lowers_the_loss_on_a_repeated_batch(pool: tool.Pool, tmp_path:
 
 
 def test_pictures_of_a_mosaic_are_labelled_and_pooled_apart(pool: tool.Pool) -> None:
-    stage = tool.Stage("mosaics", images=12, size=96, batch=4, lr=1e-3, warmup=1)
+    stage = tool.Stage("mosaics", images=12, size=96, batch=4, lr=1e-3, warmup=1, tiles=(2, 1, 3))
     data = tool.Composites(pool, stage, 0)
     for index, tiles in ((0, 2), (4, 1), (8, 3)):
         assert data[index]["classes"].shape == (tiles**2, len(tool.CLASSES))
@@ -80,6 +80,33 @@ def test_pictures_of_a_mosaic_are_labelled_and_pooled_apart(pool: tool.Pool) -> 
     # the picture in the middle of the second row
     middle = local[4:8, 4:8].flatten(0, 1).amax(0)
     torch.testing.assert_close(out[4], model.classes_max(middle))
+
+
+def test_teacher_learns_and_its_targets_keep_to_the_labels_of_each_picture(
+    pool: tool.Pool,
+) -> None:
+    torch.manual_seed(0)
+    stage = tool.Stage("mosaics", images=4, size=96, batch=4, lr=0, warmup=0, tiles=(3,))
+    batch = next(tool.batches(tool.Composites(pool, stage, 0), 4, 0, 0))
+    teacher = tool.Teacher(len(pool.cutouts), len(tool.CLASSES))
+    first = tool.train_teacher(teacher, [batch] * 10, 10, tool.TOP)
+    last = tool.train_teacher(teacher.requires_grad_(True), [batch] * 10, 10, tool.TOP)
+    assert sum(last.values()) < 0.9 * sum(first.values())
+    features, probabilities = teacher.targets(batch["image"], batch["classes"])
+    assert features.shape == (4, 144, tool.TEACHER_DIM)
+    shown = probabilities.unflatten(1, (3, 4, 3, 4)).amax((2, 4)).flatten(1, 2) > 0
+    assert torch.equal(shown, batch["classes"] > 0)
+
+
+def test_distillation_brings_the_tokens_to_the_teacher(pool: tool.Pool, tmp_path: Path) -> None:
+    stage = tool.Stage("distil", images=4, size=48, batch=4, lr=1e-3, warmup=1, tiles=(1, 2))
+    teacher = tool.Teacher(len(pool.cutouts), len(tool.CLASSES)).eval().requires_grad_(False)
+    run = tool.Trainer(pool, [stage], tmp_path, seed=3, teacher=teacher)
+    run.step = 1
+    batch = next(tool.batches(tool.Composites(pool, stage, 0), 4, 0, 0))
+    losses = [run.train_step(batch, stage) for _ in range(12)]
+    for name in ("teacher_features", "teacher_classes"):
+        assert losses[-1][name] < 0.9 * losses[0][name]
 
 
 def test_resumed_run_equals_an_uninterrupted_one(pool: tool.Pool, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pretrains ViT-Pico, the small backbone that ships with wsss, from image-level labels only.
+r"""Pretrains ViT-Pico, the small backbone that ships with wsss, from image-level labels only.
 
 Images are composites made on the fly from the cut-outs and backgrounds that MiniVOC's ``train``
 split uses. No mask is ever a target; val_unseen cut-outs and the backgrounds of both validation
@@ -8,11 +8,16 @@ splits are never read by the training.
   (some 800 identities, most of them of no class), as ImageNet's 1000 classes teach more than eight
   would, plus the eight classes as multi-label.
 * Stage ``scenes``: one to three objects in a wider range of sizes; the same two targets.
-* Stage ``mosaics``: in turn 2 x 2 pictures, one scene and 3 x 3 pictures side by side on one
-  canvas, some of them empty; each picture keeps its own image-level label and is pooled by itself.
-  A token then has to say what is near it, which is what a CAM is read from.
+* Stage ``mosaics``: in turn 3 x 3 or 2 x 2 pictures side by side on one canvas, and one scene; some
+  pictures are empty; each keeps its own image-level label and is pooled by itself. A token then
+  has to say what is near it, which is what a CAM is read from.
+* Stage ``distil``: scenes and mosaics; every token learns the features and class probabilities
+  that a convolutional teacher (``teacher.py``, itself fine-tuned from the same image-level labels)
+  has at its place. It is what makes tokens local: a ViT that learns from image-level labels alone
+  spreads what it knows over the whole image.
 
-    python tools/pretrain_pico.py --debs CACHE --out runs/pico --resume
+    python tools/pretrain_pico.py --debs CACHE --out runs/pico --resume \
+        --teacher-start efficientnet-lite0-57934424.pth
 """
 
 from __future__ import annotations
@@ -46,6 +51,8 @@ from cutouts import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from teacher import DIM as TEACHER_DIM
+from teacher import Teacher, identity_loss, split_tiles, top_mean, train_teacher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -54,9 +61,10 @@ STD = np.array((0.229, 0.224, 0.225), np.float32) * 255
 PATCH = 8
 GRID = 12  # patches on a side of the position embedding: 96 / 8
 MAX_OBJECTS = 3
-TRAINED_BLOCKS, SHIPPED_BLOCKS = 6, 4  # the last two blocks smooth the place of an object away
-MOSAICS = (2, 1, 3)  # pictures on a side of a mosaic, in turn from batch to batch; 1 is a scene
+BLOCKS = 5
+MOSAIC_TILES, DISTIL_TILES = (3, 2, 3, 1), (1, 3, 1, 2, 1)
 EMPTY = 0.3  # share of a mosaic's pictures without an object
+TOP = {1: 0.08, 2: 0.15, 3: 0.2}  # share of a picture's tokens that show a class, by tiles
 
 
 @dataclass(frozen=True)
@@ -64,15 +72,16 @@ class Stage:
     """One part of the schedule.
 
     Attributes:
-        name: ``objects``, ``scenes`` or ``mosaics``.
+        name: ``objects``, ``scenes``, ``mosaics`` or ``distil``.
         images: how many images the stage draws.
-        size: side of the images in pixels, a multiple of 8 and at most 96.
+        size: side of the images in pixels, a multiple of 8 (times the tiles).
         batch: images in a step.
         lr: peak learning rate.
         warmup: steps until the peak; after it a cosine falls to a fiftieth of it.
         keep: patches of an image that are read, drawn at random; 0 reads all.
         grids: sides of the position grid, taken in turn from step to step. The methods stretch
             the grid to 20 patches for MiniVOC's 160 pixels; the net should know it so as well.
+        tiles: pictures on a side of a canvas, in turn from batch to batch; 1 is a single picture.
     """
 
     name: str
@@ -83,6 +92,7 @@ class Stage:
     warmup: int
     keep: int = 0
     grids: tuple[int, ...] = (GRID,)
+    tiles: tuple[int, ...] = (1,)
 
     @property
     def steps(self) -> int:
@@ -134,7 +144,7 @@ def texture(size: int, rng: np.random.Generator) -> np.ndarray:
 def backdrop(photos: list[np.ndarray], size: int, rng: np.random.Generator) -> np.ndarray:
     """Returns a random background, uint8 ``(size, size, 3)``: photo crop, texture or a blend."""
     kind = rng.random()
-    if kind < 0.25 or not photos:
+    if kind < 0.15 or not photos:
         return texture(size, rng).astype(np.uint8)
     photo = photos[int(rng.integers(len(photos)))]
     height, width = photo.shape[:2]
@@ -144,7 +154,7 @@ def backdrop(photos: list[np.ndarray], size: int, rng: np.random.Generator) -> n
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
     crop = crop.astype(np.float32)
-    if kind < 0.4:
+    if kind < 0.25:
         crop = crop * 0.6 + texture(size, rng) * 0.4
     gain = rng.uniform(0.7, 1.3) * rng.uniform(0.85, 1.15, 3).astype(np.float32)
     return np.clip(crop * gain + rng.uniform(-25, 25), 0, 255).astype(np.uint8)
@@ -173,8 +183,8 @@ def random_place(
         scale=scale,
         angle=float(rng.uniform(-15, 15)),
         flip=bool(rng.random() < 0.5),
-        gain=tuple(rng.uniform(0.7, 1.3) * rng.uniform(0.88, 1.12, 3)),
-        offset=float(rng.uniform(-20, 20)),
+        gain=tuple(rng.uniform(0.8, 1.2) * rng.uniform(0.93, 1.07, 3)),
+        offset=float(rng.uniform(-15, 15)),
     )
 
 
@@ -191,14 +201,14 @@ def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     out = image.astype(np.float32)
     chance = rng.random(4)
     size = out.shape[0]
-    if chance[0] < 0.1:
+    if chance[0] < 0.03:
         out[:] = out.mean(axis=2, keepdims=True)
     if chance[1] < 0.2:
         out = cv2.GaussianBlur(out, (5, 5), float(rng.uniform(0.4, 1.2)))
     if chance[2] < 0.2:
         out += rng.normal(0, rng.uniform(2, 10), out.shape).astype(np.float32)
-    if chance[3] < 0.25:
-        h, w = (rng.uniform(0.1, 0.4, 2) * size).astype(int)
+    if chance[3] < 0.1:
+        h, w = (rng.uniform(0.1, 0.3, 2) * size).astype(int)
         y, x = int(rng.integers(size - h)), int(rng.integers(size - w))
         out[y : y + h, x : x + w] = rng.uniform(0, 255, 3)
     return out
@@ -228,7 +238,7 @@ class Composites(Dataset):
 
     def _choose(self, rng: np.random.Generator, kind: str) -> list[int]:
         """Draws the cut-outs of one picture, the first being the main one."""
-        counts = {"objects": (0.8, 0.2, 0.0), "scenes": (0.35, 0.4, 0.25), "tile": (0.9, 0.1, 0.0)}
+        counts = {"objects": (0.8, 0.2, 0.0), "scenes": (0.35, 0.4, 0.25), "tile": (1.0, 0.0, 0.0)}
         extra_share = {"objects": 0.4, "scenes": 0.12, "tile": 0.15}[kind]
         chosen = []
         for _ in range(1 + int(rng.choice(MAX_OBJECTS, p=counts[kind]))):
@@ -241,14 +251,16 @@ class Composites(Dataset):
     def _sides(kind: str, main: bool) -> tuple[float, float]:
         """Returns the range of an object's longer side as shares of the picture's."""
         if kind == "scenes":
-            return (0.38, 1.2) if main else (0.28, 0.65)
+            return (0.3, 1.0) if main else (0.2, 0.65)
+        if kind == "tile":  # up to a close-up of a part
+            return (0.5, 2.2)
         return (0.55, 1.3) if main else (0.35, 0.6)
 
     def _picture(
-        self, size: int, kind: str, rng: np.random.Generator
+        self, background: np.ndarray, kind: str, rng: np.random.Generator
     ) -> tuple[np.ndarray, list[int]]:
-        """Returns one picture, uint8 ``(size, size, 3)``, and the cut-outs in it."""
-        background = backdrop(self.pool.photos, size, rng)
+        """Returns one picture on ``background``, uint8 ``(s, s, 3)``, and the cut-outs in it."""
+        size = background.shape[0]
         if kind == "tile" and rng.random() < EMPTY:
             return background, []
         for _ in range(8):
@@ -273,16 +285,22 @@ class Composites(Dataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Makes image ``index``."""
         rng = np.random.default_rng((self.seed, index))
-        size, kind = self.stage.size, self.stage.name
-        tiles = 1
-        if kind == "mosaics":
-            tiles = MOSAICS[index // self.stage.batch % len(MOSAICS)]
-            kind = "scenes" if tiles == 1 else "tile"
-        pictures = [self._picture(size // tiles, kind, rng) for _ in range(tiles * tiles)]
-        image = np.stack([picture for picture, _ in pictures])
-        # (t * t, s, s, 3) -> one canvas, pictures in reading order
-        image = image.reshape(tiles, tiles, size // tiles, size // tiles, 3)
-        image = image.transpose(0, 2, 1, 3, 4).reshape(size, size, 3)
+        size = self.stage.size
+        tiles = self.stage.tiles[index // self.stage.batch % len(self.stage.tiles)]
+        kind = "tile" if tiles > 1 else "objects" if self.stage.name == "objects" else "scenes"
+        side = size // tiles
+        # Half of the mosaics share one backdrop: nothing but an object may tell pictures apart.
+        shared = backdrop(self.pool.photos, size, rng)
+        separate = tiles > 1 and rng.random() < 0.5
+        image, pictures = np.empty_like(shared), []
+        for y in range(0, size, side):
+            for x in range(0, size, side):
+                ground = shared[y : y + side, x : x + side]
+                if separate:
+                    ground = backdrop(self.pool.photos, side, rng)
+                picture, ids = self._picture(ground, kind, rng)
+                image[y : y + side, x : x + side] = picture
+                pictures.append((picture, ids))
         identity = np.full((tiles * tiles, MAX_OBJECTS), -1)
         classes = np.zeros((tiles * tiles, len(CLASSES)), np.float32)
         for tile, (_, ids) in enumerate(pictures):
@@ -317,7 +335,7 @@ def batches(data: Dataset, batch: int, start: int, workers: int) -> Iterator[dic
 # ----------------------------------------------------------------------------------- model
 
 
-def pico(depth: int = SHIPPED_BLOCKS) -> nn.Module:
+def pico(depth: int = BLOCKS) -> nn.Module:
     """Returns the backbone: a ViT-Tiny of fewer blocks with 8-pixel patches."""
     return timm.create_model(
         "vit_tiny_patch16_224", patch_size=PATCH, depth=depth, img_size=GRID * PATCH, num_classes=0
@@ -378,7 +396,7 @@ class Pupil(nn.Module):
     def __init__(self, identities: int) -> None:
         """Makes heads for ``identities`` cut-outs and the eight classes."""
         super().__init__()
-        self.vit = pico(TRAINED_BLOCKS)
+        self.vit = pico()
         dim = self.vit.embed_dim
         self.identity_cls = nn.Linear(dim, identities)
         self.identity_mean = nn.Linear(dim, identities)
@@ -386,6 +404,7 @@ class Pupil(nn.Module):
         self.classes_mean = nn.Linear(dim, len(CLASSES))
         self.classes_max = nn.Linear(dim, len(CLASSES))
         self.classes_token = nn.Linear(dim, len(CLASSES))
+        self.teacher = nn.Linear(dim, TEACHER_DIM)
 
     def forward(
         self,
@@ -398,23 +417,27 @@ class Pupil(nn.Module):
         """Returns identity logits ``(b, n)`` and class logits ``(b, 8)`` of each kind of pooling.
 
         The max over tokens is the pooling that the methods' classifiers use; ``classes_token`` is
-        the largest logit of a token, what a CAM shows. All but those of the class token are of
-        each of the ``tiles ** 2`` pictures of a mosaic: ``(b * tiles ** 2, ...)``.
+        the mean of the largest logits of a token, what a CAM shows: so many tokens, a share of
+        ``TOP``, must show a class, and no token of a picture without it may. All but those of the
+        class token are of each of the ``tiles ** 2`` pictures of a mosaic: ``(b * tiles ** 2, .)``.
+        ``token_logits`` and ``token_features`` are those of every token, ``(b, n, ...)``.
         """
         out = tokens(self.vit, images, window, patches, grid)
         cls, local = out[:, 0], out[:, 1:]
-        if tiles > 1:  # (b, side * side, d) -> (b * tiles * tiles, tokens of a picture, d)
-            part = images.shape[-1] // PATCH // tiles
-            local = local.unflatten(1, (tiles, part, tiles, part)).transpose(2, 3)
-            local = local.reshape(-1, part * part, local.shape[-1])
+        every = {
+            "token_logits": self.classes_token(local),
+            "token_features": self.teacher(local),
+        }
+        if tiles > 1:
+            local = split_tiles(local, tiles)
         mean, peak = local.mean(1), local.amax(1)
-        return {
+        return every | {
             "identity_cls": self.identity_cls(cls),
             "identity_mean": self.identity_mean(mean),
             "classes_cls": self.classes_cls(cls),
             "classes_mean": self.classes_mean(mean),
             "classes_max": self.classes_max(peak),
-            "classes_token": self.classes_token(local).amax(1),
+            "classes_token": top_mean(self.classes_token(local), TOP[tiles]),
         }
 
 
@@ -503,35 +526,43 @@ def optimisers(model: Pupil) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, 1e-3, 0.05), torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))]
 
 
-def identity_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Cross-entropy with the probability shared by the objects of a picture.
-
-    Args:
-        logits: ``(m, n)``.
-        ids: int64 ``(m, k)``, -1 where there is no object; a picture without any does not count.
-    """
-    present = (ids >= 0).float()
-    count = present.sum(1, keepdim=True)
-    target = torch.zeros_like(logits).scatter_add_(
-        1, ids.clamp(min=0), present / count.clamp(min=1)
-    )
-    loss = F.cross_entropy(logits, target, label_smoothing=0.05, reduction="none")
-    filled = (count[:, 0] > 0).float()
-    return (loss * filled).sum() / filled.sum().clamp(min=1)
-
-
 def objective(out: dict[str, Tensor], batch: dict[str, Tensor], stage: str) -> dict[str, Tensor]:
-    """Returns the loss terms: identities share the probability, classes are independent."""
+    """Returns the weighted loss terms: identities share the probability, classes are independent.
+
+    ``mosaics`` is about place: what asks for one answer about the whole canvas weighs little there,
+    since it makes every token tell the same.
+    """
     identity, classes = batch["identity"], batch["classes"]
-    weight = {"objects": 0.5, "scenes": 2.0, "mosaics": 2.0}[stage]
+    local = classes.flatten(0, 1)
     terms = {
-        "identity_cls": 0.5 * identity_loss(out["identity_cls"], identity.flatten(1)),
         "identity_mean": 0.5 * identity_loss(out["identity_mean"], identity.flatten(0, 1)),
         "classes_cls": F.binary_cross_entropy_with_logits(out["classes_cls"], classes.amax(1)),
+        "classes_max": F.binary_cross_entropy_with_logits(out["classes_max"], local),
+        "classes_token": F.binary_cross_entropy_with_logits(out["classes_token"], local),
     }
-    for name in ("classes_mean", "classes_max", "classes_token"):
-        terms[name] = F.binary_cross_entropy_with_logits(out[name], classes.flatten(0, 1))
-    return {k: weight * v if k.startswith("classes") else v for k, v in terms.items()}
+    weight = {"objects": 0.5, "scenes": 2.0, "mosaics": 2.0, "distil": 0.5}[stage]
+    terms |= {name: weight * term for name, term in terms.items() if name != "identity_mean"}
+    if stage in ("mosaics", "distil"):
+        terms["classes_cls"] = 0.1 * terms["classes_cls"]
+        return terms
+    mean = F.binary_cross_entropy_with_logits(out["classes_mean"], local)
+    return terms | {
+        "identity_cls": 0.5 * identity_loss(out["identity_cls"], identity.flatten(1)),
+        "classes_mean": weight * mean,
+    }
+
+
+def distillation(out: dict[str, Tensor], targets: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Returns the weighted terms that tie each token to the teacher at its place.
+
+    Args:
+        out: of the pupil.
+        targets: of :meth:`teacher.Teacher.targets`.
+    """
+    features, probabilities = targets
+    cosine = F.cosine_similarity(out["token_features"], features, dim=-1)
+    token = F.binary_cross_entropy_with_logits(out["token_logits"], probabilities)
+    return {"teacher_features": 2 * (1 - cosine).mean(), "teacher_classes": 4 * token}
 
 
 # ------------------------------------------------------------------------------- evaluation
@@ -711,14 +742,9 @@ def probe(weights: Path | None, root: Path, steps: int, seed: int, device: str) 
 
 
 def export(model: Pupil, path: Path) -> str:
-    """Writes the first blocks as float16 safetensors, whole or not at all; returns the sha256."""
+    """Writes the backbone as float16 safetensors, whole or not at all; returns the sha256."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    dropped = tuple(f"blocks.{i}." for i in range(SHIPPED_BLOCKS, TRAINED_BLOCKS))
-    state = {
-        k: v.detach().cpu().half().contiguous()
-        for k, v in model.vit.state_dict().items()
-        if not k.startswith(dropped)
-    }
+    state = {k: v.detach().cpu().half().contiguous() for k, v in model.vit.state_dict().items()}
     part = path.with_suffix(".part")
     save_file(state, part)
     os.replace(part, path)
@@ -739,6 +765,7 @@ class Trainer:
         workers: int = 0,
         weights: Path | None = None,
         compiled: bool = False,
+        teacher: Teacher | None = None,
     ) -> None:
         """Builds model, optimisers and average; see :meth:`run`.
 
@@ -752,11 +779,13 @@ class Trainer:
             workers: loader processes.
             weights: where to export the averaged backbone at each evaluation and at the end.
             compiled: use ``torch.compile``.
+            teacher: fine-tuned; a stage ``distil`` needs it.
         """
         torch.manual_seed(seed)
         out.mkdir(parents=True, exist_ok=True)
         self.pool, self.stages, self.out, self.seed = pool, stages, out, seed
         self.device, self.workers, self.weights = device, workers, weights
+        self.teacher = teacher
         self.model = Pupil(len(pool.cutouts))
         sample = next(
             batches(Composites(pool, stages[0], seed + 99), min(256, stages[0].images), 0, 0)
@@ -809,6 +838,8 @@ class Trainer:
         tiles = math.isqrt(batch["classes"].shape[1])
         out = self.forward(batch["image"], batch["window"], batch["patches"], grid, tiles)
         terms = objective(out, batch, stage.name)
+        if stage.name == "distil":
+            terms |= distillation(out, self.teacher.targets(batch["image"], batch["classes"]))
         self.model.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -817,7 +848,7 @@ class Trainer:
                 group["lr"] = stage.rate(self.step)
             optimiser.step()
         # A short memory at first, or the random start would linger in the average.
-        keep = min(0.999, (1 + self.done / stage.batch) / (10 + self.done / stage.batch))
+        keep = min(0.998, (1 + self.done / stage.batch) / (10 + self.done / stage.batch))
         with torch.no_grad():
             mine, theirs = list(self.average.parameters()), list(self.model.parameters())
             torch._foreach_lerp_(mine, theirs, 1 - keep)
@@ -881,6 +912,31 @@ def build_pool(debs: Path) -> tuple[Pool, list[np.ndarray], dict[str, object]]:
     return pool, held, facts
 
 
+def get_teacher(
+    pool: Pool, out: Path, start: Path | None, steps: int, seed: int, device: str, workers: int
+) -> Teacher:
+    """Returns the fine-tuned teacher: ``OUT/teacher.pt``, trained from ``start`` if missing."""
+    path = out / "teacher.pt"
+    teacher = Teacher(len(pool.cutouts), len(CLASSES), None if path.exists() else start)
+    if path.exists():
+        teacher.load_state_dict(torch.load(path, map_location="cpu"))
+        return teacher.to(device).eval().requires_grad_(False)
+    batch = 32
+    stage = Stage("mosaics", steps * batch, 96, batch, 0.0, 0, tiles=MOSAIC_TILES)
+    losses = train_teacher(
+        teacher,
+        batches(Composites(pool, stage, seed + 77), batch, 0, workers),
+        steps,
+        TOP,
+        device=device,
+    )
+    print(json.dumps({"teacher": losses}))
+    out.mkdir(parents=True, exist_ok=True)
+    torch.save(teacher.state_dict(), path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+    return teacher
+
+
 def parse() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -896,7 +952,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="export the averaged backbone here")
     parser.add_argument("--objects", type=int, default=160_000, help="images of stage one")
     parser.add_argument("--scenes", type=int, default=64_000, help="images of stage two")
-    parser.add_argument("--mosaics", type=int, default=64_000, help="images of stage three")
+    parser.add_argument("--mosaics", type=int, default=32_000, help="images of stage three")
+    parser.add_argument("--distil", type=int, default=32_000, help="images of stage four")
+    parser.add_argument(
+        "--teacher-start", type=Path, help="efficientnet-lite0-57934424.pth; see teacher.py"
+    )
+    parser.add_argument("--teacher-steps", type=int, default=330)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -930,8 +991,22 @@ def main() -> None:
     stages = [
         Stage("objects", args.objects, 64, args.batch, args.lr, 150, keep=36),
         Stage("scenes", args.scenes, 96, args.batch, args.lr * 0.7, 50, 80, (12, 20)),
-        Stage("mosaics", args.mosaics, 96, args.batch, args.lr * 0.5, 40, 0, (12, 20)),
+        Stage("mosaics", args.mosaics, 144, 24, args.lr * 0.7, 60, 0, (18, 18, 24), MOSAIC_TILES),
+        Stage("distil", args.distil, 144, 24, args.lr * 0.75, 60, 0, (18, 18, 24), DISTIL_TILES),
     ]
+    teacher = None
+    if args.distil:
+        if not (args.teacher_start or (args.out / "teacher.pt").exists()):
+            raise SystemExit("--teacher-start FILE is needed, or --distil 0; see tools/teacher.py")
+        teacher = get_teacher(
+            pool,
+            args.out,
+            args.teacher_start,
+            args.teacher_steps,
+            args.seed,
+            args.device,
+            args.workers,
+        )
     trainer = Trainer(
         pool,
         stages,
@@ -942,6 +1017,7 @@ def main() -> None:
         args.workers,
         args.weights,
         args.compile,
+        teacher,
     )
     if args.resume and (args.out / "last.pt").exists():
         trainer.resume()

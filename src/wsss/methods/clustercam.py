@@ -393,7 +393,7 @@ class ClusterCAM(WSSSModule):
     def raw_cam(self, images: Tensor, classes: Tensor, *, refine: bool = True) -> Tensor:
         """ClusterCAM (clustercam.md section 1, "ClusterCAM"), without gating or normalisation.
 
-        E = ReLU(patch head without bias), V = E x class maps of the last blocks,
+        V = E (see :meth:`evidence`) x class maps of the last blocks,
         CAM_k[i] = sum_j Omega[i, j] V_k[j].
 
         Args:
@@ -405,12 +405,16 @@ class ClusterCAM(WSSSModule):
             (B, C, h, w).
         """
         encoded = self.encode(images, with_affinity=refine)
-        evidence = F.conv2d(encoded.activation, self.patch_head.weight[classes], padding=1).relu()
+        evidence = self.evidence(encoded.activation, classes)
         attention = sum_of_last(encoded.class_maps)[:, classes]
         cam = evidence.flatten(2) * attention  # (B, C, N)
         if encoded.affinity is not None:
             cam = cam @ encoded.affinity.transpose(1, 2)
         return cam.unflatten(2, evidence.shape[-2:])
+
+    def evidence(self, activation: Tensor, classes: Tensor) -> Tensor:
+        """E (B, C, h, w): ReLU of the patch head without its bias, for C class indices."""
+        return F.conv2d(activation, self.patch_head.weight[classes], padding=1).relu()
 
     @torch.no_grad()
     def gallery_maps(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -525,7 +529,7 @@ class ClusterCAM(WSSSModule):
             step: decides whether segmentation is learned.
         """
         images, labels = batch["image"], batch["labels"]
-        cam = pseudo_label = seg_logits = None
+        cam = pseudo_label = None
         if self.learns_segmentation(step):
             # before the forward pass, so that no graph lies in memory meanwhile
             with self.phase("cam"):
@@ -533,6 +537,18 @@ class ClusterCAM(WSSSModule):
             with self.phase("pseudo_labels"):
                 pseudo_label = self._pseudo_labels(images, cam, labels)
 
+        return self.forward_losses(images, labels, pseudo_label)._replace(cam=cam)
+
+    def forward_losses(
+        self, images: Tensor, labels: Tensor, pseudo_label: Tensor | None
+    ) -> StepResult:
+        """The losses (clustercam.md section 2): two of classification, one of segmentation.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            labels: (B, K).
+            pseudo_label: (B, H, W), or None before segmentation is learned.
+        """
         with self.phase("forward"):
             encoded = self.encode(images)
             patch_logits = mean_of_convolution(encoded.activation, self.patch_head)
@@ -541,13 +557,14 @@ class ClusterCAM(WSSSModule):
                 "patch_loss": F.multilabel_soft_margin_loss(patch_logits, labels),
             }
             total = losses["cls_loss"] + losses["patch_loss"]
+            seg_logits = None
             if pseudo_label is not None:
                 seg_logits = self.decoder(encoded.activation)
-                full = F.interpolate(seg_logits, images.shape[-2:], mode="bilinear")
+                full = F.interpolate(seg_logits, pseudo_label.shape[-2:], mode="bilinear")
                 losses["seg_loss"] = balanced_segmentation_loss(full, pseudo_label)
                 total = total + self.seg_weight * losses["seg_loss"]
         outputs = Outputs(encoded.class_logits, seg_logits)
-        return StepResult(losses, total, outputs, patch_logits, cam, pseudo_label)
+        return StepResult(losses, total, outputs, patch_logits, None, pseudo_label)
 
     def epoch(self, step: int) -> int:
         """0-based epoch of a step: the run has ``epochs`` of equal length."""

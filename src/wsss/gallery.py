@@ -169,7 +169,7 @@ def write_gallery(
             batch = default_collate([dataset[index]])
             name = batch["name"][0]
             rows.append((name, _panels(module, batch, class_names, protocol, par)))
-            further.append((name, _further_panels(module, batch, device)))
+            further.append((name, _further_panels(module, batch, class_names)))
     out_dir.mkdir(parents=True, exist_ok=True)
     for old in out_dir.glob("sheet_*.png"):
         old.unlink()
@@ -217,12 +217,14 @@ def _panels(
 
 
 def _further_panels(
-    module: nn.Module, batch: Mapping[str, Any], device: torch.device
+    module: nn.Module, batch: Mapping[str, Any], class_names: Sequence[str]
 ) -> list[Panel]:
     """The image, and over it every further map that the method offers."""
-    rgb = batch["rgb"][0].numpy()
-    maps = module.gallery_maps(batch["image"].to(device), batch["labels"].to(device))  # type: ignore[operator]
-    return [Panel("image", rgb, "")] + [
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    rgb, labels = batch["rgb"][0].numpy(), batch["labels"]
+    maps = module.gallery_maps(batch["image"].to(device), labels.to(device))  # type: ignore[operator]
+    names = _names(np.flatnonzero(labels[0].numpy()) + 1, class_names)
+    return [Panel("image", rgb, names)] + [
         Panel(name, heat(rgb, resized(values[:, None], rgb.shape[:2])[0, 0].cpu().numpy()), "")
         for name, values in maps.items()
     ]

@@ -1,9 +1,9 @@
 """Training views of every method, from one decoded uint8 image.
 
-ToCo (toco.md section 4): the photometric part runs in albumentations, whose ColorJitter, ToGray and Solarize agree with the
-official torchvision and Pillow ones within the rounding that tests/data/test_transforms.py states.
-Two operations are not the same there and follow Pillow here: resampling (OpenCV's does not filter
-when it shrinks) and the Gaussian blur (`PillowBlur`).
+ToCo (toco.md section 4): the photometric part runs in albumentations, whose ColorJitter, ToGray and
+Solarize agree with the official torchvision and Pillow ones within the rounding that
+tests/data/test_transforms.py states. Two operations are not the same there and follow Pillow here:
+resampling (OpenCV's does not filter when it shrinks) and the Gaussian blur (`PillowBlur`).
 
 ClusterCAM (clustercam.md section 4) prescribes timm's ImageNet recipe, whose RandAugment is timm's
 own table of Pillow operations; albumentations has other ones under the same names, so timm's are

@@ -481,8 +481,7 @@ class ClusterCAM(WSSSModule):
         X' = X + DP(a) + DP(b), X'' = X' + DP(MLP(LN(X'))).
         """
         block: Any = self.backbone.vit.blocks[index]
-        branch = self.branches[index]
-        assert isinstance(branch, ClusterBranch)
+        branch = self.branch(index)
         plain, class_rows = self._plain_attention(block, tokens, affinity)
         clustered = branch(tokens, grid)
         tokens = tokens + block.drop_path1(block.ls1(plain))
@@ -490,6 +489,12 @@ class ClusterCAM(WSSSModule):
         tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
         class_map = (1 - branch.mixing) * class_rows + branch.mixing * clustered.class_map
         return BlockOutput(tokens, plain, class_rows, clustered, class_map)
+
+    def branch(self, index: int) -> ClusterBranch:
+        """The clustering branch of a block."""
+        branch = self.branches[index]
+        assert isinstance(branch, ClusterBranch)
+        return branch
 
     def _plain_attention(
         self, block: Any, tokens: Tensor, affinity: Tensor | None
@@ -517,8 +522,8 @@ class ClusterCAM(WSSSModule):
         if not self.official_compat:
             self.require_finite(result.losses, result.total, batch)
         self.log_losses(result.losses, result.total, len(batch["image"]))
-        for index, branch in enumerate(self.branches):
-            self.log(f"train/mixing_{index:02d}", branch.mixing.detach()[0])  # type: ignore[index, union-attr, operator]
+        for index in range(self.backbone.depth):
+            self.log(f"train/mixing_{index:02d}", self.branch(index).mixing.detach()[0])
         return result.total
 
     def compute_losses(self, batch: Batch, step: int) -> StepResult:
@@ -537,34 +542,38 @@ class ClusterCAM(WSSSModule):
             with self.phase("pseudo_labels"):
                 pseudo_label = self._pseudo_labels(images, cam, labels)
 
-        return self.forward_losses(images, labels, pseudo_label)._replace(cam=cam)
+        with self.phase("forward"):
+            result = self.losses_of(self.encode(images), labels, pseudo_label)
+        return result._replace(cam=cam)
 
-    def forward_losses(
-        self, images: Tensor, labels: Tensor, pseudo_label: Tensor | None
+    def losses_of(
+        self, encoded: Encoded, labels: Tensor, pseudo_label: Tensor | None
     ) -> StepResult:
         """The losses (clustercam.md section 2): two of classification, one of segmentation.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            encoded: of the batch's images.
             labels: (B, K).
             pseudo_label: (B, H, W), or None before segmentation is learned.
         """
-        with self.phase("forward"):
-            encoded = self.encode(images)
-            patch_logits = mean_of_convolution(encoded.activation, self.patch_head)
-            losses = {
-                "cls_loss": F.multilabel_soft_margin_loss(encoded.class_logits, labels),
-                "patch_loss": F.multilabel_soft_margin_loss(patch_logits, labels),
-            }
-            total = losses["cls_loss"] + losses["patch_loss"]
-            seg_logits = None
-            if pseudo_label is not None:
-                seg_logits = self.decoder(encoded.activation)
-                full = F.interpolate(seg_logits, pseudo_label.shape[-2:], mode="bilinear")
-                losses["seg_loss"] = balanced_segmentation_loss(full, pseudo_label)
-                total = total + self.seg_weight * losses["seg_loss"]
+        patch_logits = self.patch_logits(encoded.activation)
+        losses = {
+            "cls_loss": F.multilabel_soft_margin_loss(encoded.class_logits, labels),
+            "patch_loss": F.multilabel_soft_margin_loss(patch_logits, labels),
+        }
+        total = losses["cls_loss"] + losses["patch_loss"]
+        seg_logits = None
+        if pseudo_label is not None:
+            seg_logits = self.decoder(encoded.activation)
+            full = F.interpolate(seg_logits, pseudo_label.shape[-2:], mode="bilinear")
+            losses["seg_loss"] = balanced_segmentation_loss(full, pseudo_label)
+            total = total + self.seg_weight * losses["seg_loss"]
         outputs = Outputs(encoded.class_logits, seg_logits)
         return StepResult(losses, total, outputs, patch_logits, None, pseudo_label)
+
+    def patch_logits(self, activation: Tensor) -> Tensor:
+        """Spatial mean of the patch head, (B, K)."""
+        return mean_of_convolution(activation, self.patch_head)
 
     def epoch(self, step: int) -> int:
         """0-based epoch of a step: the run has ``epochs`` of equal length."""
@@ -667,8 +676,8 @@ class ClusterCAM(WSSSModule):
             features=self.patch_head.in_channels,
             channels=self.decoder.conv6.out_channels,
         )
-        for index, branch in enumerate(self.branches):
-            assert isinstance(branch, ClusterBranch)
+        for index in range(self.backbone.depth):
+            branch = self.branch(index)
             branch.mixing.copy_(start[f"blocks.{index}.st_attn.mix_param"])
             branch.to_space.weight.copy_(start[f"blocks.{index}.st_attn.proj_st.weight"])
         self.patch_head.weight.copy_(start["head.weight"])

@@ -29,12 +29,10 @@ from wsss.methods.base import Outputs
 from wsss.methods.clustercam import (
     MIXING,
     BlockOutput,
-    ClusterBranch,
     ClusterCAM,
     Encoded,
     assign,
     initial_centres,
-    mean_of_convolution,
     official_draws,
     official_start,
 )
@@ -170,9 +168,7 @@ def cluster_block(case: Case) -> Produced:
     for suffix, network, kind in _both_precisions(model):
         output = network.block(index, tokens.to(kind), grid)
         produced |= {f"{name}{suffix}": value for name, value in _block_outputs(output).items()}
-    branch = model.branches[index]
-    assert isinstance(branch, ClusterBranch)
-    space = branch.space(tokens[:, model.num_classes :])
+    space = model.branch(index).space(tokens[:, model.num_classes :])
     centres = produced["S0"] = initial_centres(space, grid)
     steps = []
     for _ in range(3):
@@ -214,7 +210,7 @@ def network(case: Case) -> Produced:
         encoded = network.encode(images.to(kind), keep=blocks)
         produced |= {
             f"cls_logits{suffix}": encoded.class_logits,
-            f"pat_logits{suffix}": mean_of_convolution(encoded.activation, network.patch_head),
+            f"pat_logits{suffix}": network.patch_logits(encoded.activation),
             f"seg_logits{suffix}": network.decoder(encoded.activation),
             f"F{suffix}": encoded.activation,
         }
@@ -252,7 +248,7 @@ def gradients(case: Case) -> Produced:
     targets, label = as_tensor(case.inputs["targets"]), as_tensor(case.inputs["seg_label"])
     produced: dict[str, Any] = {}
     for suffix, network, kind in _both_precisions(model):
-        result = network.forward_losses(images.to(kind), targets.to(kind), label)
+        result = network.losses_of(network.encode(images.to(kind)), targets.to(kind), label)
         losses = {
             "cls": result.losses["cls_loss"],
             "pat": result.losses["patch_loss"],
@@ -368,8 +364,8 @@ def _four_losses(losses: Mapping[str, Tensor], total: Tensor) -> Array:
 
 
 def _mixing_gradients(model: ClusterCAM) -> Tensor:
-    scalars = [branch.mixing for branch in model.branches]
-    return torch.cat([torch.zeros(1) if s.grad is None else s.grad for s in scalars])  # type: ignore[arg-type, union-attr, list-item]
+    scalars = [model.branch(index).mixing for index in range(model.backbone.depth)]
+    return torch.cat([torch.zeros(1) if s.grad is None else s.grad for s in scalars])
 
 
 def _present_means(case: Case, index: int, cam: Tensor, targets: Tensor) -> Any:
@@ -451,7 +447,7 @@ def ms_cam_labels(case: Case) -> Produced:
     produced |= _labels(case, stored_guide, stored, targets)
     produced |= _refined_planes(case, stored_guide, stored, targets)
     label = as_tensor(case.outputs["pseudo_label"])
-    produced["seg_loss"] = float(model.forward_losses(images, targets, label).losses["seg_loss"])
+    produced["seg_loss"] = model.losses_of(model.encode(images), targets, label).losses["seg_loss"]
     return produced
 
 

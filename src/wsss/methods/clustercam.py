@@ -22,7 +22,8 @@ Departures (``official_compat=True`` takes each of them back):
     * Q10: the CAM passes of training run without drop path.
     * Q12: the image for PAR is rounded and clipped, not truncated with wrap-around.
     * Q14: an image of no whole number of patches is resized to one, so that the maps cover it.
-    * The random start follows PyTorch's generator; officially it is that of ``seed``, bit by bit.
+    * The random start is PyTorch's; officially it is drawn from the seed in an order of its own
+      (``methods/clustercam_start.py``).
 Same numbers, less work (always): attention between patches is never kept, its sum over blocks is
 accumulated row by row, and only in CAM passes; CAMs are made before the training graph exists and
 of the batch's classes alone; PAR's affinity is computed once for both thresholds; patch logits come
@@ -34,9 +35,9 @@ file) and Q13 (fp16 in PAR: ours stays float32). Q1: the missing COCO margin is 
 ignored pixels gives 0, where the official loop crashes. Q7: the scalars are logged.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from math import prod, sqrt
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ from wsss.errors import WSSSError
 from wsss.evaluation.inference import evaluating
 from wsss.losses import balanced_segmentation_loss
 from wsss.methods.base import Batch, Outputs, WSSSModule
+from wsss.methods.clustercam_start import start_as_official
 from wsss.pseudo_labels import refine_cam_to_label
 from wsss.refine.par import PAR
 from wsss.schedules import cosine_warmup
@@ -70,18 +72,6 @@ QUERY_ROWS = 128  # of attention held at once in CAM passes
 # ---- clustering --------------------------------------------------------------------------------
 
 
-class Clusters(NamedTuple):
-    """Soft clusters of patch tokens.
-
-    Attributes:
-        assignment: (B, N, M), rows sum to 1.
-        centres: (B, M, D).
-    """
-
-    assignment: Tensor
-    centres: Tensor
-
-
 def initial_centres(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """S_0 (B, M, D): patch tokens (B, N, D) averaged to half the rows and columns."""
     as_map = tokens.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
@@ -89,62 +79,51 @@ def initial_centres(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(as_map, size).flatten(2).transpose(1, 2)
 
 
-def assign(tokens: Tensor, centres: Tensor) -> Clusters:
+def assign(tokens: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """One soft step: A = softmax_clusters(Z S^T / sqrt(D)), S = A^T Z / (column sums of A + 1e-8).
 
     Args:
         tokens: Z, (B, N, D).
         centres: S of the step before, (B, M, D).
+
+    Returns:
+        A (B, N, M), whose rows sum to 1, and the new S (B, M, D).
     """
     scaled = tokens * tokens.shape[-1] ** -0.5
     assignment = (scaled @ centres.transpose(1, 2)).softmax(dim=-1)  # (B, N, M)
     mass = assignment.sum(dim=1)[..., None] + 1e-8  # (B, M, 1)
-    return Clusters(assignment, assignment.transpose(1, 2) @ tokens / mass)
+    return assignment, assignment.transpose(1, 2) @ tokens / mass
 
 
 class BranchOutput(NamedTuple):
-    """What the clustering branch gives.
+    """What the clustering branch gives."""
 
-    Attributes:
-        update: of all tokens, (B, K+N, D).
-        class_map: class attention pulled back to patches, (B, heads, K, N).
-        class_attention: class attention to clusters, (B, heads, K, M).
-        clusters: the soft clusters behind them.
-    """
-
-    update: Tensor
-    class_map: Tensor
-    class_attention: Tensor
-    clusters: Clusters
+    update: Tensor  # of all tokens, (B, K+N, D)
+    class_map: Tensor  # class attention pulled back to patches, (B, heads, K, N)
+    class_attention: Tensor  # class attention to clusters, (B, heads, K, M)
+    assignment: Tensor  # of patches to clusters, (B, N, M)
 
 
 class ClusterBranch(nn.Module):
     """Branch B of a block (clustercam.md section 1): class tokens and clusters attend.
 
     Args:
-        dim: width D of the tokens.
-        num_heads: of the attention.
+        block: the timm block beside it, whose first norm, qkv and projection it starts from.
     """
 
-    def __init__(self, *, dim: int, num_heads: int) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        dim = block.attn.qkv.in_features
+        self.num_heads = block.attn.num_heads
         self.to_space = nn.Linear(dim, dim)  # where patches are compared
-        self.norm_space = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.norm_cls = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.norm_centres = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj_cls = nn.Linear(dim, dim)
+        self.norm_space, self.norm_cls, self.norm_centres = (
+            deepcopy(block.norm1) for _ in range(3)
+        )
+        self.qkv = deepcopy(block.attn.qkv)
+        self.proj_cls = deepcopy(block.attn.proj)
         self.mixing = nn.Parameter(torch.rand(1))  # lambda, free to leave [0, 1]
         nn.init.trunc_normal_(self.to_space.weight, std=0.02)
         nn.init.zeros_(self.to_space.bias)
-
-    def start_from(self, block: Any) -> None:
-        """Copy the block's first norm, its qkv and its projection (section 1, "Initialisation")."""
-        for norm in (self.norm_space, self.norm_cls, self.norm_centres):
-            norm.load_state_dict(block.norm1.state_dict())
-        self.qkv.load_state_dict(block.attn.qkv.state_dict())
-        self.proj_cls.load_state_dict(block.attn.proj.state_dict())
 
     def space(self, patches: Tensor) -> Tensor:
         """Z (B, N, D): projection, then norm."""
@@ -173,7 +152,7 @@ class ClusterBranch(nn.Module):
             update,
             class_map.unflatten(1, (self.num_heads, num_classes)),
             attention,
-            Clusters(assignment, centres),
+            assignment,
         )
 
 
@@ -227,38 +206,24 @@ def mean_of_convolution(features: Tensor, convolution: nn.Conv2d) -> Tensor:
 
 
 class BlockOutput(NamedTuple):
-    """What a block gives.
+    """What a block gives."""
 
-    Attributes:
-        tokens: (B, K+N, D).
-        plain: output of branch A, (B, K+N, D).
-        class_rows: its class-to-patch attention R, (B, heads, K, N).
-        clustered: output of branch B.
-        class_map: (1 - lambda) R + lambda G, (B, heads, K, N).
-    """
-
-    tokens: Tensor
-    plain: Tensor
-    class_rows: Tensor
+    tokens: Tensor  # (B, K+N, D)
+    plain: Tensor  # output of branch A, (B, K+N, D)
+    class_rows: Tensor  # its class-to-patch attention R, (B, heads, K, N)
     clustered: BranchOutput
-    class_map: Tensor
+    class_map: Tensor  # (1 - lambda) R + lambda G, (B, heads, K, N)
 
 
 class Encoded(NamedTuple):
-    """What the network knows of a batch before its heads.
+    """What the network knows of a batch before its heads."""
 
-    Attributes:
-        class_tokens: (B, K, D), without a norm.
-        activation: F, (B, D + L heads K, h, w): final patch tokens, then the class maps of all L
-            blocks, layer-major, then head, then class.
-        class_maps: those maps block by block, each (B, heads, K, N).
-        affinity: Omega, (B, N, N): patch-to-patch attention summed over blocks, mean over heads;
-            None outside CAM passes.
-    """
-
-    class_tokens: Tensor
+    class_tokens: Tensor  # (B, K, D), without a norm
+    # F, (B, D + L heads K, h, w): final patch tokens, then the class maps of all L blocks,
+    # layer-major, then head, then class
     activation: Tensor
-    class_maps: list[Tensor]
+    class_maps: list[Tensor]  # those maps block by block, each (B, heads, K, N)
+    # Omega, (B, N, N): patch-to-patch attention summed over blocks, mean over heads; in CAM passes
     affinity: Tensor | None
 
     @property
@@ -349,11 +314,7 @@ class ClusterCAM(WSSSModule):
 
         prepare_backbone(backbone, num_classes, drop_path)
         blocks: Any = backbone.vit.blocks
-        self.branches = nn.ModuleList()
-        for block in blocks:
-            branch = ClusterBranch(dim=backbone.dim, num_heads=block.attn.num_heads)
-            branch.start_from(block)
-            self.branches.append(branch)
+        self.branches = nn.ModuleList(ClusterBranch(block) for block in blocks)
         channels = backbone.dim + num_classes * sum(block.attn.num_heads for block in blocks)
         self.patch_head = nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
         self.decoder = LargeFOV(
@@ -361,7 +322,7 @@ class ClusterCAM(WSSSModule):
         )
         self.par = PAR(eps=1e-5)
         if official_compat:
-            self._start_as_official()
+            start_as_official(self)
 
     # ---- what an evaluator sees -------------------------------------------------------------
 
@@ -439,7 +400,7 @@ class ClusterCAM(WSSSModule):
             own = values[batch, main].unflatten(1, grid)[:, None]
             full = F.interpolate(own, size, mode="bilinear", align_corners=False)
             sheet[name] = normalise_cam(full)[:, 0]
-        assignment = kept[-1].clustered.clusters.assignment
+        assignment = kept[-1].clustered.assignment
         number = assignment.argmax(dim=-1) / max(1, assignment.shape[-1] - 1)
         sheet["clusters"] = F.interpolate(number.unflatten(1, grid)[:, None], size)[:, 0]
         return sheet
@@ -658,34 +619,6 @@ class ClusterCAM(WSSSModule):
             floor=floor,
         )
 
-    # ---- official start ------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _start_as_official(self) -> None:
-        """The random values that the official constructor draws right after the run's seed."""
-        generator = torch.Generator().manual_seed(torch.initial_seed())
-        vit: Any = self.backbone.vit
-        start = official_start(
-            generator,
-            dim=self.backbone.dim,
-            depth=self.backbone.depth,
-            hidden=vit.blocks[0].mlp.fc1.out_features,
-            patch_size=self.backbone.patch_size,
-            positions=vit.pos_embed.shape[1] - self.num_classes,
-            num_classes=self.num_classes,
-            features=self.patch_head.in_channels,
-            channels=self.decoder.conv6.out_channels,
-        )
-        for index in range(self.backbone.depth):
-            branch = self.branch(index)
-            branch.mixing.copy_(start[f"blocks.{index}.st_attn.mix_param"])
-            branch.to_space.weight.copy_(start[f"blocks.{index}.st_attn.proj_st.weight"])
-        self.patch_head.weight.copy_(start["head.weight"])
-        assert self.patch_head.bias is not None
-        self.patch_head.bias.copy_(start["head.bias"])
-        for name, weight in self.decoder.named_parameters():
-            weight.copy_(start[f"decoder.{name}"])
-
 
 def _check_settings(
     backbone: Backbone, epochs: int, drop_path: float, high: float, low: float
@@ -724,97 +657,3 @@ def prepare_backbone(backbone: Backbone, num_classes: int, drop_path: float) -> 
     ):
         block.norm1.eps, block.norm2.eps = NORM_EPS, MLP_NORM_EPS
         block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
-
-
-class Draw(NamedTuple):
-    """One uniform draw of the official constructor.
-
-    Attributes:
-        name: official parameter, or ``(later replaced)``.
-        shape: of the drawn tensor.
-        low: lower bound.
-        high: upper bound.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    low: float
-    high: float
-
-
-REPLACED = "(later replaced)"
-MIXING = ".mix_param"
-
-
-def _default_draws(name: str, *shape: int, bias: bool = True) -> Iterator[Draw]:
-    """What PyTorch draws for a new linear or convolutional layer."""
-    fan = prod(shape[1:])
-    bound = sqrt(3.0) * (sqrt(2.0 / (1 + sqrt(5) ** 2)) / sqrt(fan))
-    replaced = name == REPLACED
-    yield Draw(name if replaced else f"{name}.weight", shape, -bound, bound)
-    if bias:
-        edge = 1 / sqrt(fan)
-        yield Draw(name if replaced else f"{name}.bias", shape[:1], -edge, edge)
-
-
-def official_draws(
-    *,
-    dim: int,
-    depth: int,
-    hidden: int,
-    patch_size: int,
-    positions: int,
-    num_classes: int,
-    features: int,
-    channels: int,
-) -> Iterator[Draw]:
-    """All draws of the official constructor in their order (golden README, ``rng_mix``).
-
-    A draw in (-1, 1) becomes a truncated normal one. Later draws of a name replace earlier ones.
-    """
-    in_order = {
-        "st_attn.qkv": (3 * dim, dim),
-        "st_attn.proj": (dim, dim),
-        "st_attn.proj_st": (dim, dim),
-        "st_attn.qkv_stsa": (3 * dim, dim),
-        "st_attn.proj_cls": (dim, dim),
-        "mlp.fc1": (hidden, dim),
-        "mlp.fc2": (dim, hidden),
-    }
-    yield from _default_draws("patch_embed.proj", dim, 3, patch_size, patch_size)
-    for index in range(depth):
-        for name, shape in in_order.items():
-            if name == "mlp.fc1":
-                yield Draw(f"blocks.{index}.st_attn{MIXING}", (1,), 0.0, 1.0)
-            yield from _default_draws(f"blocks.{index}.{name}", *shape)
-    yield from _default_draws(REPLACED, num_classes, dim)
-    yield Draw(REPLACED, (1, positions + 1, dim), -1.0, 1.0)
-    yield Draw(REPLACED, (1, 1, dim), -1.0, 1.0)
-    for index in range(depth):
-        for name, shape in in_order.items():
-            yield Draw(f"blocks.{index}.{name}.weight", shape, -1.0, 1.0)
-    yield Draw(REPLACED, (num_classes, dim), -1.0, 1.0)
-    yield from _default_draws("head", num_classes, features, 3, 3)
-    yield from _default_draws("decoder.conv6", channels, features, 3, 3, bias=False)
-    yield from _default_draws("decoder.conv7", channels, channels, 3, 3, bias=False)
-    yield from _default_draws("decoder.conv8", num_classes + 1, channels, 1, 1, bias=False)
-    yield Draw("cls_token", (1, num_classes, dim), -1.0, 1.0)
-    yield Draw("pos_embed", (1, positions + num_classes, dim), -1.0, 1.0)
-
-
-def official_start(generator: torch.Generator, **sizes: int) -> dict[str, Tensor]:
-    """Values of the official parameters whose random start survives; see :func:`official_draws`.
-
-    Args:
-        generator: on the CPU; it is left where the official constructor leaves it.
-        sizes: as of :func:`official_draws`.
-    """
-    kept = (MIXING, "proj_st.weight", "head.weight", "head.bias")
-    start = {}
-    for draw in official_draws(**sizes):
-        values = torch.empty(draw.shape).uniform_(draw.low, draw.high, generator=generator)
-        if draw.low == -1.0:
-            values = values.erfinv_().mul_(0.02 * sqrt(2.0)).clamp_(-2, 2)
-        if draw.name.endswith(kept) or draw.name.startswith("decoder."):
-            start[draw.name] = values
-    return start

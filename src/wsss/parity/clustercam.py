@@ -27,15 +27,13 @@ from wsss.evaluation.protocol import Protocol
 from wsss.losses import balanced_segmentation_loss
 from wsss.methods.base import Outputs
 from wsss.methods.clustercam import (
-    MIXING,
     BlockOutput,
     ClusterCAM,
     Encoded,
     assign,
     initial_centres,
-    official_draws,
-    official_start,
 )
+from wsss.methods.clustercam_start import MIXING, official_draws, official_start
 from wsss.parity import EXACT, Array, Case, Kind, Produced, Tolerance
 from wsss.parity.inputs import (
     as_tensor,
@@ -173,15 +171,15 @@ def cluster_block(case: Case) -> Produced:
     steps = []
     for _ in range(3):
         steps.append(assign(space, centres))
-        centres = steps[-1].centres
-    last = steps[-1].assignment
+        centres = steps[-1][1]
+    last = steps[-1][0]
     entropy = -(last * last.clamp_min(1e-38).log()).sum(-1).mean() / np.log(last.shape[-1])
     affinity = tokens.new_zeros(len(tokens), *[grid[0] * grid[1]] * 2)
     model.block(index, tokens, grid, affinity)
     return produced | {
         "Z": space,
-        "A": torch.stack([step.assignment for step in steps]),
-        "S": torch.stack([step.centres for step in steps]),
+        "A": torch.stack([assignment for assignment, _ in steps]),
+        "S": torch.stack([moved for _, moved in steps]),
         "X1": tokens + produced["a"] + produced["b"],
         "Ppp_mean": affinity,
         "A3_entropy": float(entropy),

@@ -303,7 +303,7 @@ def seg_loss(case: Case) -> Produced:
         logits = as_tensor(case.inputs["pred"]).requires_grad_()
         full = F.interpolate(logits, label.shape[-2:], mode="bilinear")
         loss, slope = loss_and_gradients(balanced_segmentation_loss(full, label), logits)
-        losses.append(float(loss))
+        losses.append(loss.item())
         slopes.append(slope)
     return {
         "loss": np.array(losses),
@@ -358,7 +358,7 @@ def _names(case: Case) -> list[str]:
 def _four_losses(losses: Mapping[str, Tensor], total: Tensor) -> Array:
     zero = total.new_zeros(())
     terms = [losses.get(f"{name}_loss", zero) for name in ("cls", "patch", "seg")]
-    return np.array([float(term) for term in [*terms, total]])
+    return np.array([term.item() for term in [*terms, total]])
 
 
 def _mixing_gradients(model: ClusterCAM) -> Tensor:

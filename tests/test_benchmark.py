@@ -17,7 +17,7 @@ from wsss.backbone import Backbone
 from wsss.benchmark.clustercam_official import OfficialClusterCAM
 from wsss.benchmark.clustercam_official import Savings as ClusterSavings
 from wsss.benchmark.report import show, summarise
-from wsss.benchmark.runner import Side, Stopwatch, make_batch, peak_memory
+from wsss.benchmark.runner import Side, Stopwatch, make_batch, peak_memory, run_side
 from wsss.benchmark.toco_official import OfficialToCo, Savings, looped_ctc_loss
 from wsss.cli import main
 from wsss.errors import WSSSError
@@ -310,10 +310,8 @@ def cluster_step(module: ClusterCAM, step: int) -> tuple[ClusterResult, dict[str
     return result, {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(
-    ("step", "off"),
-    [(0, CLUSTER_SAVINGS), (79, CLUSTER_SAVINGS), *((79, [o]) for o in CLUSTER_SAVINGS)],
-)
+@pytest.mark.parametrize("step", [0, 79])
+@pytest.mark.parametrize("off", [CLUSTER_SAVINGS, *([name] for name in CLUSTER_SAVINGS)])
 def test_the_official_way_gives_the_same_clustercam_step(step: int, off: list[str]) -> None:
     expected, expected_grads = cluster_step(cluster_module(ClusterCAM), step)
     module = cluster_module(OfficialClusterCAM)
@@ -340,7 +338,8 @@ def test_clustercam_keeps_all_maps_the_official_way_alone(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch, "stack", spy)
     cluster_step(cluster_module(OfficialClusterCAM), 79)
-    whole = [(4, 3, n * n, n * n) for n in (6, 4, 7)]  # images and mirrors, heads, patches
+    # images and mirrors, heads, patches of 96, 80 (whole patches for 72) and 128 px (for 120)
+    whole = [(4, 3, side * side, side * side) for side in (6, 5, 8)]
     assert [shape for shape in stacked if len(shape) == 4 and shape[2] == shape[3]] == whole
     stacked.clear()
     cluster_step(cluster_module(ClusterCAM), 79)
@@ -348,17 +347,16 @@ def test_clustercam_keeps_all_maps_the_official_way_alone(monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_command_measures_both_ways_of_clustercam(tmp_path: Path) -> None:
-    out = tmp_path / "benchmark.json"
-    arguments = (
-        "method=clustercam backbone=vit_pico image_size=64 repeats=1 warmup=0 device=cpu threads=1"
-    )
-    assert main(["benchmark", *arguments.split(), "num_classes=4", f"out={out}"]) == 0
-    ours, official = json.loads(out.read_text())["sides"]
-    assert official["switched_off"] == CLUSTER_SAVINGS
+def test_both_sides_of_clustercam_are_built_from_the_configuration() -> None:
+    arguments = "method=clustercam backbone=vit_pico image_size=64 repeats=1 warmup=0 device=cpu"
+    config = benchmark.parse([*arguments.split(), "num_classes=4"])
+    sides = benchmark.sides(config)
+    assert sides[1].off == tuple(CLUSTER_SAVINGS)
+    ours, official = (run_side(asdict(config), side) for side in sides)
     assert set(ours["losses"]) == {"cls_loss", "patch_loss", "seg_loss"}
-    assert official["largest_loss_difference"] < 1e-5
-    assert {"forward", "cam", "pseudo_labels", "backward"} <= set(ours["fastest_phases"])
+    for name, loss in ours["losses"].items():
+        assert official["losses"][name] == pytest.approx(loss, rel=1e-5), name
+    assert {"forward", "cam", "pseudo_labels", "backward"} <= set(ours["steps"][0]["phases"])
 
 
 @pytest.mark.slow

@@ -33,4 +33,4 @@ def loss_and_gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
 
 def gradient_norm(gradients: Iterable[Tensor | None]) -> float:
     """L2 norm of several gradients together, in float64; missing ones count as zero."""
-    return sum(float(g.double().square().sum()) for g in gradients if g is not None) ** 0.5
+    return sum(g.double().square().sum().item() for g in gradients if g is not None) ** 0.5

@@ -14,11 +14,15 @@ from torch import nn
 
 from wsss import benchmark
 from wsss.backbone import Backbone
+from wsss.benchmark.clustercam_official import OfficialClusterCAM
+from wsss.benchmark.clustercam_official import Savings as ClusterSavings
 from wsss.benchmark.report import show, summarise
-from wsss.benchmark.runner import Side, Stopwatch, make_batch, peak_memory
+from wsss.benchmark.runner import Side, Stopwatch, make_batch, peak_memory, run_side
 from wsss.benchmark.toco_official import OfficialToCo, Savings, looped_ctc_loss
 from wsss.cli import main
 from wsss.errors import WSSSError
+from wsss.methods.clustercam import ClusterCAM
+from wsss.methods.clustercam import StepResult as ClusterResult
 from wsss.methods.toco import StepResult, ToCo, ctc_loss
 
 SAVINGS = [field.name for field in fields(Savings)]
@@ -199,7 +203,7 @@ def test_sides_are_ours_the_official_one_and_one_a_saving() -> None:
         ("official=maybe", "official"),
         ("dtype=float16", "float32 or bfloat16"),
         ("stage=during", "after or before"),
-        ("method=tocco", "method=tocco: expected toco"),
+        ("method=tocco", "method=tocco: expected toco or clustercam"),
         ("repeats", "expected KEY=VALUE"),
         ("out=/nowhere/at/all.json", "/nowhere/at"),
         ("out=/tmp", "out=/tmp: is a folder"),
@@ -209,6 +213,12 @@ def test_bad_arguments_are_one_clear_line(argument: str, message: str) -> None:
     with pytest.raises(WSSSError, match=message) as caught:
         benchmark.main(["method=toco", argument])
     assert "\n" not in str(caught.value)
+
+
+def test_backbone_is_the_papers_unless_given() -> None:
+    assert benchmark.parse(["method=toco"]).backbone == "vit_base"
+    assert benchmark.parse(["method=clustercam"]).backbone == "deit_small"
+    assert benchmark.parse(["method=clustercam", "backbone=vit_pico"]).backbone == "vit_pico"
 
 
 def test_method_must_be_given() -> None:
@@ -269,6 +279,84 @@ def test_peak_memory_counts_this_process_and_never_falls() -> None:
     assert kind == "resident set of the process"
     assert 0 < before <= after
     assert after >= block.numel()
+
+
+# ---- ClusterCAM ---------------------------------------------------------------------------------
+
+CLUSTER_SAVINGS = [field.name for field in fields(ClusterSavings)]
+
+
+def cluster_module(kind: type[ClusterCAM]) -> ClusterCAM:
+    torch.manual_seed(0)
+    backbone = Backbone(
+        name="vit_tiny_patch16_224",
+        weights="random",
+        overrides={"embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 64},
+    )
+    module = kind(backbone=backbone, num_classes=4, max_steps=80, decoder_channels=16)
+    with torch.no_grad():  # attention that is not nearly uniform, and maps that are not all alike
+        for parameter in module.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3)
+    return module.train()
+
+
+def cluster_step(module: ClusterCAM, step: int) -> tuple[ClusterResult, dict[str, torch.Tensor]]:
+    """Losses and gradients of one step with fixed weights, batch and drop paths."""
+    torch.manual_seed(1)
+    batch = make_batch(TINY, torch.device("cpu"))
+    result = module.compute_losses(batch, step)
+    result.total.backward()
+    return result, {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("step", [0, 79])
+@pytest.mark.parametrize("off", [CLUSTER_SAVINGS, *([name] for name in CLUSTER_SAVINGS)])
+def test_the_official_way_gives_the_same_clustercam_step(step: int, off: list[str]) -> None:
+    expected, expected_grads = cluster_step(cluster_module(ClusterCAM), step)
+    module = cluster_module(OfficialClusterCAM)
+    assert isinstance(module, OfficialClusterCAM)
+    module.use_savings(ClusterSavings(**{name: name not in off for name in CLUSTER_SAVINGS}))
+    result, grads = cluster_step(module, step)
+    assert result.losses.keys() == expected.losses.keys()
+    assert len(result.losses) == (2 if step == 0 else 3)
+    for name, loss in expected.losses.items():
+        assert result.losses[name].item() == pytest.approx(loss.item(), rel=2e-6), name
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in expected_grads.items():
+        limit = 2e-4 * grad.abs().max().item() + 1e-9
+        assert (grads[name] - grad).abs().max().item() <= limit, name
+
+
+def test_clustercam_keeps_all_maps_the_official_way_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    stacked = []
+    stack = torch.stack
+
+    def spy(tensors: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        stacked.append(tuple(tensors[0].shape))
+        return stack(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "stack", spy)
+    cluster_step(cluster_module(OfficialClusterCAM), 79)
+    # images and mirrors, heads, patches of 96, 80 (whole patches for 72) and 128 px (for 120)
+    whole = [(4, 3, side * side, side * side) for side in (6, 5, 8)]
+    assert [shape for shape in stacked if len(shape) == 4 and shape[2] == shape[3]] == whole
+    stacked.clear()
+    cluster_step(cluster_module(ClusterCAM), 79)
+    assert not [shape for shape in stacked if len(shape) == 4 and shape[2] == shape[3]]
+
+
+@pytest.mark.slow
+def test_both_sides_of_clustercam_are_built_from_the_configuration() -> None:
+    arguments = "method=clustercam backbone=vit_pico image_size=64 repeats=1 warmup=0 device=cpu"
+    config = benchmark.parse([*arguments.split(), "num_classes=4"])
+    sides = benchmark.sides(config)
+    assert sides[1].off == tuple(CLUSTER_SAVINGS)
+    ours, official = (run_side(asdict(config), side) for side in sides)
+    assert set(ours["losses"]) == {"cls_loss", "patch_loss", "seg_loss"}
+    for name, loss in ours["losses"].items():
+        assert official["losses"][name] == pytest.approx(loss, rel=1e-5), name
+    assert {"forward", "cam", "pseudo_labels", "backward"} <= set(ours["steps"][0]["phases"])
 
 
 @pytest.mark.slow

@@ -92,6 +92,18 @@ def test_no_gradient_and_at_least_float32() -> None:
     assert cam.dtype == torch.float32
 
 
+def test_negative_values_are_kept_where_asked() -> None:
+    x = images()
+
+    def below(scaled: Tensor) -> list[Tensor]:
+        return [-F.avg_pool2d(scaled, 4).abs()[:, :2]]
+
+    (cut,) = multiscale_cam(below, x, scales=(1.0, 0.5))
+    (kept,) = multiscale_cam(below, x, scales=(1.0, 0.5), cut_negative=False)
+    assert not cut.any()
+    assert kept.amax() > 0.99
+
+
 def test_vanishing_scale_is_refused() -> None:
     with pytest.raises(WSSSError, match=r"scale 0\.01"):
         multiscale_cam(Heads(), images(), scales=(0.01,))

@@ -11,8 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wsss.backbone import Backbone
-from wsss.checkpoints import convert_official, load_official, read_state_dict
+from wsss.checkpoints import (
+    OFFICIAL_NAMES,
+    clustercam_name,
+    convert_official,
+    load_official,
+    read_state_dict,
+)
 from wsss.errors import WSSSError
+from wsss.methods.clustercam import ClusterCAM
 from wsss.methods.toco import ToCo
 
 State = dict[str, Tensor]
@@ -196,6 +203,128 @@ def test_missing_keys_of_ours_are_named_as_the_official_code_names_them() -> Non
 def test_unknown_method_is_refused() -> None:
     with pytest.raises(WSSSError, match="no converter for method 'nope'; known: toco"):
         convert_official("nope", {})
+
+
+# ---- ClusterCAM ---------------------------------------------------------------------------------
+
+
+def clustercam_shapes(
+    *, dim: int, depth: int, heads: int, num_classes: int, channels: int = 512, grid: int = 14
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an official checkpoint, from clustercam.md section 1."""
+    features = dim + depth * heads * num_classes
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, num_classes, dim),
+        "pos_embed": (1, num_classes + grid * grid, dim),
+        "patch_embed.proj.weight": (dim, 3, 16, 16),
+        "patch_embed.proj.bias": (dim,),
+        "norm.weight": (dim,),
+        "norm.bias": (dim,),
+        "head.weight": (num_classes, features, 3, 3),
+        "head.bias": (num_classes,),
+        "decoder.conv6.weight": (channels, features, 3, 3),
+        "decoder.conv7.weight": (channels, channels, 3, 3),
+        "decoder.conv8.weight": (num_classes + 1, channels, 1, 1),
+    }
+    for i in range(depth):
+        for name, rows, columns in (
+            ("st_attn.qkv", 3 * dim, dim),
+            ("st_attn.proj", dim, dim),
+            ("st_attn.proj_st", dim, dim),
+            ("st_attn.qkv_stsa", 3 * dim, dim),
+            ("st_attn.proj_cls", dim, dim),
+            ("mlp.fc1", 4 * dim, dim),
+            ("mlp.fc2", dim, 4 * dim),
+        ):
+            shapes[f"blocks.{i}.{name}.weight"] = (rows, columns)
+            shapes[f"blocks.{i}.{name}.bias"] = (rows,)
+        for name in ("st_attn.ln_pat", "st_attn.ln_pat2", "st_attn.ln_cls", "st_attn.ln_st"):
+            shapes[f"blocks.{i}.{name}.weight"] = shapes[f"blocks.{i}.{name}.bias"] = (dim,)
+        shapes[f"blocks.{i}.norm2.weight"] = shapes[f"blocks.{i}.norm2.bias"] = (dim,)
+        shapes[f"blocks.{i}.st_attn.mix_param"] = (1,)
+    return shapes
+
+
+def random_state(shapes: dict[str, tuple[int, ...]]) -> State:
+    """Parameters of these shapes, every entry different from every other one."""
+    return {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        for name, shape in shapes.items()
+    }
+
+
+TINY_CLUSTERCAM = {"dim": 48, "depth": 2, "heads": 3, "num_classes": 4, "channels": 16}
+
+
+def tiny_clustercam() -> ClusterCAM:
+    backbone = Backbone(
+        name="vit_tiny_patch16_224",
+        weights="random",
+        overrides={"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 96},
+    )
+    return ClusterCAM(backbone=backbone, num_classes=4, max_steps=1, decoder_channels=16).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_classes", "count"), [(20, 41_681_696), (80, 65_760_476)])
+def test_clustercam_has_the_official_number_of_parameters(num_classes: int, count: int) -> None:
+    shapes = clustercam_shapes(dim=384, depth=12, heads=6, num_classes=num_classes)
+    with torch.device("meta"):
+        state = {name: torch.empty(shape) for name, shape in shapes.items()}
+    assert sum(value.numel() for value in state.values()) == count
+    converted, _ = convert_official("clustercam", state)
+    backbone = Backbone(name="deit_small_patch16_224", weights="random")
+    module = ClusterCAM(backbone=backbone, num_classes=num_classes, max_steps=1)
+    own = {name: value.shape for name, value in module.state_dict().items()}
+    assert own == {name: value.shape for name, value in converted.items()}
+    assert sum(p.numel() for p in module.parameters()) == count
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_every_clustercam_parameter_lands_where_it_belongs(prefix: str, tmp_path: Path) -> None:
+    state, module = random_state(clustercam_shapes(**TINY_CLUSTERCAM)), tiny_clustercam()
+    torch.save({"model": {prefix + name: v for name, v in state.items()}}, tmp_path / "a.pth")
+    load_official("clustercam", module, read_state_dict(tmp_path / "a.pth"), "a.pth")
+    own = module.state_dict()
+    assert len(own) == len(state), "every official key is consumed"
+    for official, value in state.items():
+        ours = clustercam_name(official)
+        assert ours is not None
+        assert torch.equal(own[ours], value), official
+        assert OFFICIAL_NAMES["clustercam"](ours) == official
+    block = module.backbone.vit.blocks[1]
+    assert torch.equal(block.norm1.weight, state["blocks.1.st_attn.ln_pat.weight"])
+    assert torch.equal(module.branch(1).norm_space.bias, state["blocks.1.st_attn.ln_pat2.bias"])
+    assert torch.equal(module.branch(0).mixing, state["blocks.0.st_attn.mix_param"])
+    assert module.backbone.vit.pos_embed.shape == (1, 4 + 196, 48)  # the file's grid, not 6 x 6
+    assert module.backbone.vit.pos_embed.requires_grad
+    assert module(torch.randn(1, 3, 64, 48)).seg_logits.shape == (1, 5, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("head.bias"), r"missing 1: head\.bias$"),
+        (
+            without("blocks.1.st_attn.proj_st.bias"),
+            r"missing 1: blocks\.1\.st_attn\.proj_st\.bias$",
+        ),
+        (without("pos_embed"), r"missing 1: pos_embed$"),
+        (with_("blocks.2.norm2.bias", torch.zeros(48)), r"extra 1: blocks\.2\.norm2\.bias$"),
+        (with_("blocks.0.norm1.bias", torch.zeros(48)), r"extra 1: blocks\.0\.norm1\.bias$"),
+        (
+            with_("cls_token", torch.zeros(1, 20, 48)),
+            r"misshapen 1: cls_token \(expected \(1, 4, 48\), got \(1, 20, 48\)\)$",
+        ),
+    ],
+)
+def test_clustercam_misfits_are_named_as_in_the_file(
+    change: Callable[[State], object], message: str
+) -> None:
+    state, module = random_state(clustercam_shapes(**TINY_CLUSTERCAM)), tiny_clustercam()
+    change(state)
+    with pytest.raises(WSSSError, match=message):
+        load_official("clustercam", module, state, "official.pth")
 
 
 # ---- reading files -------------------------------------------------------------------------------

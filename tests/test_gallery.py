@@ -28,9 +28,9 @@ PROTOCOL = Protocol(cam_high=0.6, cam_low=0.4, refine="par")
 class Colours(nn.Module):
     """Red is cat, green is dog: a real localiser of the scenes below."""
 
-    def __init__(self, *, segments: bool = True) -> None:
+    def __init__(self, *, segments: bool = True, further: bool = False) -> None:
         super().__init__()
-        self.segments = segments
+        self.segments, self.further = segments, further
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, images: Tensor) -> Outputs:
@@ -39,6 +39,9 @@ class Colours(nn.Module):
 
     def cams(self, images: Tensor, labels: Tensor) -> Tensor:
         return images[:, :2].clamp(0, 1) * labels[:, :, None, None]
+
+    def gallery_maps(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"red": images[:, 0], "green": images[:, 1, ::2, ::2]} if self.further else {}
 
 
 class Squares:
@@ -69,8 +72,10 @@ class Squares:
         }
 
 
-def draw(folder: Path, dataset: Squares, *, n: int = 4, segments: bool = True) -> list[Path]:
-    module = Colours(segments=segments)
+def draw(
+    folder: Path, dataset: Squares, *, n: int = 4, segments: bool = True, further: bool = False
+) -> list[Path]:
+    module = Colours(segments=segments, further=further)
     return write_gallery(module, dataset, folder, NAMES, n=n, protocol=PROTOCOL)  # type: ignore[arg-type]
 
 
@@ -84,6 +89,19 @@ def test_sheets_have_the_size_their_content_needs(tmp_path: Path) -> None:
 def test_without_segmentation_the_column_is_left_out(tmp_path: Path) -> None:
     (sheet,) = draw(tmp_path, Squares(4), segments=False)
     assert Image.open(sheet).width == sheet_size(4, 4, 1)[0]
+
+
+def test_further_maps_of_a_method_get_sheets_of_their_own(tmp_path: Path) -> None:
+    sheets = draw(tmp_path, Squares(12), n=ROWS_PER_SHEET + 2, further=True)
+    names = [sheet.name for sheet in sheets]
+    assert names == ["sheet_00.png", "sheet_00_maps.png", "sheet_01.png", "sheet_01_maps.png"]
+    assert Image.open(sheets[1]).size == sheet_size(ROWS_PER_SHEET, 3, 1)
+    pixels = np.asarray(Image.open(sheets[1])).astype(int)
+    middle = pixels[:, 16 + PANEL + 8 : 16 + 2 * PANEL + 8]
+    hot = (middle[..., 0] > 150) & (middle[..., 2] < 80)
+    assert hot.sum() > 1000, "the red map is hot where a cat is"
+    (again, *_) = draw(tmp_path, Squares(2), n=2)
+    assert sorted(tmp_path.iterdir()) == [again]
 
 
 def test_same_input_same_pixels_and_another_mask_differs(tmp_path: Path) -> None:

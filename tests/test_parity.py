@@ -1,5 +1,6 @@
 import re
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,19 @@ import pytest
 from series import GOLDEN
 
 from wsss.errors import WSSSError
-from wsss.parity import EXACT, LOSS, Tolerance, default_tolerance, deviation, run_parity
-from wsss.parity.toco import KINDS
+from wsss.parity import (
+    EXACT,
+    LOSS,
+    METHODS,
+    Case,
+    Kind,
+    Tolerance,
+    compare,
+    default_tolerance,
+    deviation,
+    read_case,
+    run_parity,
+)
 
 
 def copied(name: str, folder: Path, as_name: str | None = None, **changes: np.ndarray) -> None:
@@ -19,18 +31,22 @@ def copied(name: str, folder: Path, as_name: str | None = None, **changes: np.nd
     np.savez(folder / f"{as_name or name}.npz", **kept)
 
 
-def test_every_visible_case_is_ok(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_parity("toco", GOLDEN) == 0
+@pytest.mark.parametrize("method", METHODS)
+def test_every_visible_case_is_ok(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, kinds = GOLDEN.parent / method, import_module(f"wsss.parity.{method}").KINDS
+    assert run_parity(method, folder) == 0
     lines = capsys.readouterr().out.splitlines()
-    files = sorted(GOLDEN.glob("*.npz"))
+    files = sorted(folder.glob("*.npz"))
     assert len(lines) == len(files) + 1
+    covered = set()
     for path, line in zip(files, lines, strict=False):
-        with np.load(path, allow_pickle=False) as content:
-            stored = sum(key.startswith(("out_", "out64_")) for key in content.files)
+        stem = max((stem for stem in kinds if path.stem.startswith(stem)), key=len)
+        covered.add(stem)
+        stored = len(read_case(path, kinds[stem].inputs).outputs)
         # Everything the file holds was compared.
         assert re.match(rf"{path.stem} +{stored} arrays .* ok$", line), line
-    assert lines[-1].startswith(f"toco: {len(files)} of {len(files)} cases ok")
-    assert {path.stem for path in files} == set(KINDS)
+    assert lines[-1].startswith(f"{method}: {len(files)} of {len(files)} cases ok")
+    assert covered == set(kinds)
 
 
 def test_a_changed_number_fails_and_the_others_still_run(
@@ -106,6 +122,67 @@ def test_empty_missing_and_unknown(tmp_path: Path, capsys: pytest.CaptureFixture
         run_parity("toco", tmp_path / "nowhere")
     with pytest.raises(WSSSError, match="known: toco"):
         run_parity("afa", tmp_path)
+
+
+def test_files_with_plain_names_are_told_apart_by_their_kind(tmp_path: Path) -> None:
+    arrays = {
+        "image": 1,
+        "x": 2.0,
+        "y_fp64": 3.0,
+        "control_x": 4,
+        "fp32_error": 5,
+        "param_names": 6,
+    }
+    np.savez(tmp_path / "a.npz", config='{"depth": 2}', x_margin_lt_1e5=7, **arrays)
+    case = read_case(tmp_path / "a.npz", ("image",))
+    assert case.settings == {"depth": 2}
+    assert set(case.inputs) == {"image"}
+    assert set(case.outputs) == {"x", "y_fp64"}
+    assert set(case.extra) == {"control_x", "fp32_error", "param_names", "x_margin_lt_1e5"}
+
+
+def test_plain_outputs_are_each_compared_under_their_own_name() -> None:
+    kind = Kind(lambda _: {}, {"": Tolerance(relative=1e-3), "out_fp64": Tolerance(1e-9)}, ())
+    case = Case("a", {}, {}, {}, {"out": np.ones(2), "out_fp64": np.ones(2), "out_1": np.ones(2)})
+    near = np.array([1.0, 1.0001])
+    report = compare(kind, case, {"out": near, "out_fp64": near, "out_1": near})
+    assert report.compared == 3
+    assert report.problem.startswith("out_fp64 is off by 1.00e-04")
+    assert "out_1 was not produced" in compare(kind, case, {"out": near, "out_fp64": near}).problem
+
+
+@pytest.mark.parametrize(
+    ("spare", "fits"), [(0.0, False), (0.2, True), (0.1, False), ("few", True)]
+)
+def test_a_stated_number_of_entries_may_be_off(spare: float | str, fits: bool) -> None:
+    expected, actual = np.arange(10), np.arange(10)
+    actual[:2] = 77
+    kind = Kind(lambda _: {}, {"label": Tolerance(spare=spare)}, ())
+    case = Case("a", {}, {}, {"few": np.array(2)}, {"label": expected})
+    assert (not compare(kind, case, {"label": actual}).problem) is fits
+
+
+def test_masked_entries_are_not_compared() -> None:
+    kind, expected = Kind(lambda _: {}, {}, ()), np.array([1.0, 2.0])
+    case = Case("a", {}, {}, {}, {"x": expected})
+    off = np.array([1.0, 9.0])
+    assert not compare(kind, case, {"x": np.ma.array(off, mask=[False, True])}).problem
+    assert compare(kind, case, {"x": np.ma.array(off, mask=[True, False])}).problem
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("cluster_block", "G"), ("cam", "cam_refined"), ("init_map", "random_mean_std_max")],
+)
+def test_a_changed_number_of_clustercam_fails(
+    name: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(GOLDEN.parent / "clustercam" / f"{name}.npz") as content:
+        arrays = {k: content[k] for k in content.files}
+    arrays[key] = arrays[key] * np.float32(1.0001)
+    np.savez(tmp_path / f"{name}_other.npz", **arrays)
+    assert run_parity("clustercam", tmp_path) == 1
+    assert f"FAILED: {key} is off by" in capsys.readouterr().out
 
 
 def test_deviation_rules() -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from wsss.schedules import poly_warmup
+from wsss.schedules import cosine_warmup, poly_warmup
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,20 @@ def test_last_value_is_kept_past_the_end() -> None:
 def test_without_warmup_and_with_warmup_longer_than_the_run() -> None:
     assert poly_warmup(0, max_steps=10, warmup_steps=0) == 1
     assert poly_warmup(50, max_steps=10, warmup_steps=20) == pytest.approx(0.45, rel=1e-5)
+
+
+def test_cosine_is_counted_from_the_start_and_not_from_the_warmup() -> None:
+    def rate(time: float) -> float:
+        return cosine_warmup(time, length=10, warmup=2, start=0.1, floor=0.2)
+
+    assert rate(0) == 0.1
+    assert rate(1) == pytest.approx(0.55)
+    assert rate(2) == pytest.approx(0.2 + 0.4 * (1 + 0.809016994))
+    assert rate(5) == pytest.approx(0.6)
+    assert rate(10) == pytest.approx(0.2)
+
+
+def test_cosine_rises_to_a_floor_above_one() -> None:
+    rates = [cosine_warmup(t, length=80, warmup=5, start=0.1, floor=1.2) for t in range(80)]
+    assert rates == sorted(rates)
+    assert cosine_warmup(0, length=4, warmup=0, start=0.1, floor=0.5) == 1

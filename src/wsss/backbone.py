@@ -101,6 +101,9 @@ class Backbone(nn.Module):
         WSSSError: unknown name, not a plain ViT, missing or unfitting weights.
     """
 
+    #: How positions are resized, see :func:`resize_positions`; a method may set it.
+    position_offset: float | None = None
+
     def __init__(
         self,
         *,
@@ -157,7 +160,7 @@ class Backbone(nn.Module):
         Raises:
             WSSSError: the image is smaller than one patch.
         """
-        tokens, grid = self._embed(images)
+        tokens, grid = self.embed(images)
         wanted_taps = {index % self.depth for index in taps}
         wanted_maps = {index % self.depth for index in attentions}
         intermediates: dict[int, Tensor] = {}
@@ -175,10 +178,15 @@ class Backbone(nn.Module):
         )
         return Features(prefix, patches, grid, intermediates, maps)
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Patches, prefix tokens and positions: (B, P+N, D) and the grid."""
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Input of the first block, (B, P+N, D): patches and prefix with positions; and the grid.
+
+        Raises:
+            WSSSError: the image is smaller than one patch.
+        """
         vit, patch = self.vit, self.patch_size
         grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+        square = images.shape[-2] == images.shape[-1]
         if min(grid) == 0:
             raise WSSSError(
                 f"image of {tuple(images.shape[-2:])} pixels is smaller than one {patch} px patch; "
@@ -191,7 +199,11 @@ class Backbone(nn.Module):
         prefix = [getattr(vit, name) for name in names if getattr(vit, name, None) is not None]
         prefix = [token.expand(len(images), -1, -1) for token in prefix]
         positions = resize_positions(
-            vit.pos_embed, grid, 0 if vit.no_embed_class else self.num_prefix_tokens
+            vit.pos_embed,
+            grid,
+            0 if vit.no_embed_class else self.num_prefix_tokens,
+            offset=self.position_offset,
+            square=square,
         )
         if vit.no_embed_class:  # DINOv2 with registers: prefix tokens carry no position
             tokens = torch.cat([*prefix, patches + positions], dim=1)
@@ -200,27 +212,57 @@ class Backbone(nn.Module):
         return vit.norm_pre(vit.pos_drop(tokens)), grid
 
 
-def resize_positions(positions: Tensor, grid: tuple[int, int], num_prefix: int) -> Tensor:
-    """Positions (1, P+n*n, D) for a grid of (h, w): bicubic, no antialias, prefix untouched."""
+def resize_positions(
+    positions: Tensor,
+    grid: tuple[int, int],
+    num_prefix: int,
+    *,
+    offset: float | None = None,
+    square: bool = True,
+) -> Tensor:
+    """Positions (1, P+n*n, D) for a grid of (h, w): bicubic, no antialias, prefix untouched.
+
+    Args:
+        positions: as stored.
+        grid: (h, w) that is wanted; the stored one is left as it is.
+        num_prefix: P.
+        offset: None resizes to (h, w). A number scales by (h + offset) / n and (w + offset) / n, as
+            DINO's descendants do with 0.1: pixel i is then sampled at (i + 1/2) n / (h + offset) -
+            1/2, about 1e-3 away from the former (clustercam.md section 1, "Stem").
+        square: whether the image is; with an offset only then the stored grid is left as it is.
+    """
     prefix, patches = positions[:, :num_prefix], positions[:, num_prefix:]
     side = round(patches.shape[1] ** 0.5)
-    if (side, side) == grid:
+    if (side, side) == grid and (offset is None or square):
         return positions
     patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, n, n)
-    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    if offset is None:
+        patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+    else:
+        scale = ((grid[0] + offset) / side, (grid[1] + offset) / side)
+        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", align_corners=False)
     return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each (B, heads, T, D / heads), of a projection (B, T, 3 D)."""
+    batch, count, _ = qkv.shape
+    queries, keys, values = qkv.reshape(batch, count, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    return queries, keys, values
+
+
+def merge_heads(mixed: Tensor) -> Tensor:
+    """Heads (B, heads, T, D / heads) side by side again, (B, T, D)."""
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def _block_with_attention(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """One pre-norm block with its softmax attention, (B, heads, N, N), kept in the graph."""
     attn = block.attn
-    normed = block.norm1(tokens)
-    batch, count, dim = normed.shape
-    qkv = attn.qkv(normed).reshape(batch, count, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    queries, keys, values = qkv.unbind(0)  # each (B, heads, N, D / heads)
+    queries, keys, values = split_heads(attn.qkv(block.norm1(tokens)), attn.num_heads)
     queries, keys = attn.q_norm(queries), attn.k_norm(keys)
     attention = (queries * attn.scale @ keys.transpose(-2, -1)).softmax(dim=-1)
-    mixed = (attn.attn_drop(attention) @ values).transpose(1, 2).reshape(batch, count, dim)
+    mixed = merge_heads(attn.attn_drop(attention) @ values)
     mixed = attn.proj_drop(attn.proj(attn.norm(mixed)))
     tokens = tokens + block.drop_path1(block.ls1(mixed))
     return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), attention

@@ -39,9 +39,9 @@ def normalise_cam(cam: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def _upsampled_maximum(
-    plain: Sequence[Tensor], mirrored: Sequence[Tensor], size: tuple[int, int]
+    plain: Sequence[Tensor], mirrored: Sequence[Tensor], size: tuple[int, int], cut_negative: bool
 ) -> list[Tensor]:
-    """ReLU of the maximum of each map and its un-mirrored twin, both resized to ``size``."""
+    """The maximum of each map and its un-mirrored twin, both resized to ``size``."""
     merged = []
     for cam, flip in zip(plain, mirrored, strict=True):
         # At least float32: under autocast the raw maps are bfloat16, too coarse for thresholds.
@@ -51,7 +51,8 @@ def _upsampled_maximum(
             for c in (cam, flip)
         )
         # Mirrored back at full size, where the reference does it.
-        merged.append(torch.maximum(up, up_flip.flip(-1)).relu_())
+        best = torch.maximum(up, up_flip.flip(-1))
+        merged.append(best.relu_() if cut_negative else best)
     return merged
 
 
@@ -62,13 +63,14 @@ def multiscale_cam(
     *,
     scales: Sequence[float],
     scale_one: Sequence[Tensor] | None = None,
+    cut_negative: bool = True,
 ) -> list[Tensor]:
     """Sum the class activation maps over scales and mirror images, then normalise.
 
     Scale 1 always comes first, even when ``scales`` lacks it, and is not used twice. At each
     scale the images and their mirror images go through ``raw_cams`` in one batch; their maps are
-    resized to the image size, the maximum of the two is taken, negative values are cut, and the
-    scales are summed.
+    resized to the image size, the maximum of the two is taken, negative values are cut (in ToCo),
+    and the scales are summed.
 
     Args:
         raw_cams: Returns one raw map (b, K, h', w') per head for images (b, 3, H', W').
@@ -77,6 +79,7 @@ def multiscale_cam(
         scale_one: Raw maps of the unscaled, unmirrored images, one per head, where the caller
             already has them (training shares its forward pass); then only the mirror image is run
             at scale 1.
+        cut_negative: False keeps negative values, as ClusterCAM does.
 
     Returns:
         One (B, K, H, W) normalised map per head.
@@ -98,6 +101,6 @@ def multiscale_cam(
                 scaled = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
             pairs = raw_cams(torch.cat([scaled, scaled.flip(-1)]))
             plain, mirrored = [p[:batch] for p in pairs], [p[batch:] for p in pairs]
-        merged = _upsampled_maximum(plain, mirrored, (height, width))
+        merged = _upsampled_maximum(plain, mirrored, (height, width), cut_negative)
         total = merged if not total else [t + m for t, m in zip(total, merged, strict=True)]
     return [normalise_cam(t) for t in total]

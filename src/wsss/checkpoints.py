@@ -174,8 +174,58 @@ def toco_official_name(ours: str) -> str:
     return ours.replace(".parametrizations.weight.original1", ".weight_v")
 
 
-CONVERTERS: dict[str, Callable[[str], str | None]] = {"toco": toco_name}
-OFFICIAL_NAMES: dict[str, Callable[[str], str]] = {"toco": toco_official_name}
+# official ClusterCAM module -> ours, inside block i (clustercam.md section 1, "Checkpoint")
+CLUSTERCAM_MODULES = {
+    "st_attn.ln_pat": "backbone.vit.blocks.{}.norm1",
+    "st_attn.qkv": "backbone.vit.blocks.{}.attn.qkv",
+    "st_attn.proj": "backbone.vit.blocks.{}.attn.proj",
+    "norm2": "backbone.vit.blocks.{}.norm2",
+    "mlp.fc1": "backbone.vit.blocks.{}.mlp.fc1",
+    "mlp.fc2": "backbone.vit.blocks.{}.mlp.fc2",
+    "st_attn.proj_st": "branches.{}.to_space",
+    "st_attn.ln_pat2": "branches.{}.norm_space",
+    "st_attn.ln_cls": "branches.{}.norm_cls",
+    "st_attn.ln_st": "branches.{}.norm_centres",
+    "st_attn.qkv_stsa": "branches.{}.qkv",
+    "st_attn.proj_cls": "branches.{}.proj_cls",
+    "st_attn.mix_param": "branches.{}.mixing",
+}
+
+
+def clustercam_name(official: str) -> str | None:
+    """Our name of an official ClusterCAM parameter; all are kept, the unused final norm too."""
+    name = official.removeprefix("module.")
+    parts = name.split(".")
+    if parts[0] == "blocks" and len(parts) > 2:
+        for theirs, ours in CLUSTERCAM_MODULES.items():
+            rest = name.removeprefix(f"blocks.{parts[1]}.{theirs}")
+            if rest in ("", ".weight", ".bias"):
+                return ours.format(parts[1]) + rest
+    if parts[0] in ("cls_token", "pos_embed", "patch_embed", "norm"):
+        return f"backbone.vit.{name}"
+    return name.replace("head.", "patch_head.", 1) if parts[0] == "head" else name
+
+
+def clustercam_official_name(ours: str) -> str:
+    """The official ClusterCAM name of a parameter of ours."""
+    for theirs, own in CLUSTERCAM_MODULES.items():
+        before, _, after = own.partition("{}")
+        index, dot, rest = ours.removeprefix(before).partition(".")
+        if ours.startswith(before) and (dot + rest).startswith(after) and index.isdigit():
+            tail = (dot + rest).removeprefix(after)
+            if tail in ("", ".weight", ".bias"):
+                return f"blocks.{index}.{theirs}{tail}"
+    return ours.removeprefix("backbone.vit.").replace("patch_head.", "head.")
+
+
+CONVERTERS: dict[str, Callable[[str], str | None]] = {
+    "toco": toco_name,
+    "clustercam": clustercam_name,
+}
+OFFICIAL_NAMES: dict[str, Callable[[str], str]] = {
+    "toco": toco_official_name,
+    "clustercam": clustercam_official_name,
+}
 
 
 def convert_official(

@@ -75,7 +75,7 @@ VERBS = {
         "train a method, evaluate it, write table and gallery into a run folder",
         """\
 Hydra composes the run from groups; any value can be set on the line:
-  method=toco                data=minivoc|voc           backbone=vit_pico|deit_base|vit_base|...
+  method=toco|clustercam     data=minivoc|voc           backbone=vit_pico|deit_small|vit_base|...
   trainer=auto|cpu|gpu|ddp   logger=csv|wandb           +experiments=toco/minivoc
   seed=0  study=NAME  runs_dir=runs  budget.max_steps=600  method.ptc_weight=0 ...
 --cfg job prints the composed configuration; -m sweeps over comma-separated values.
@@ -121,7 +121,8 @@ Runs every *.npz of DIR through the code that training uses (official_compat=tru
 line a case. Exit status 0 only when every case is ok.
 
 Example:
-  wsss parity toco tests/golden/toco""",
+  wsss parity toco tests/golden/toco
+  wsss parity clustercam tests/golden/clustercam""",
         _parity,
     ),
     "convert": Verb(
@@ -132,14 +133,16 @@ KEY=VALUE are those of `wsss train` and say what the checkpoint was made with; t
 data=voc backbone=deit_base. Missing, extra or misshapen keys are named and nothing is written.
 
 Example:
-  wsss convert toco toco_vitb_voc.pth toco.ckpt backbone=vit_base""",
+  wsss convert toco toco_vitb_voc.pth toco.ckpt backbone=vit_base
+  wsss convert clustercam voc.pth clustercam.ckpt backbone=deit_small""",
         _convert,
     ),
     "benchmark": Verb(
         "benchmark method=METHOD [KEY=VALUE ...]",
         "time a training step by phases, beside the official way of computing",
         """\
-  backbone=vit_base  image_size=448  batch_size=2  repeats=3  warmup=1  device=auto
+  method=toco (backbone=vit_base) or clustercam (backbone=deit_small), or another backbone
+  image_size=448  batch_size=2  repeats=3  warmup=1  device=auto
   stage=after     after the start of segmentation, or before
   dtype=float32   or bfloat16 (autocast)      threads=N  num_classes=20  seed=0
   official=true   also run the step with every saving switched off; the ratio is of one run
@@ -148,7 +151,8 @@ Example:
 Weights are random, which changes no time; each side runs in a process of its own.
 
 Example:
-  wsss benchmark method=toco""",
+  wsss benchmark method=toco
+  wsss benchmark method=clustercam stage=before""",
         _benchmark,
     ),
 }

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, default_collate
 
 from wsss.data.images import voc_palette
 from wsss.evaluation.confusion import IGNORE_INDEX
-from wsss.evaluation.inference import evaluating, localise, predict, pseudo_label
+from wsss.evaluation.inference import evaluating, localise, predict, pseudo_label, resized
 from wsss.evaluation.protocol import Protocol
 from wsss.pseudo_labels import cam_to_label
 from wsss.refine.par import PAR
@@ -150,7 +150,8 @@ def write_gallery(
     Args:
         module: A method (``forward`` and ``cams``), used where its parameters are.
         dataset: An evaluation split with ``labels`` (M, K), as `VOCDataset` has.
-        out_dir: Folder of ``sheet_00.png``, ``sheet_01.png``, ...; older sheets there go.
+        out_dir: Folder of ``sheet_00.png``, ``sheet_01.png``, ..., and of ``sheet_00_maps.png``,
+            ... with the method's further maps where it has any; older sheets there go.
         class_names: The K foreground classes.
         n: How many images.
         protocol: Scales and thresholds; CRF is left out.
@@ -162,18 +163,24 @@ def write_gallery(
     labels: NDArray[np.float32] = dataset.labels  # type: ignore[attr-defined]
     par = PAR().to(device) if protocol.refine == "par" else None
     rows: list[tuple[str, list[Panel]]] = []
+    further: list[tuple[str, list[Panel]]] = []
     with evaluating(module):
         for index in choose_images(labels, n):
             batch = default_collate([dataset[index]])
-            rows.append((batch["name"][0], _panels(module, batch, class_names, protocol, par)))
+            name = batch["name"][0]
+            rows.append((name, _panels(module, batch, class_names, protocol, par)))
+            further.append((name, _further_panels(module, batch, class_names)))
     out_dir.mkdir(parents=True, exist_ok=True)
     for old in out_dir.glob("sheet_*.png"):
         old.unlink()
     sheets = []
+    # a method without further maps leaves only the image in their rows
+    kinds = {"": rows} if len(further[0][1]) == 1 else {"": rows, "_maps": further}
     for number, start in enumerate(range(0, len(rows), ROWS_PER_SHEET)):
-        path = out_dir / f"sheet_{number:02d}.png"
-        draw_sheet(rows[start : start + ROWS_PER_SHEET], class_names).save(path)
-        sheets.append(path)
+        for suffix, content in kinds.items():
+            path = out_dir / f"sheet_{number:02d}{suffix}.png"
+            draw_sheet(content[start : start + ROWS_PER_SHEET], class_names).save(path)
+            sheets.append(path)
     return sheets
 
 
@@ -207,6 +214,20 @@ def _panels(
         panels.append(_mask_panel("prediction", rgb, logits[0].argmax(0)))
     panels.append(_mask_panel("truth", rgb, batch["mask"][0]))
     return panels
+
+
+def _further_panels(
+    module: nn.Module, batch: Mapping[str, Any], class_names: Sequence[str]
+) -> list[Panel]:
+    """The image, and over it every further map that the method offers."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    rgb, labels = batch["rgb"][0].numpy(), batch["labels"]
+    maps = module.gallery_maps(batch["image"].to(device), labels.to(device))  # type: ignore[operator]
+    names = _names(np.flatnonzero(labels[0].numpy()) + 1, class_names)
+    return [Panel("image", rgb, names)] + [
+        Panel(name, heat(rgb, resized(values[:, None], rgb.shape[:2])[0, 0].cpu().numpy()), "")
+        for name, values in maps.items()
+    ]
 
 
 def _names(ids: NDArray[Any], class_names: Sequence[str]) -> str:

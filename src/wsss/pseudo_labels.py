@@ -110,7 +110,7 @@ def ignore_outside_boxes(label: Tensor, boxes: Tensor, ignore_index: int = 255) 
     return label.masked_fill(~inside, ignore_index)
 
 
-def _present_slots(labels: Tensor) -> tuple[Tensor, Tensor]:
+def present_slots(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Background and the present classes of every image, packed to the left in ascending order.
 
     Keeping the ascending order keeps argmax ties as they are with all classes in place.
@@ -125,7 +125,7 @@ def _present_slots(labels: Tensor) -> tuple[Tensor, Tensor]:
     return ids, present.gather(1, ids)
 
 
-def _packed_scores(
+def packed_scores(
     cam: Tensor,
     labels: Tensor,
     ids: Tensor,
@@ -141,27 +141,30 @@ def _packed_scores(
     return scores
 
 
-def _refined_maps(
-    par: PAR, images: Tensor, scores: Tensor, valid: Tensor, size: tuple[int, int]
-) -> Tensor:
-    """Softmax over the valid slots, propagate, resize, slot of the maximum.
+def refined_scores(par: PAR, images: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
+    """Softmax over the valid slots, then propagate.
 
     Args:
         par: The refinement module.
         images: (B, 3, h, w) reduced images.
         scores: (B, T, M, h, w) raw scores for T background scores.
         valid: (B, M) which slots are classes of the image.
-        size: Size of the result.
 
     Returns:
-        (B, T, H, W) slot indices.
+        (B, T, M, h, w), zero in slots that are not valid.
     """
-    empty = ~valid[:, None, :, None, None]
-    prob = scores.masked_fill(empty, float("-inf")).softmax(dim=2)
-    refined = par(images, prob.flatten(1, 2))
-    refined = F.interpolate(refined, size=size, mode="bilinear", align_corners=False)
-    refined = refined.unflatten(1, prob.shape[1:3])
-    return refined.masked_fill_(empty, -1.0).argmax(dim=2)
+    prob = scores.masked_fill(~valid[:, None, :, None, None], float("-inf")).softmax(dim=2)
+    return par(images, prob.flatten(1, 2)).unflatten(1, prob.shape[1:3])
+
+
+def _refined_maps(
+    par: PAR, images: Tensor, scores: Tensor, valid: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """Slot of the highest refined score at full size, (B, T, H, W); see :func:`refined_scores`."""
+    refined = refined_scores(par, images, scores, valid)
+    full = F.interpolate(refined.flatten(1, 2), size=size, mode="bilinear", align_corners=False)
+    full = full.unflatten(1, refined.shape[1:3])
+    return full.masked_fill_(~valid[:, None, :, None, None], -1.0).argmax(dim=2)
 
 
 def _refined_maps_one_by_one(
@@ -238,8 +241,8 @@ def refine_cam_to_label(
     if min(small) < 1:
         raise WSSSError(f"down_scale {down_scale} leaves nothing of a {height}x{width} image")
     reduced = F.interpolate(images, size=small, mode="bilinear", align_corners=False)
-    ids, valid = _present_slots(labels)
-    scores = _packed_scores(cam, labels, ids, small, (high, low))
+    ids, valid = present_slots(labels)
+    scores = packed_scores(cam, labels, ids, small, (high, low))
     refine = _refined_maps if share_affinity else _refined_maps_one_by_one
     slots = refine(par, reduced, scores, valid, (height, width))
     against_high, against_low = (

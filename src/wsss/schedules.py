@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import cos, pi
+
 
 def poly_warmup(
     step: int,
@@ -31,3 +33,26 @@ def poly_warmup(
     if step < warmup_steps:
         return 1 - (1 - step / warmup_steps) * (1 - warmup_ratio)
     return (1 - step / max_steps) ** power
+
+
+def cosine_warmup(
+    time: float, *, length: float, warmup: float, start: float, floor: float
+) -> float:
+    """Linear warm-up, then a cosine down to a floor, as in timm (clustercam.md section 4).
+
+    The cosine counts from time 0 and not from the end of the warm-up, where the multiplier steps
+    down a little. A floor above 1 makes the rate rise, as ClusterCAM's official settings do (Q6).
+
+    Args:
+        time: Epochs so far, whole or not.
+        length: Epochs of the whole run.
+        warmup: Epochs of the warm-up, 0 for none.
+        start: Multiplier at time 0 of the warm-up.
+        floor: Multiplier at the end.
+
+    Returns:
+        The multiplier of the base learning rate.
+    """
+    if time < warmup:
+        return start + time * (1 - start) / warmup
+    return floor + 0.5 * (1 - floor) * (1 + cos(pi * time / length))

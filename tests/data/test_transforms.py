@@ -12,7 +12,18 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from wsss.data.images import denormalise
-from wsss.data.transforms import PillowBlur, ToCoViews, _apply, _draw_area, _photometric
+from wsss.data.transforms import (
+    ERASED_AREA,
+    GLOBAL2_AREA,
+    ClusterCAMView,
+    PillowBlur,
+    ToCoViews,
+    _apply,
+    _draw_area,
+    _photometric,
+    _random_resized_crop,
+    erase_box,
+)
 
 
 def photo(height: int = 120, width: int = 160, seed: int = 0) -> np.ndarray:
@@ -122,12 +133,11 @@ def test_the_two_modes_differ_in_nothing_else() -> None:
 
 
 def test_view2_is_a_bicubic_crop_of_the_original() -> None:
-    views, rgb = plain(ToCoViews(crop_size=50)), photo()
-    flipped = 0
+    rgb, flipped = photo(), 0
     for seed in range(20):
-        view = views._random_resized_crop(Image.fromarray(rgb), rng(seed))
+        view = _random_resized_crop(Image.fromarray(rgb), 50, GLOBAL2_AREA, rng(seed))
         draws = rng(seed)
-        left, top, width, height = _draw_area(160, 120, draws)
+        left, top, width, height = _draw_area(160, 120, GLOBAL2_AREA, draws)
         part = Image.fromarray(rgb[top : top + height, left : left + width])
         expected = np.array(part.resize((50, 50), Image.Resampling.BICUBIC))
         flip = draws.random() < 0.5
@@ -139,7 +149,7 @@ def test_view2_is_a_bicubic_crop_of_the_original() -> None:
 @pytest.mark.parametrize(("width", "height"), [(160, 120), (100, 300), (1000, 20), (1, 1)])
 def test_area_is_drawn_as_torchvision_does(width: int, height: int) -> None:
     draws = rng(0)
-    ours = np.array([_draw_area(width, height, draws) for _ in range(1500)])
+    ours = np.array([_draw_area(width, height, GLOBAL2_AREA, draws) for _ in range(1500)])
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     theirs = np.array(
@@ -275,3 +285,66 @@ def test_padding_is_black_before_the_jitter() -> None:
     outside[r0:r1, c0:c1] = False
     assert (image[outside] == 0).all()
     assert (image[~outside].sum(axis=1) > 0).all()
+
+
+# ---- ClusterCAM --------------------------------------------------------------------------------
+
+
+def test_cluster_view_is_one_normalised_square() -> None:
+    view = ClusterCAMView(crop_size=64)
+    for seed, shape in enumerate([(1, 1), (3, 200), (120, 160)]):
+        sample = view(photo(*shape), rng(seed))
+        assert set(sample) == {"image"}
+        assert sample["image"].shape == (3, 64, 64)
+        assert sample["image"].dtype == torch.float32
+        assert torch.isfinite(sample["image"]).all()
+
+
+def test_cluster_view_depends_on_its_generator_alone() -> None:
+    view, rgb = ClusterCAMView(crop_size=48), photo()
+    random.seed(0)
+    before = random.getstate()
+    first = [view(rgb, rng(seed))["image"] for seed in range(8)]
+    assert random.getstate() == before
+    random.seed(1)
+    again = [pickle.loads(pickle.dumps(view))(rgb, rng(seed))["image"] for seed in range(8)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len({image.sum().item() for image in first}) == 8
+
+
+def test_rand_augment_is_the_increasing_recipe() -> None:
+    """Two of 15 operations, each with p = 0.5: a quarter of the images keep their colours."""
+    view, rgb = ClusterCAMView(crop_size=32), photo(32, 32)
+    operations = view.rand_augment.ops
+    assert (len(operations), view.rand_augment.num_layers) == (15, 2)
+    assert {op.name for op in operations} >= {"PosterizeIncreasing", "SolarizeAdd", "ShearX"}
+    assert {(op.prob, op.magnitude, op.magnitude_std) for op in operations} == {(0.5, 9, 0.5)}
+    assert all(op.kwargs["fillcolor"] == (124, 116, 104) for op in operations)
+    untouched = 0
+    for seed in range(200):
+        draws = rng(seed)
+        plain_view = _random_resized_crop(Image.fromarray(rgb), 32, (0.08, 1.0), draws)
+        own = pixels(view(rgb, rng(seed))["image"])
+        untouched += np.array_equal(own, plain_view)
+    # a quarter fires no operation; of those a quarter is erased; a few operations change nothing
+    assert 0.13 < untouched / 200 < 0.33
+
+
+def test_erasing_fills_one_box_with_unit_noise() -> None:
+    erased, shares, values = 0, [], []
+    for seed in range(400):
+        image = erase_box(torch.full((3, 40, 60), 9.0), rng(seed))
+        changed = (image != 9).all(dim=0)
+        if not changed.any():
+            continue
+        erased += 1
+        rows, columns = changed.any(1).nonzero(), changed.any(0).nonzero()
+        box = changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert box.all(), "one box"
+        shares.append(changed.float().mean().item())
+        values.append(image[:, changed].flatten())
+    noise = torch.cat(values)
+    assert 0.18 < erased / 400 < 0.32
+    assert ERASED_AREA[0] * 0.7 < min(shares) < max(shares) < ERASED_AREA[1] * 1.1
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.02

@@ -127,6 +127,30 @@ def test_merges_of_scales_and_flip_follow_the_protocol() -> None:
     torch.testing.assert_close(max_then_sum.merged, maxima[0] + maxima[1])
 
 
+def test_probabilities_are_merged_where_the_protocol_says_so() -> None:
+    """clustercam.md section 5: aligned input, maximum of probabilities over scales, no flip."""
+    module = TinyModule().eval()
+    image = Scenes(1).items[0]["image"][None]
+    size = image.shape[-2:]
+    protocol = Protocol(
+        seg_scales=(0.5, 1.0, 1.5), scale_merge="max", merge_of="probabilities", align_corners=True
+    )
+    with torch.no_grad():
+        merged = predict(module, image, size, protocol).merged
+        parts = []
+        for scale in protocol.seg_scales:
+            target = (int(size[0] * scale), int(size[1] * scale))
+            scaled = torch.nn.functional.interpolate(
+                image, target, mode="bilinear", align_corners=True
+            )
+            out = module(scaled).seg_logits
+            parts.append(torch.nn.functional.interpolate(out, size, mode="bilinear").softmax(1))
+    expected = torch.stack(parts).amax(0)
+    assert merged is not None
+    torch.testing.assert_close(merged.exp(), expected)
+    torch.testing.assert_close(merged.softmax(1), expected / expected.sum(1, keepdim=True))
+
+
 def test_four_segmentation_numbers_with_the_crf_in_its_pool() -> None:
     result = run(replace(FULL, crf="toco"), count=3)
     scenes, module = Scenes(3), TinyModule().eval()

@@ -105,6 +105,7 @@ def test_declared_threshold_joins_the_curve_once() -> None:
         ({"seg_scales": ()}, "eval.seg_scales"),
         ({"seg_scales": (1.0, -1.0)}, "eval.seg_scales"),
         ({"flip_merge": "mean"}, "eval.flip_merge=mean"),
+        ({"merge_of": "labels"}, "eval.merge_of=labels"),
         ({"refine": "pamr"}, "eval.refine=pamr"),
         ({"oracle_thresholds": (0.5, 2.0)}, "eval.oracle_thresholds"),
     ],

@@ -28,6 +28,16 @@ def test_flat_image_has_no_nan() -> None:
     assert refined.isfinite().all()
 
 
+def test_epsilon_rules_where_neighbours_are_nearly_alike() -> None:
+    image = 1e-4 * series((1, 3, 32, 32), 0.021) + 0.5
+    toco, clustercam = PAR().affinity(image), PAR(eps=1e-5).affinity(image)
+    assert (toco - clustercam).abs().max() > 1e-3
+    plain = 0.5 * series((1, 3, 32, 32), 0.021) + 0.5
+    torch.testing.assert_close(
+        PAR().affinity(plain), PAR(eps=1e-5).affinity(plain), atol=1e-3, rtol=0
+    )
+
+
 def test_small_masks_are_resized_with_aligned_corners() -> None:
     images = torch.rand(1, 3, 16, 20, generator=torch.Generator().manual_seed(0))
     masks = torch.rand(1, 2, 5, 7, generator=torch.Generator().manual_seed(1))

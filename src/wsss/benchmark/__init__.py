@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,16 @@ from rich.console import Console
 
 from wsss.arguments import parse_arguments
 from wsss.benchmark.report import show, summarise
-from wsss.benchmark.runner import Side, run_side
-from wsss.benchmark.toco_official import Savings
+from wsss.benchmark.runner import Side, run_side, saving_names
 from wsss.errors import WSSSError
 
 #: method -> class that computes its step the official way
-OFFICIAL = {"toco": "wsss.benchmark.toco_official.OfficialToCo"}
+OFFICIAL = {
+    "toco": "wsss.benchmark.toco_official.OfficialToCo",
+    "clustercam": "wsss.benchmark.clustercam_official.OfficialClusterCAM",
+}
+#: method -> its paper's encoder
+BACKBONES = {"toco": "vit_base", "clustercam": "deit_small"}
 
 
 @dataclass
@@ -33,7 +37,7 @@ class BenchmarkConfig:
 
     Attributes:
         method: a method of ``conf/method``.
-        backbone: an encoder of ``conf/backbone``; its weights are random here.
+        backbone: an encoder of ``conf/backbone``, with random weights here; null: the method's own.
         image_size: side of the images in pixels.
         batch_size: images a step.
         num_classes: K, foreground classes.
@@ -50,7 +54,7 @@ class BenchmarkConfig:
     """
 
     method: str = MISSING
-    backbone: str = "vit_base"
+    backbone: str | None = None
     image_size: int = 448
     batch_size: int = 2
     num_classes: int = 20
@@ -123,17 +127,19 @@ def parse(arguments: Sequence[str]) -> BenchmarkConfig:
         value = getattr(config, key)
         if value is not None and value < least:
             raise WSSSError(f"{key}={value}: must be at least {least}")
+    config.backbone = config.backbone or BACKBONES[config.method]
     return config
 
 
 def sides(config: BenchmarkConfig) -> list[Side]:
     """What to run: ours, then the official way, then ours with one saving off at a time."""
-    every = [field.name for field in fields(Savings)]
+    target = OFFICIAL[config.method]
+    every = saving_names(target)
     listed = [Side("ours", None, ())]
     if config.official:
-        listed.append(Side("official way", OFFICIAL[config.method], tuple(every)))
+        listed.append(Side("official way", target, every))
     if config.ablate:
-        listed += [Side(f"without {name}", OFFICIAL[config.method], (name,)) for name in every]
+        listed += [Side(f"without {name}", target, (name,)) for name in every]
     return listed
 
 

@@ -1,13 +1,19 @@
-"""ToCo's training views (methods/toco.md section 4), from one decoded uint8 image.
+"""Training views of every method, from one decoded uint8 image.
 
-The photometric part runs in albumentations, whose ColorJitter, ToGray and Solarize agree with the
-official torchvision and Pillow ones within the rounding that tests/data/test_transforms.py states.
-Two operations are not the same there and follow Pillow here: resampling (OpenCV's does not filter
-when it shrinks) and the Gaussian blur (`PillowBlur`).
+ToCo (toco.md section 4): the photometric part runs in albumentations, whose ColorJitter, ToGray and
+Solarize agree with the official torchvision and Pillow ones within the rounding that
+tests/data/test_transforms.py states. Two operations are not the same there and follow Pillow here:
+resampling (OpenCV's does not filter when it shrinks) and the Gaussian blur (`PillowBlur`).
+
+ClusterCAM (clustercam.md section 4) prescribes timm's ImageNet recipe, whose RandAugment is timm's
+own table of Pillow operations; albumentations has other ones under the same names, so timm's are
+used, fed from the sample's generator.
 """
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # albumentations asks the network for a newer version of itself when imported
@@ -19,16 +25,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
-from wsss.data.images import normalise
+from wsss.data.images import IMAGENET_MEAN, normalise
 
 # Workers are processes already: OpenCV's own threads would only fight over the cores, and a
 # thread pool that exists before the fork can hang the child.
 cv2.setNumThreads(0)
 
 GLOBAL2_AREA = (0.4, 1.0)
-GLOBAL2_LOG_RATIO = (np.log(3 / 4), np.log(4 / 3))
+LOG_RATIO = (np.log(3 / 4), np.log(4 / 3))  # of random resized crops
+IMAGENET_AREA = (0.08, 1.0)
+ERASED_AREA = (0.02, 1 / 3)
+ERASED_LOG_RATIO = (np.log(0.3), np.log(1 / 0.3))
 
 
 def pillow_blur_kernel(radius: float) -> NDArray[np.float64]:
@@ -146,7 +156,7 @@ class ToCoViews:
             if flip_image:
                 c0, c1 = self.crop_size - c1, self.crop_size - c0
         mirrored = _mirror(crop)
-        view2 = self._random_resized_crop(picture, rng)
+        view2 = _random_resized_crop(picture, self.crop_size, GLOBAL2_AREA, rng)
         return {
             "image": _apply(self.input_steps, mirrored if flip_image else crop, rng),
             "local_view": _apply(self.local_steps, mirrored if flip_local else crop, rng),
@@ -182,15 +192,6 @@ class ToCoViews:
         crop[r0:r1, c0:c1] = part[:, ::-1] if flip else part
         return crop, (r0, r1, c0, c1)
 
-    def _random_resized_crop(
-        self, picture: Image.Image, rng: np.random.Generator
-    ) -> NDArray[np.uint8]:
-        """Step 5's crop, with torchvision's sampling, and its flip."""
-        left, top, width, height = _draw_area(picture.width, picture.height, rng)
-        part = picture.crop((left, top, left + width, top + height))
-        view = np.array(part.resize((self.crop_size, self.crop_size), Image.Resampling.BICUBIC))
-        return _mirror(view) if rng.random() < 0.5 else view
-
 
 def _place(scaled: int, size: int, rng: np.random.Generator) -> tuple[int, int, int]:
     """Pads or crops along one axis of the scaled picture.
@@ -204,14 +205,103 @@ def _place(scaled: int, size: int, rng: np.random.Generator) -> tuple[int, int, 
     return 0, size, int(rng.integers(scaled - size + 1))
 
 
-def _draw_area(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Draws (left, top, width, height) as torchvision's RandomResizedCrop does."""
+def _random_resized_crop(
+    picture: Image.Image, size: int, area: tuple[float, float], rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """A part of the picture as a square (size, size, 3), bicubic, mirrored with p = 0.5."""
+    left, top, width, height = _draw_area(picture.width, picture.height, area, rng)
+    part = picture.crop((left, top, left + width, top + height))
+    view = np.array(part.resize((size, size), Image.Resampling.BICUBIC))
+    return _mirror(view) if rng.random() < 0.5 else view
+
+
+def _draw_area(
+    width: int, height: int, share: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Draws (left, top, width, height) as torchvision's RandomResizedCrop does.
+
+    Args:
+        width: of the picture.
+        height: of the picture.
+        share: bounds of the part's area over the picture's.
+        rng: source of the draws.
+    """
     for _ in range(10):
-        area = width * height * rng.uniform(*GLOBAL2_AREA)
-        ratio = np.exp(rng.uniform(*GLOBAL2_LOG_RATIO))
+        area = width * height * rng.uniform(*share)
+        ratio = np.exp(rng.uniform(*LOG_RATIO))
         w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
     w = min(width, max(1, round(height * 4 / 3)))  # too long a picture: the largest central part
     h = min(height, max(1, round(width * 4 / 3)))
     return (width - w) // 2, (height - h) // 2, w, h
+
+
+class ClusterCAMView:
+    """Makes the one view of a ClusterCAM training sample (clustercam.md section 4).
+
+    Random resized crop (area 0.08-1, ratio 3/4-4/3, bicubic), flip with p = 0.5, RandAugment
+    ``rand-m9-mstd0.5-inc1`` (two of timm's operations, each with p = 0.5), normalisation, random
+    erasing with p = 0.25 (one box of 2-33 % filled with N(0, 1) values).
+
+    Args:
+        crop_size: side of the view in pixels (448 in the paper).
+    """
+
+    def __init__(self, *, crop_size: int = 448) -> None:
+        self.crop_size = crop_size
+        mean = tuple(round(255 * value) for value in IMAGENET_MEAN)  # fills what a shift uncovers
+        self.rand_augment = rand_augment_transform(
+            "rand-m9-mstd0.5-inc1",
+            {"img_mean": mean, "interpolation": Image.Resampling.BICUBIC},
+        )
+
+    def __call__(self, rgb: NDArray[np.uint8], rng: np.random.Generator) -> dict[str, Tensor]:
+        """Draws the view of one image.
+
+        Args:
+            rgb: uint8 (H, W, 3) of any size.
+            rng: source of every random decision.
+
+        Returns:
+            ``image``: float32 (3, C, C), normalised.
+        """
+        picture = Image.fromarray(rgb)
+        view = _random_resized_crop(picture, self.crop_size, IMAGENET_AREA, rng)
+        augmented = Image.fromarray(view)
+        operations = self.rand_augment.ops
+        with _own_random(rng):
+            for index in rng.integers(len(operations), size=self.rand_augment.num_layers):
+                augmented = operations[index](augmented)
+        return {"image": erase_box(normalise(np.array(augmented)), rng)}
+
+
+def erase_box(image: Tensor, rng: np.random.Generator, probability: float = 0.25) -> Tensor:
+    """Fills a random box of a normalised image (3, H, W) with N(0, 1) values, in place.
+
+    Source: timm's RandomErasing in ``pixel`` mode with one box.
+    """
+    if rng.random() >= probability:
+        return image
+    height, width = image.shape[1:]
+    for _ in range(10):
+        area = height * width * rng.uniform(*ERASED_AREA)
+        ratio = np.exp(rng.uniform(*ERASED_LOG_RATIO))
+        h, w = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if h < height and w < width:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            noise = rng.standard_normal((3, h, w), dtype=np.float32)
+            image[:, top : top + h, left : left + w] = torch.from_numpy(noise)
+            break
+    return image
+
+
+@contextmanager
+def _own_random(rng: np.random.Generator) -> Iterator[None]:
+    """Lets code that draws from Python's global generator draw from ours instead."""
+    before = random.getstate()
+    random.seed(int(rng.integers(2**63)))
+    try:
+        yield
+    finally:
+        random.setstate(before)

@@ -32,6 +32,9 @@ class Protocol:
         flip: Whether multi-scale segmentation adds the mirror image.
         flip_merge: How logits of an image and its mirror are merged.
         scale_merge: How logits of the scales are merged.
+        merge_of: What the scales merge: ``logits``, or ``probabilities``, whose logarithm then
+            stands for the logits (clustercam.md section 5). Image and mirror merge as logits.
+        align_corners: Whether images are resized to a scale with aligned corners.
         crf: Name of a dense CRF preset, or None for no CRF.
         crf_prune: Let only background and the image's labelled classes into the CRF. It uses
             image labels, so it is refused unless ``use_image_labels`` is set.
@@ -51,6 +54,8 @@ class Protocol:
     flip: bool = False
     flip_merge: Merge = "sum"
     scale_merge: Merge = "sum"
+    merge_of: Literal["logits", "probabilities"] = "logits"
+    align_corners: bool = False
     crf: str | None = None
     crf_prune: bool = False
     cam_threshold: float = 0.5
@@ -77,6 +82,8 @@ class Protocol:
         for name in ("flip_merge", "scale_merge"):
             if getattr(self, name) not in ("sum", "max"):
                 raise WSSSError(f"eval.{name}={getattr(self, name)}: expected sum or max")
+        if self.merge_of not in ("logits", "probabilities"):
+            raise WSSSError(f"eval.merge_of={self.merge_of}: expected logits or probabilities")
         if self.refine not in ("par", None):
             raise WSSSError(f"eval.refine={self.refine}: expected par or null")
 

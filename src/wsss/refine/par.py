@@ -13,11 +13,10 @@ _OFFSETS = tuple((dr, dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1) if (dr, dc) 
 _COLOUR_WIDTH = 0.3  # of a neighbourhood's standard deviation
 _POSITION_WIDTH = 0.3
 _POSITION_WEIGHT = 0.01
-_EPS = 1e-8
 
 
 class PAR(nn.Module):
-    """Pixel-adaptive refinement as in ToCo (toco.md section 3, "PAR").
+    """Pixel-adaptive refinement (toco.md and clustercam.md section 3, "PAR").
 
     Each pixel looks at its eight neighbours at every dilation (the edge is replicated). The weight
     of a neighbour is a softmax of its colour distance plus 0.01 times a softmax of its distance.
@@ -26,20 +25,26 @@ class PAR(nn.Module):
     Args:
         dilations: Distances of the neighbours in pixels.
         num_iter: Number of diffusion steps.
+        eps: Added to standard deviations; 1e-8 in ToCo, 1e-5 in ClusterCAM.
     """
 
     position: Tensor  # (n,) weights by distance alone
 
     def __init__(
-        self, *, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24), num_iter: int = 10
+        self,
+        *,
+        dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+        num_iter: int = 10,
+        eps: float = 1e-8,
     ) -> None:
         super().__init__()
         self.dilations = tuple(int(d) for d in dilations)
         self.num_iter = num_iter
+        self.eps = eps
         distance = torch.tensor(
             [d * math.hypot(dr, dc) for d in self.dilations for dr, dc in _OFFSETS]
         )
-        logits = -((distance / (distance.std() + _EPS) / _POSITION_WIDTH) ** 2)
+        logits = -((distance / (distance.std() + eps) / _POSITION_WIDTH) ** 2)
         self.register_buffer("position", _POSITION_WEIGHT * logits.softmax(0), persistent=False)
 
     def _shifted(self, maps: Tensor) -> Iterator[Tensor]:
@@ -65,7 +70,7 @@ class PAR(nn.Module):
         # One colour channel at a time keeps the peak at a few times n x H x W.
         for channel in images.split(1, dim=1):
             neighbours = torch.cat(list(self._shifted(channel)), dim=1)
-            width = neighbours.std(dim=1, keepdim=True) + _EPS
+            width = neighbours.std(dim=1, keepdim=True) + self.eps
             term = ((neighbours - channel).abs_() / width / _COLOUR_WIDTH).square_()
             logits = term if logits is None else logits.add_(term)
         assert logits is not None

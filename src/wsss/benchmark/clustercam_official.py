@@ -1,0 +1,109 @@
+"""ClusterCAM's step computed the official way, so that what our step saves can be measured.
+
+Only the benchmark uses this. It is written from our specification (clustercam.md section 7,
+"Speed-ups"; item numbers below are of that list), not from the official code. Parameters, random
+draws and losses are those of :class:`wsss.methods.clustercam.ClusterCAM`; only the way to them
+differs. Each saving can be switched on by itself (:class:`Savings`).
+
+Where the specification leaves open how much the official code does, the cheaper reading is taken:
+attention maps are stacked in CAM passes only, PAR gathers neighbours as ours does (the official one
+convolves with one-hot kernels), and the decoder is left out of CAM passes (the page says so).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wsss.backbone import merge_heads, split_heads
+from wsss.methods.base import Batch
+from wsss.methods.clustercam import BlockOutput, ClusterCAM, Encoded, StepResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Savings:
+    """What our step saves, one switch an item; False computes it the official way.
+
+    Attributes:
+        running_affinity: item 1: patch-to-patch attention is summed row by row while the blocks
+            run, not kept for all blocks and heads, stacked and then summed.
+        fused_attention: item 2: attention is never materialised outside CAM passes.
+        cams_first: the page's peak of 6.9 GB is its training graph and its CAM maps together: CAMs
+            are made before the graph exists, not beside it.
+        present_classes: item 3: CAM, product and refinement of the batch's classes alone.
+        shared_affinity: item 4: PAR's affinity once, not once an image and threshold.
+        patch_logit_sums: item 5: patch logits from nine sums a channel, not from a convolution.
+    """
+
+    running_affinity: bool = False
+    fused_attention: bool = False
+    cams_first: bool = False
+    present_classes: bool = False
+    shared_affinity: bool = False
+    patch_logit_sums: bool = False
+
+
+class OfficialClusterCAM(ClusterCAM):
+    """ClusterCAM with every saving switched off; :meth:`use_savings` switches single ones on."""
+
+    savings = Savings()
+    share_affinity = False
+
+    def use_savings(self, savings: Savings) -> None:
+        """Choose which savings stay on."""
+        self.savings = savings
+        self.share_affinity = savings.shared_affinity
+
+    def compute_losses(self, batch: Batch, step: int) -> StepResult:
+        """The losses of :meth:`ClusterCAM.compute_losses`, computed as :attr:`savings` says."""
+        if self.savings.cams_first or not self.learns_segmentation(step):
+            return super().compute_losses(batch, step)
+        images, labels = batch["image"], batch["labels"]
+        with self.phase("forward"):
+            encoded = self.encode(images)
+        with self.phase("cam"):
+            cam = self._training_cams(images, labels)
+        with self.phase("pseudo_labels"):
+            pseudo_label = self._pseudo_labels(images, cam, labels)
+        with self.phase("forward"):
+            return self.losses_of(encoded, labels, pseudo_label)._replace(cam=cam)
+
+    def cams(self, images: Tensor, labels: Tensor) -> Tensor:
+        """CAMs, of all classes where item 3 is off."""
+        if self.savings.present_classes:
+            return super().cams(images, labels)
+        return super().cams(images, torch.ones_like(labels)) * labels[..., None, None]
+
+    def patch_logits(self, activation: Tensor) -> Tensor:
+        """Patch logits, from a whole map where item 5 is off."""
+        if self.savings.patch_logit_sums:
+            return super().patch_logits(activation)
+        return self.patch_head(activation).mean(dim=(-2, -1))
+
+    def encode(
+        self, images: Tensor, *, with_affinity: bool = False, keep: list[BlockOutput] | None = None
+    ) -> Encoded:
+        """All blocks; where item 1 is off their maps are stacked at the end of a CAM pass."""
+        self._maps: list[Tensor] = []
+        encoded = super().encode(images, with_affinity=with_affinity, keep=keep)
+        if self._maps:
+            affinity = torch.stack(self._maps).mean(dim=2).sum(dim=0)  # (L, B, heads, N, N)
+            encoded = encoded._replace(affinity=affinity)
+            self._maps = []
+        return encoded
+
+    def _plain_attention(
+        self, block: Any, tokens: Tensor, affinity: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Branch A with its whole attention map, unless a saving forbids it."""
+        saved = self.savings.fused_attention if affinity is None else self.savings.running_affinity
+        if saved:
+            return super()._plain_attention(block, tokens, affinity)
+        attn = block.attn
+        queries, keys, values = split_heads(attn.qkv(block.norm1(tokens)), attn.num_heads)
+        weights = (queries * attn.scale @ keys.transpose(-2, -1)).softmax(dim=-1)
+        if affinity is not None:
+            self._maps.append(weights[..., self.num_classes :, self.num_classes :])
+        class_rows = weights[:, :, : self.num_classes, self.num_classes :]
+        return attn.proj(merge_heads(weights @ values)), class_rows

@@ -1,0 +1,609 @@
+"""ClusterCAM: its network against plain definitions, its quirks both ways, its training.
+
+Q2, Q3 and Q5 of clustercam.md section 7 concern official scripts that have no counterpart here.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from wsss.backbone import Backbone, resize_positions, split_heads
+from wsss.config import compose_config
+from wsss.errors import WSSSError
+from wsss.methods import clustercam
+from wsss.methods.base import Batch
+from wsss.methods.clustercam import (
+    BlockOutput,
+    ClusterCAM,
+    StepResult,
+    assign,
+    attend,
+    initial_centres,
+    mean_of_convolution,
+)
+from wsss.parity import read_case
+from wsss.parity.clustercam import build_clustercam
+from wsss.parity.inputs import network_images
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "clustercam"
+SIDE = 96
+NUM_CLASSES = 4
+MAX_STEPS = 80
+both_ways = pytest.mark.parametrize("official_compat", [False, True])
+
+
+def backbone_of(*, depth: int = 4, heads: int = 3, **overrides: Any) -> Backbone:
+    sizes = {"embed_dim": 48, "depth": depth, "num_heads": heads, "img_size": 64}
+    return Backbone(name="vit_tiny_patch16_224", weights="random", overrides=sizes | overrides)
+
+
+def tiny(*, depth: int = 4, heads: int = 3, **changes: Any) -> ClusterCAM:
+    """Four blocks on 64 px positions with weights that are not nearly uniform."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "num_classes": NUM_CLASSES,
+        "max_steps": MAX_STEPS,
+        "drop_path": 0.0,
+        "decoder_channels": 16,
+    }
+    module = ClusterCAM(backbone=backbone_of(depth=depth, heads=heads), **settings | changes)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("mixing"):
+                parameter.copy_(0.5 + 0.6 * noise)
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * noise)
+            elif name.endswith(("cls_token", "pos_embed")):
+                parameter.copy_(0.2 * noise)
+            else:
+                parameter.copy_(noise * np.prod(parameter.shape[1:]) ** -0.5)
+    return module.train()
+
+
+def make_images(height: int = SIDE, width: int = SIDE, count: int = 2, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    patches = torch.randn(count, 3, 6, 6, generator=generator)
+    return F.interpolate(patches, size=(height, width), mode="bicubic")
+
+
+def make_batch(seed: int = 1) -> Batch:
+    labels = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]])
+    return {"image": make_images(seed=seed), "labels": labels, "name": ["a", "b"]}
+
+
+def losses_at(module: ClusterCAM, step: int, seed: int = 1) -> StepResult:
+    torch.manual_seed(seed)
+    return module.compute_losses(make_batch(seed), step)
+
+
+@contextmanager
+def changed(thing: object, name: str, value: object) -> Iterator[None]:
+    before = getattr(thing, name)
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        setattr(thing, name, before)
+
+
+# ---- the network against plain definitions -------------------------------------------------------
+
+
+@torch.no_grad()
+def plain_attention(module: ClusterCAM, index: int, tokens: Tensor) -> Tensor:
+    """The whole softmax attention of a block's branch A, (B, heads, K+N, K+N)."""
+    block: Any = module.backbone.vit.blocks[index]
+    queries, keys, _ = split_heads(block.attn.qkv(block.norm1(tokens)), block.attn.num_heads)
+    return (queries @ keys.transpose(-2, -1) * block.attn.scale).softmax(dim=-1)
+
+
+@torch.no_grad()
+def plain_cam(module: ClusterCAM, images: Tensor) -> Tensor:
+    """The CAM with every attention map kept, stacked, averaged and summed (section 1)."""
+    blocks: list[BlockOutput] = []
+    encoded = module.encode(images, keep=blocks)
+    inputs = [module.backbone.embed(images)[0], *(block.tokens for block in blocks[:-1])]
+    count = module.num_classes
+    maps = torch.stack(
+        [
+            plain_attention(module, i, tokens)[:, :, count:, count:]
+            for i, tokens in enumerate(inputs)
+        ]
+    )
+    omega = maps.mean(dim=2).sum(dim=0)  # (B, N, N)
+    evidence = F.conv2d(encoded.activation, module.patch_head.weight, padding=1).relu()
+    attention = sum(block.class_map.mean(dim=1) for block in blocks[-3:])
+    value = evidence.flatten(2) * attention
+    cam = torch.stack(
+        [
+            sum(omega[:, :, j] * value[:, k, j, None] for j in range(value.shape[2]))
+            for k in range(count)
+        ],  # type: ignore[misc]
+        dim=1,
+    )
+    return cam.unflatten(2, evidence.shape[-2:])
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 96), (192, 240)])
+def test_memory_light_cam_is_the_straightforward_one(height: int, width: int) -> None:
+    module = tiny().double().eval()
+    images = make_images(height, width).double()
+    cam = module.raw_cam(images, torch.arange(NUM_CLASSES))
+    expected = plain_cam(module, images)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(cam, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [7, 128])
+def test_attention_by_rows_is_fused_attention(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustercam, "QUERY_ROWS", rows)
+    torch.manual_seed(0)
+    queries, keys, values = torch.randn(3, 2, 3, 4 + 30, 8, dtype=torch.float64)
+    affinity = torch.zeros(2, 30, 30, dtype=torch.float64)
+    by_rows, own = attend(queries, keys, values, 4, affinity)
+    fused, other = attend(queries, keys, values, 4, None)
+    whole = (queries @ keys.transpose(-2, -1)).softmax(-1)
+    for mixed, class_rows in ((by_rows, own), (fused, other)):
+        torch.testing.assert_close(mixed, whole @ values)
+        torch.testing.assert_close(class_rows, whole[:, :, :4, 4:])
+    torch.testing.assert_close(affinity, whole[:, :, 4:, 4:].mean(1))
+
+
+def test_refinement_never_holds_a_map_of_all_patches_and_heads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    largest = []
+    softmax = Tensor.softmax
+
+    def spy(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        largest.append(tensor.shape[-2])
+        return softmax(tensor, *args, **kwargs)
+
+    module = tiny().eval()
+    monkeypatch.setattr(Tensor, "softmax", spy)
+    monkeypatch.setattr(clustercam, "QUERY_ROWS", 50)
+    module.raw_cam(make_images(256, 256), torch.arange(NUM_CLASSES))  # 256 patches, 64 clusters
+    rows = [count for count in largest if count not in (256, 64 + NUM_CLASSES)]
+    assert set(rows) == {NUM_CLASSES, 50, 6}
+    # 256 rows occur in the assignments alone, three a block
+    assert largest.count(256) == 3 * 4
+
+
+def test_clusters_follow_their_definition() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randn(2, 5 * 7, 16, dtype=torch.float64)
+    centres = initial_centres(tokens, (5, 7))
+    assert centres.shape == (2, 2 * 3, 16)
+    as_map = tokens.transpose(1, 2).reshape(2, 16, 5, 7)
+    # uneven halves overlap: rows 0-2 and 2-4, columns 0-2, 2-4, 4-6
+    torch.testing.assert_close(centres[:, 4], as_map[:, :, 2:5, 2:5].mean((2, 3)))
+    assignment, moved = assign(tokens, centres)
+    torch.testing.assert_close(assignment.sum(2), torch.ones(2, 35, dtype=torch.float64))
+    expected = (tokens @ centres.transpose(1, 2) / 4).softmax(2)
+    torch.testing.assert_close(assignment, expected)
+    weighted = (expected[:, :, 1, None] * tokens).sum(1) / (
+        expected[:, :, 1].sum(1)[:, None] + 1e-8
+    )
+    torch.testing.assert_close(moved[:, 1], weighted)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 5), (6, 7)])
+def test_patch_logits_are_the_mean_of_the_convolution(grid: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(10, 4, 3, padding=1).double()
+    features = torch.randn(2, 10, *grid, dtype=torch.float64)
+    expected = convolution(features).mean((2, 3))
+    torch.testing.assert_close(mean_of_convolution(features, convolution), expected)
+
+
+@pytest.mark.parametrize(("depth", "heads", "classes"), [(4, 3, 4), (6, 3, 2), (2, 6, 7)])
+def test_any_depth_head_and_class_count(depth: int, heads: int, classes: int) -> None:
+    module = tiny(depth=depth, heads=heads, num_classes=classes).eval()
+    images = make_images(80, 112)
+    encoded = module.encode(images)
+    assert encoded.activation.shape == (2, 48 + depth * heads * classes, 5, 7)
+    for layer, head, k in ((0, 0, 0), (depth - 1, 1, classes - 1), (1, heads - 1, 1)):
+        channel = 48 + (layer * heads + head) * classes + k
+        own = encoded.class_maps[layer][:, head, k].unflatten(1, (5, 7))
+        assert torch.equal(encoded.activation[:, channel], own), "layer, then head, then class"
+    outputs = module(images)
+    assert outputs.class_logits.shape == (2, classes)
+    assert outputs.seg_logits.shape == (2, classes + 1, 5, 7)
+    cam = module.cams(images, torch.ones(2, classes))
+    assert cam.shape == (2, classes, 80, 112)
+
+
+def test_start_copies_the_encoder() -> None:
+    torch.manual_seed(0)
+    backbone = backbone_of()
+    token = nn.Parameter(torch.randn(1, 1, 48))
+    backbone.vit.cls_token = token
+    row, grid = backbone.vit.pos_embed[:, :1].clone(), backbone.vit.pos_embed[:, 1:].clone()
+    module = ClusterCAM(backbone=backbone, num_classes=3, max_steps=1, decoder_channels=8)
+    vit: Any = module.backbone.vit
+    assert torch.equal(vit.cls_token, token.expand(1, 3, 48))
+    assert torch.equal(vit.pos_embed, torch.cat([row.expand(1, 3, 48), grid], 1))
+    block, branch = vit.blocks[1], module.branch(1)
+    assert torch.equal(branch.qkv.weight, block.attn.qkv.weight)
+    assert branch.qkv.weight.data_ptr() != block.attn.qkv.weight.data_ptr()
+    assert torch.equal(branch.proj_cls.bias, block.attn.proj.bias)
+    assert torch.equal(branch.norm_centres.weight, block.norm1.weight)
+    assert not branch.to_space.bias.any()
+    assert 0.015 < branch.to_space.weight.std() < 0.025
+    logits = module.eval()(make_images()).class_logits
+    assert logits.std(dim=1).max() < 1e-6, "classes can be told apart by their targets alone"
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "vit_small_patch14_reg4_dinov2"])
+def test_backbones_without_exactly_one_class_token_are_refused(name: str) -> None:
+    overrides = {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    backbone = Backbone(name=name, weights="random", overrides=overrides)
+    with pytest.raises(WSSSError, match="turns the class token into one a class"):
+        ClusterCAM(backbone=backbone, num_classes=4, max_steps=10)
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(WSSSError, match="low_threshold <= high_threshold"):
+        tiny(low_threshold=0.8)
+    with pytest.raises(WSSSError, match="drop_path"):
+        tiny(drop_path=1.0)
+    with pytest.raises(WSSSError, match="epochs >= 1"):
+        tiny(epochs=0)
+
+
+# ---- what the golden files say a mistake would do ------------------------------------------------
+
+
+@torch.no_grad()
+def logits_of(module: ClusterCAM, images: Tensor) -> Tensor:
+    return module(images).seg_logits
+
+
+def relative(actual: Tensor, expected: np.ndarray) -> float:
+    return float(np.abs(actual.numpy() - expected).max() / np.abs(expected).max())
+
+
+def test_usual_mistakes_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of 1e-6 everywhere, positions resized to a size, a fourth iteration."""
+    case = read_case(GOLDEN / "network.npz", ("image",))
+    images, expected = network_images(case.inputs["image"]), case.outputs["seg_logits"]
+    module = build_clustercam(case)
+    assert relative(logits_of(module, images), expected) < 5e-6
+    with changed(module.backbone, "position_offset", None):
+        assert relative(logits_of(module, images), expected) == pytest.approx(
+            case.extra["control_size"][2], rel=0.01
+        )
+    monkeypatch.setattr(clustercam, "ITERATIONS", 4)
+    assert relative(logits_of(module, images), expected) > 1e-4
+    monkeypatch.undo()
+    for layer in module.modules():
+        if isinstance(layer, nn.LayerNorm):
+            layer.eps = 1e-6
+    found = relative(logits_of(module, images), expected)
+    assert found == pytest.approx(case.extra["control_eps"][2], rel=0.01)
+
+
+def test_positions_are_scaled_by_a_factor() -> None:
+    positions = torch.randn(1, 3 + 14 * 14, 8)
+    size = resize_positions(positions, (6, 10), 3)
+    factor = resize_positions(positions, (6, 10), 3, offset=0.1)
+    assert torch.equal(factor[:, :3], positions[:, :3])
+    assert factor.shape == size.shape == (1, 3 + 60, 8)
+    assert (factor - size).abs().max() > 1e-3
+    assert resize_positions(positions, (14, 14), 3, offset=0.1) is positions
+    # 14 x 14 patches of an image that is not square, for example 224 x 230
+    wide = resize_positions(positions, (14, 14), 3, offset=0.1, square=False)
+    assert 1e-4 < (wide - positions).abs().max() < 1
+
+
+# ---- CAMs ----------------------------------------------------------------------------------------
+
+
+def test_cams_are_of_the_wanted_classes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, asked = tiny().eval(), []
+    evidence = module.evidence
+
+    def spy(activation: Tensor, classes: Tensor) -> Tensor:
+        asked.append(classes.tolist())
+        return evidence(activation, classes)
+
+    monkeypatch.setattr(module, "evidence", spy)
+    images, labels = make_images(), torch.tensor([[1.0, 0, 1, 0], [0, 0, 1, 0]])
+    some = module.cams(images, labels)
+    assert asked == [[0, 2]] * 3
+    every = module.cams(images, torch.ones(2, NUM_CLASSES))
+    torch.testing.assert_close(some, every * labels[..., None, None], rtol=0, atol=1e-5)
+    assert not some[1, 0].any()
+    assert 0 <= every.min() < every.max() <= 1
+    assert not module.cams(images, torch.zeros(2, NUM_CLASSES)).any()
+    assert len(asked) == 6, "without a class nothing is computed"
+
+
+def test_gallery_maps_are_of_the_strongest_labelled_class() -> None:
+    module, images = tiny().eval(), make_images(80, 112)
+    labels = torch.tensor([[0.0, 1, 0, 0], [0, 0, 0, 1]])
+    maps = module.gallery_maps(images, labels)
+    assert set(maps) == {"class attention", "cluster attention", "mixed", "clusters"}
+    for values in maps.values():
+        assert values.shape == (2, 80, 112)
+        assert 0 <= values.min() < values.max() <= 1
+    blocks: list[BlockOutput] = []
+    module.encode(images, keep=blocks)
+    rows = sum(block.class_rows.mean(1) for block in blocks[-3:])[0, 1].unflatten(0, (5, 7))
+    peak = divmod(int(rows.argmax()), 7)
+    place = divmod(int(maps["class attention"][0].argmax()), 112)
+    assert (place[0] // 16, place[1] // 16) == peak
+    # a cluster's number is one of 2 x 3
+    assert set((maps["clusters"].unique() * 5).round(decimals=4).tolist()) <= set(range(6))
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("epochs", "first", "per_epoch"), [(80, 50, 1175), (60, 40, 13680), (7, 3, 10)]
+)
+def test_segmentation_begins_with_its_epoch(epochs: int, first: int, per_epoch: int) -> None:
+    module = tiny(max_steps=epochs * per_epoch, epochs=epochs, seg_from_epoch=first)
+    assert not module.learns_segmentation(first * per_epoch - 1)
+    assert module.learns_segmentation(first * per_epoch)
+    assert module.epoch(epochs * per_epoch - 1) == epochs - 1
+
+
+def test_first_phase_computes_neither_cams_nor_segmentation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = tiny()
+    for name in ("cams", "_pseudo_labels"):
+        monkeypatch.setattr(module, name, None)
+    monkeypatch.setattr(module.decoder, "forward", None)
+    result = losses_at(module, 0)
+    assert set(result.losses) == {"cls_loss", "patch_loss"}
+    result.total.backward()
+    assert all(p.grad is None for p in module.decoder.parameters())
+    assert not tiny(seg_weight=0.0).learns_segmentation(MAX_STEPS - 1)
+
+
+def test_total_is_the_weighted_sum() -> None:
+    result = losses_at(tiny(), MAX_STEPS - 1)
+    loss = {name: value.item() for name, value in result.losses.items()}
+    assert set(loss) == {"cls_loss", "patch_loss", "seg_loss"}
+    expected = loss["cls_loss"] + loss["patch_loss"] + 0.1 * loss["seg_loss"]
+    assert result.total.item() == pytest.approx(expected, rel=1e-6)
+    assert result.pseudo_label is not None
+    assert set(result.pseudo_label.unique().tolist()) <= {0, 1, 2, 3, 255}
+
+
+def test_only_feature_maps_bring_gradient_to_the_mixing_scalars() -> None:
+    module = tiny()
+    result = losses_at(module, MAX_STEPS - 1)
+    scalars = [module.branch(index).mixing for index in range(4)]
+    for name, loss in result.losses.items():
+        gradients = torch.autograd.grad(loss, scalars, retain_graph=True, allow_unused=True)
+        if name == "cls_loss":
+            assert gradients == (None,) * 4
+        else:
+            assert all(gradient is not None and gradient.item() != 0 for gradient in gradients)
+    assert not module.backbone.vit.norm.weight.requires_grad
+
+
+@both_ways
+def test_a_few_steps_lower_the_loss(official_compat: bool) -> None:
+    module = tiny(lr=1e-3, official_compat=official_compat)
+    optimizer = module.optimizer(module.param_groups())
+    first = losses_at(module, MAX_STEPS - 1)
+    for _ in range(6):
+        optimizer.zero_grad()
+        losses_at(module, MAX_STEPS - 1).total.backward()
+        optimizer.step()
+    last = losses_at(module, MAX_STEPS - 1)
+    assert last.total.item() < first.total.item()
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+
+def test_every_parameter_is_in_exactly_one_group() -> None:
+    module = tiny(lr=1e-4, weight_decay=0.02)
+    groups = module.param_groups()
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(p) for p in module.parameters()}
+    assert {group["lr"] for group in groups} == {1e-4}
+    assert [group["weight_decay"] for group in groups] == [0.02, 0.0]
+
+
+def fit(module: ClusterCAM, folder: Path, steps: int) -> lightning.Trainer:
+    samples = [{"image": make_images(count=1, seed=s)[0], "name": str(s)} for s in range(4)]
+    for index, sample in enumerate(samples):
+        sample["labels"] = torch.eye(NUM_CLASSES)[index]
+    trainer = lightning.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=CSVLogger(folder),
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, DataLoader(samples, batch_size=2))  # type: ignore[arg-type]
+    return trainer
+
+
+@both_ways
+def test_trainer_logs_losses_and_mixing_scalars(official_compat: bool, tmp_path: Path) -> None:
+    module = tiny(max_steps=4, epochs=4, seg_from_epoch=2, official_compat=official_compat)
+    trainer = fit(module, tmp_path, 4)
+    logged = trainer.callback_metrics
+    assert set(logged) >= {f"train/mixing_{index:02d}" for index in range(4)}
+    assert set(logged) >= {"train/cls_loss", "train/patch_loss", "train/seg_loss", "train/lr"}
+    header = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()[0]
+    assert "train/mixing_03" in header
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    module = tiny()
+    with torch.no_grad():
+        module.patch_head.bias.fill_(torch.nan)
+    with pytest.raises(WSSSError, match=r"step 0: the loss is not finite \(.*patch_loss nan"):
+        fit(module, tmp_path, 1)
+
+
+# ---- quirks, both ways ---------------------------------------------------------------------------
+
+
+def test_q1_a_missing_margin_is_refused_before_training() -> None:
+    overrides = [
+        "method=clustercam",
+        "data=minivoc",
+        "method.low_threshold=null",
+        "eval.cam_low=0.3",
+    ]
+    with pytest.raises(WSSSError, match=r"method\.low_threshold=None: expected float"):
+        compose_config(overrides)
+    coco = compose_config(["+experiments=clustercam/coco", "data.root=unset"]).method
+    assert (coco.high_threshold, coco.low_threshold) == (0.53, 0.33)
+
+
+@both_ways
+def test_q4_a_batch_of_ignored_pixels_has_a_finite_loss(official_compat: bool) -> None:
+    module = tiny(official_compat=official_compat)
+    nothing = torch.full((2, SIDE, SIDE), 255)
+    with changed(module, "_pseudo_labels", lambda *_: nothing):
+        result = losses_at(module, MAX_STEPS - 1)
+    assert result.losses["seg_loss"].item() == 0
+    assert result.total.isfinite()
+    result.total.backward()
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    assert not any(p.grad.any() for p in module.decoder.parameters() if p.grad is not None)
+
+
+def test_q6_the_rate_falls_and_officially_rises() -> None:
+    settings: dict[str, Any] = {"max_steps": 80 * 10, "lr": 8.7890625e-6}
+    default, official = tiny(**settings), tiny(official_compat=True, **settings)
+    rates = [default.lr * default.lr_multiplier(step) for step in range(800)]
+    assert rates[0] == pytest.approx(1e-6)
+    assert len(set(rates[:50])) == 50, "warm-up by the step"
+    assert max(rates) <= default.lr
+    assert rates[50:] == sorted(rates[50:], reverse=True)
+    assert rates[-1] == pytest.approx(0.16 * default.lr, rel=0.01)
+    theirs = [official.lr * official.lr_multiplier(step) for step in range(800)]
+    assert theirs[:20] == [pytest.approx(1e-6)] * 20, "epochs 0 and 1 share the start"
+    assert len(set(theirs)) == 79
+    assert theirs == sorted(theirs)
+    assert theirs[500] == pytest.approx(9.604e-6, abs=1e-9)
+    assert theirs[-1] == pytest.approx(9.998e-6, abs=1e-9)
+
+
+def test_q7_the_mixing_scalars_start_at_random() -> None:
+    def start(seed: int, *, official_compat: bool) -> list[float]:
+        torch.manual_seed(seed)
+        module = ClusterCAM(
+            backbone=backbone_of(depth=12, heads=6, img_size=224),
+            num_classes=NUM_CLASSES,
+            max_steps=1,
+            official_compat=official_compat,
+        )
+        return [module.branch(index).mixing.item() for index in range(12)]
+
+    assert len({*start(0, official_compat=False), *start(1, official_compat=False)}) == 24
+    theirs = start(0, official_compat=True)
+    golden = np.load(GOLDEN / "rng_mix.npz")["mix_tiny_K4"]
+    assert theirs == [float(value) for value in golden], "whatever was drawn before"
+
+
+@both_ways
+def test_q8_tokens_and_positions_are_decayed_officially_alone(official_compat: bool) -> None:
+    module = tiny(official_compat=official_compat)
+    decayed = {id(p) for p in module.param_groups()[0]["params"]}
+    vit: Any = module.backbone.vit
+    assert (id(vit.cls_token) in decayed) is official_compat
+    assert (id(vit.pos_embed) in decayed) is official_compat
+    assert id(module.patch_head.weight) in decayed
+    assert id(module.branch(0).mixing) not in decayed
+    assert id(module.branch(0).qkv.bias) not in decayed
+    assert id(vit.blocks[0].norm1.weight) not in decayed
+
+
+@both_ways
+def test_q9_the_decoder_decays_in_the_first_phase_officially_alone(
+    official_compat: bool, tmp_path: Path
+) -> None:
+    module = tiny(official_compat=official_compat, lr=0.01, weight_decay=0.5, seg_from_epoch=99)
+    before = module.decoder.conv7.weight.detach().clone()
+    trainer = fit(module, tmp_path, 2)
+    moved = not torch.equal(before, module.decoder.conv7.weight)
+    assert moved is official_compat
+    counted = module.decoder.conv7.weight in trainer.optimizers[0].state
+    assert counted is official_compat
+
+
+@both_ways
+def test_q10_training_cams_have_drop_paths_officially_alone(official_compat: bool) -> None:
+    module = tiny(drop_path=0.5, official_compat=official_compat)
+    batch = make_batch()
+    torch.manual_seed(0)
+    first = module._training_cams(batch["image"], batch["labels"])
+    second = module._training_cams(batch["image"], batch["labels"])
+    assert torch.equal(first, second) is not official_compat
+    assert all(child.training for child in module.modules()), "its mode is given back"
+    plain = module.eval().cams(batch["image"], batch["labels"])
+    assert torch.equal(plain, first) is not official_compat
+    module.train()
+    logits = [module.encode(batch["image"]).class_logits for _ in range(2)]
+    assert not torch.equal(*logits), "the training forward pass always drops paths"
+
+
+@both_ways
+def test_q11_norms_have_two_epsilons(official_compat: bool) -> None:
+    module = tiny(official_compat=official_compat)
+    found = {
+        name.rpartition(".")[2]: layer.eps
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.LayerNorm) and "s.1." in name
+    }
+    assert found["norm2"] == 1e-6
+    names = ("norm1", "norm_space", "norm_cls", "norm_centres")
+    assert {found[name] for name in names} == {1e-5}
+
+
+def test_q12_the_guide_wraps_around_officially_alone() -> None:
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    levels = torch.tensor([-3.4, -0.2, 7.9, 254.6, 300.2]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
+    images = (levels / 255 - mean) / std
+    official = tiny(official_compat=True)._guide(images)[0, 1, 0] * 255
+    assert official.tolist() == pytest.approx([253, 0, 7, 254, 44])
+    assert (tiny()._guide(images)[0, 1, 0] * 255).tolist() == pytest.approx([0, 0, 8, 255, 255])
+
+
+@both_ways
+def test_q13_labels_are_refined_in_float32_under_autocast(official_compat: bool) -> None:
+    module, batch = tiny(official_compat=official_compat), make_batch()
+    cam = module.cams(batch["image"], batch["labels"])
+    plain = module._pseudo_labels(batch["image"], cam, batch["labels"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module._pseudo_labels(batch["image"], cam, batch["labels"]), plain)
+
+
+def test_q14_maps_cover_the_image_and_officially_are_stretched() -> None:
+    images = make_images(90, 100)
+    whole, official = tiny().eval(), tiny(official_compat=True).eval()
+    official.load_state_dict(whole.state_dict())
+    resized = F.interpolate(images, (96, 112), mode="bilinear", align_corners=False)
+    assert torch.equal(logits_of(whole, images), logits_of(official, resized))
+    assert logits_of(official, images).shape[-2:] == (5, 6), "a remainder is cut off"
+    assert torch.equal(logits_of(official, images), logits_of(official, images[..., :80, :96]))
+    even = make_images(96, 112)
+    assert torch.equal(logits_of(whole, even), logits_of(official, even))

@@ -110,7 +110,7 @@ def ignore_outside_boxes(label: Tensor, boxes: Tensor, ignore_index: int = 255) 
     return label.masked_fill(~inside, ignore_index)
 
 
-def _present_slots(labels: Tensor) -> tuple[Tensor, Tensor]:
+def present_slots(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Background and the present classes of every image, packed to the left in ascending order.
 
     Keeping the ascending order keeps argmax ties as they are with all classes in place.
@@ -238,7 +238,7 @@ def refine_cam_to_label(
     if min(small) < 1:
         raise WSSSError(f"down_scale {down_scale} leaves nothing of a {height}x{width} image")
     reduced = F.interpolate(images, size=small, mode="bilinear", align_corners=False)
-    ids, valid = _present_slots(labels)
+    ids, valid = present_slots(labels)
     scores = _packed_scores(cam, labels, ids, small, (high, low))
     refine = _refined_maps if share_affinity else _refined_maps_one_by_one
     slots = refine(par, reduced, scores, valid, (height, width))

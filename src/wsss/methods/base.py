@@ -71,6 +71,10 @@ class WSSSModule(LightningModule):
                 map of a class does not depend on which others are asked for.
         """
 
+    def gallery_maps(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Further maps worth looking at: name -> (B, H, W) in [0, 1]; none by default."""
+        return {}
+
     @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups: each with ``name``, ``params`` and ``lr``."""
@@ -102,6 +106,20 @@ class WSSSModule(LightningModule):
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=batch_size)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("train/lr", rate, batch_size=batch_size)
+
+    def check_finite(self, losses: Mapping[str, Tensor], total: Tensor, batch: Batch) -> None:
+        """Stop before a loss that is not finite spoils the weights.
+
+        Raises:
+            WSSSError: naming the terms and the images of the batch.
+        """
+        if bool(torch.isfinite(total)):
+            return
+        terms = ", ".join(f"{name} {float(loss):.3g}" for name, loss in losses.items())
+        raise WSSSError(
+            f"step {self.global_step}: the loss is not finite ({terms}; images "
+            f"{', '.join(batch['name'])}); lower method.lr, or look at these images"
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is needed to build the module again: plain values only."""

@@ -387,12 +387,8 @@ class ToCo(WSSSModule):
                 place = (self._seed, self.global_rank, self.global_step, batch_idx)
                 torch.default_generator.manual_seed(hash(place) % 2**63)
             result = self.compute_losses(batch, self.global_step, move_teacher=first)
-        if not self.official_compat and not bool(torch.isfinite(result.total)):
-            terms = ", ".join(f"{name} {float(loss):.3g}" for name, loss in result.losses.items())
-            raise WSSSError(
-                f"step {self.global_step}: the loss is not finite ({terms}; images "
-                f"{', '.join(batch['name'])}); lower method.lr, or look at these images"
-            )
+        if not self.official_compat:
+            self.check_finite(result.losses, result.total, batch)
         self.log_losses(result.losses, result.total, len(batch["image"]))
         return result.total
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from wsss.checkpoints import first_line
 from wsss.errors import WSSSError
 
-METHODS = ("toco",)
+METHODS = ("toco", "getam")
 
 Array = npt.NDArray[Any]
 Produced = Mapping[str, Array | Tensor | float | bool | list[str]]

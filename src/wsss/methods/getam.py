@@ -41,7 +41,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsss.backbone import AttentionParts, Backbone, Features
-from wsss.data.images import denormalise
+from wsss.cams import normalise_maximum
+from wsss.data.images import IMAGENET_MEAN, IMAGENET_STD, denormalise
 from wsss.decoders import DPTDecoder, Reassemble
 from wsss.errors import WSSSError
 from wsss.losses import balanced_segmentation_loss, dense_energy_loss
@@ -51,7 +52,6 @@ from wsss.refine.pamr import PAMR
 from wsss.schedules import poly_warmup
 
 MAP_BLOCKS = 6  # maps are summed over this many last blocks
-MAP_EPS = 1e-5  # added to a map's maximum; raw maps of random weights peak at 1e-4
 BACKGROUND_POWER = 32  # background score (1 - max)^32: foreground from 0.077 on
 
 
@@ -152,11 +152,6 @@ def slot_maps(
         ]
         slots.append(torch.stack(terms, dim=1))
     return torch.stack(slots, dim=1)
-
-
-def normalise_maps(maps: Tensor) -> Tensor:
-    """Each map (..., H, W) over its maximum plus 1e-5; no minimum is subtracted."""
-    return maps / (maps.amax((-2, -1), keepdim=True) + MAP_EPS)
 
 
 # ---- labels --------------------------------------------------------------------------------------
@@ -276,6 +271,14 @@ def split_cross_entropy(logits: Tensor, label: Tensor, *, guard: bool = True) ->
     return 2 * balanced_segmentation_loss(logits, label, guard=guard)
 
 
+def saliency_target(completed: Tensor, *, official_compat: bool) -> Tensor:
+    """Where the background is, from completed saliency (B, H, W) in {0, 1, 255}: boolean.
+
+    ``official_compat``: 1 - int(s / 255), which calls the given saliency (1) background.
+    """
+    return completed != 255 if official_compat else completed == 0
+
+
 def saliency_loss(
     logits: Tensor,
     completed: Tensor,
@@ -289,11 +292,11 @@ def saliency_loss(
         logits: segmentation logits (B, K+1, H, W).
         completed: saliency after completion, (B, H, W) in {0, 1, 255}.
         inside: (B, H, W) boolean, pixels that count; None: all.
-        official_compat: target 1 - int(s / 255), which calls the given saliency (1) background.
+        official_compat: see :func:`saliency_target`.
     """
     with _full_precision(logits):
         background = _widened(logits).softmax(dim=1)[:, 0]
-        target = completed != 255 if official_compat else completed == 0
+        target = saliency_target(completed, official_compat=official_compat)
         loss = F.binary_cross_entropy(background, target.to(background), reduction="none")
     return loss.mean() if inside is None else (loss * inside).sum() / inside.sum().clamp_min(1)
 
@@ -443,7 +446,7 @@ class GETAM(WSSSModule):
     def cams(self, images: Tensor, labels: Tensor) -> Tensor:
         """Maps at image size over their maximum, not refined, (B, K, H, W); absent classes zero."""
         maps, _, ids = self._maps_of(images, labels)
-        full = normalise_maps(self._enlarged(maps.sum(dim=2), images.shape[-2:]))
+        full = normalise_maximum(self._enlarged(maps.sum(dim=2), images.shape[-2:]))
         cams = full.new_zeros(*labels.shape, *full.shape[-2:])
         return cams.scatter(1, ids[:, :, None, None].expand_as(full), full)
 
@@ -481,7 +484,7 @@ class GETAM(WSSSModule):
         Args:
             batch: ``image`` (B, 3, H, W), ``labels`` (B, K), ``box`` (B, 4: real pixels as row
                 start, row end, column start, column end) and, where the data has saliency maps,
-                ``saliency`` (B, H, W) boolean.
+                ``saliency`` (B, H, W), salient above 0.
             step: decides the phase.
         """
         images, labels, boxes = batch["image"], batch["labels"], batch["box"]
@@ -600,12 +603,15 @@ class GETAM(WSSSModule):
 
     def guide(self, images: Tensor) -> Tensor:
         """The pixels (B, 3, H, W) in 0..255 behind normalised images."""
-        pixels = denormalise(images)
-        return (pixels.trunc() if self.official_compat else pixels.round()).clamp(0, 255)
+        if not self.official_compat:
+            return denormalise(images).round().clamp(0, 255)
+        # the order of these operations decides which pixels truncation lowers by one
+        mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        return ((images * std + mean) * 255).trunc().clamp(0, 255)
 
     def refine(self, maps: Tensor, guide: Tensor) -> Tensor:
         """Maps (B, S, h, w) enlarged, refined along the guide and normalised: (B, S, H, W)."""
-        return normalise_maps(self.pamr(guide, self._enlarged(maps, guide.shape[-2:])))
+        return normalise_maximum(self.pamr(guide, self._enlarged(maps, guide.shape[-2:])))
 
     @torch.no_grad()
     def make_labels(

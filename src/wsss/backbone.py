@@ -323,7 +323,7 @@ class StandardisedConv(StdConv2dSame):
 
 
 def _hybrid_embed(**arguments: Any) -> HybridEmbed:
-    """timm's ResNet-50 stem of three stages with :class:`StandardisedConv`."""
+    """The ResNet-50 stem of three stages with :class:`StandardisedConv`."""
     stem = ResNetV2(
         layers=(3, 4, 9),
         num_classes=0,

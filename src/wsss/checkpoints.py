@@ -194,9 +194,7 @@ def toco_name(official: str) -> str | None:
     if name.startswith(TOCO_UNUSED):
         return None
     # torch's weight norm moved from weight_g / weight_v to a parametrisation
-    name = _renamed(name, TOCO_PREFIXES).replace(
-        ".weight_g", ".parametrizations.weight.original0"
-    )
+    name = _renamed(name, TOCO_PREFIXES).replace(".weight_g", ".parametrizations.weight.original0")
     return name.replace(".weight_v", ".parametrizations.weight.original1")
 
 

@@ -106,9 +106,7 @@ class Fusion(nn.Module):
         """(B, C, *size) of the path (B, C, h, w) and the skip of its size."""
         if self.skip_unit is not None:
             path = path + self.skip_unit(skip)
-        path = F.interpolate(
-            self.unit(path), size=tuple(size), mode="bilinear", align_corners=True
-        )
+        path = F.interpolate(self.unit(path), size=tuple(size), mode="bilinear", align_corners=True)
         return self.out_conv(path)
 
 

@@ -1,10 +1,11 @@
 """Training views of the methods, each from one decoded uint8 image.
 
-ToCo (methods/toco.md section 4): the photometric part runs in albumentations, whose ColorJitter, ToGray and Solarize agree with the
-official torchvision and Pillow ones within the rounding that tests/data/test_transforms.py states.
-Two operations are not the same there and follow Pillow here: resampling (OpenCV's does not filter
-when it shrinks) and the Gaussian blur (`PillowBlur`). GETAM (methods/getam.md section 4): OpenCV's
-bilinear resize of floats, as officially.
+ToCo (methods/toco.md section 4): the photometric part runs in albumentations, whose ColorJitter,
+ToGray and Solarize agree with the official torchvision and Pillow ones within the rounding that
+tests/data/test_transforms.py states. Two operations are not the same there and follow Pillow here:
+resampling (OpenCV's does not filter when it shrinks) and the Gaussian blur (`PillowBlur`).
+
+GETAM (methods/getam.md section 4): OpenCV's bilinear resize of floats, as officially.
 """
 
 import os
@@ -268,7 +269,9 @@ class GETAMViews:
         # a little more, since 8/7 of 56 is 64 and not 63.999
         self.long_side = (int(low * crop_size + 1e-6), int(high * crop_size + 1e-6))
         if not 0 < self.long_side[0] <= self.long_side[1]:
-            raise WSSSError(f"data.train_transform.long_side=[{low}, {high}]: expected 0 < low <= high")
+            raise WSSSError(
+                f"data.train_transform.long_side=[{low}, {high}]: expected 0 < low <= high"
+            )
 
     def __call__(
         self, rgb: NDArray[np.uint8], rng: Draws, saliency: NDArray[np.uint8] | None = None

@@ -128,9 +128,7 @@ def predict(
     return Prediction(outputs.class_logits.float(), single, merged)
 
 
-def _scaled_images(
-    images: Tensor, protocol: Protocol
-) -> Iterator[tuple[float | None, Tensor]]:
+def _scaled_images(images: Tensor, protocol: Protocol) -> Iterator[tuple[float | None, Tensor]]:
     """Inputs of multi-scale segmentation with their scales, None where a size replaces it."""
     if protocol.seg_sizes is not None:
         for side in protocol.seg_sizes:
@@ -175,7 +173,9 @@ def predicted_labels(class_logits: Tensor) -> Tensor:
 
 def refinement(protocol: Protocol) -> PAR | PAMR | None:
     """The module that refines pseudo labels under a protocol."""
-    return {"par": PAR, "pamr": PAMR, None: lambda: None}[protocol.refine]()
+    if protocol.refine is None:
+        return None
+    return PAMR() if protocol.refine == "pamr" else PAR()
 
 
 def pseudo_label(

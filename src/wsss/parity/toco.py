@@ -92,7 +92,7 @@ def official_weights(case: Case) -> dict[str, Tensor]:
     state = {}
     for name, shape in zip(case.extra["param_names"].tolist(), shapes, strict=True):
         generator = np.random.default_rng(zlib.crc32(name.encode()))
-        z = np.asarray(generator.standard_normal(shape), dtype=np.float32)
+        z: Array = np.asarray(generator.standard_normal(shape), dtype=np.float32)
         if name.rpartition(".")[2] in ("cls_token", "dist_token", "pos_embed"):
             z = 0.2 * z
         elif name.endswith(".weight_g"):

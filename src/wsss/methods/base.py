@@ -1,8 +1,8 @@
 """What every method is: a LightningModule that gives logits, localisation maps and a loss."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +72,12 @@ class WSSSModule(LightningModule):
         """
 
     def gallery_maps(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Further maps worth looking at: name -> (B, H, W) in [0, 1]; none by default."""
+        """Further maps worth looking at: name -> (B, H, W) in [0, 1]; none by default.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            labels: image-level labels, (B, K) in {0, 1}.
+        """
         return {}
 
     @abstractmethod
@@ -99,19 +104,30 @@ class WSSSModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Nothing: the evaluator callback reads :meth:`forward` and :meth:`cams` itself."""
 
-    def log_losses(self, losses: Mapping[str, Tensor], total: Tensor, batch_size: int) -> None:
-        """Log named losses under ``train/``; the total and the rate also on the progress bar."""
-        for name, loss in losses.items():
-            self.log(f"train/{name}", loss.detach(), prog_bar=True, batch_size=batch_size)
-        self.log("train/loss", total.detach(), prog_bar=True, batch_size=batch_size)
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log("train/lr", rate, batch_size=batch_size)
+    def on_fit_start(self) -> None:
+        """Remember the run's seed for :meth:`own_draws`."""
+        self._seed = torch.initial_seed()
 
-    def check_finite(self, losses: Mapping[str, Tensor], total: Tensor, batch: Batch) -> None:
-        """Stop before a loss that is not finite spoils the weights.
+    @contextmanager
+    def own_draws(self, batch_idx: int, *, enabled: bool) -> Iterator[None]:
+        """Random draws that depend on seed, rank and batch alone: a resumed run draws the same.
+
+        Args:
+            batch_idx: of the training step.
+            enabled: False leaves the global generators as they are.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices, enabled=enabled):
+            if enabled:
+                place = (self._seed, self.global_rank, self.global_step, batch_idx)
+                torch.manual_seed(hash(place) % 2**63)
+            yield
+
+    def require_finite(self, losses: Mapping[str, Tensor], total: Tensor, batch: Batch) -> None:
+        """Stop a run that has gone astray, before the weights are spoilt.
 
         Raises:
-            WSSSError: naming the terms and the images of the batch.
+            WSSSError: the total is not finite; names the losses and images.
         """
         if bool(torch.isfinite(total)):
             return
@@ -120,6 +136,14 @@ class WSSSModule(LightningModule):
             f"step {self.global_step}: the loss is not finite ({terms}; images "
             f"{', '.join(batch['name'])}); lower method.lr, or look at these images"
         )
+
+    def log_losses(self, losses: Mapping[str, Tensor], total: Tensor, batch_size: int) -> None:
+        """Log named losses under ``train/``; the total and the rate also on the progress bar."""
+        for name, loss in losses.items():
+            self.log(f"train/{name}", loss.detach(), prog_bar=True, batch_size=batch_size)
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=batch_size)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("train/lr", rate, batch_size=batch_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is needed to build the module again: plain values only."""

@@ -472,9 +472,10 @@ class GETAM(WSSSModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of getam.md section 3; see :meth:`compute_losses`."""
-        result = self.compute_losses(batch, self.global_step)
+        with self.own_draws(batch_idx, enabled=not self.official_compat):
+            result = self.compute_losses(batch, self.global_step)
         if not self.official_compat:
-            self.check_finite(result.losses, result.total, batch)
+            self.require_finite(result.losses, result.total, batch)
         self.log_losses(result.losses, result.total, len(batch["image"]))
         return result.total
 

@@ -41,14 +41,8 @@ from wsss.methods.getam import (
     split_cross_entropy,
 )
 from wsss.parity import EXACT, Array, Case, Kind, Produced, Tolerance
-from wsss.parity.toco import (
-    ENERGY_TOLERANCES,
-    _loss_and_gradients,
-    _network_images,
-    _tensor,
-    energy_outputs,
-    official_weights,
-)
+from wsss.parity.inputs import as_tensor, loss_and_gradients, network_images
+from wsss.parity.toco import ENERGY_TOLERANCES, energy_outputs, official_weights
 from wsss.pseudo_labels import inside_boxes
 from wsss.refine.dense_crf import dense_crf
 from wsss.refine.pamr import PAMR
@@ -61,7 +55,7 @@ PIXEL_MEAN, PIXEL_STD = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)  # of image
 
 def _pixels(array: Array) -> Tensor:
     """uint8 (..., H, W, 3) to float (..., 3, H, W) in 0..255."""
-    return _tensor(np.moveaxis(array, -1, -3)).float()
+    return as_tensor(np.moveaxis(array, -1, -3)).float()
 
 
 def _box_of(mask: Array) -> Tensor:
@@ -124,7 +118,7 @@ def a_encoder(case: Case) -> Produced:
     produced: dict[str, Any] = {}
     for name, array in case.inputs.items():
         size = name.removeprefix("img")  # "_64x96"
-        features = model._encode(_network_images(array), levels=(1, 2, 3, 4))
+        features = model._encode(network_images(array), levels=(1, 2, 3, 4))
         produced[f"pos{size}"] = resize_positions(
             backbone.vit.pos_embed,
             features.grid,
@@ -144,7 +138,7 @@ def a_encoder(case: Case) -> Produced:
 @torch.no_grad()
 def b_network(case: Case) -> Produced:
     """Every output of the network, and the decoder's stations."""
-    model, images = build_getam(case), _network_images(case.inputs["img"])
+    model, images = build_getam(case), network_images(case.inputs["img"])
     outputs = model(images)
     features = model._encode(images, levels=(1, 2, 3, 4))
     maps = [model.level_map(features, level) for level in (1, 2, 3, 4)]
@@ -193,7 +187,7 @@ def _block_gradients(
 def c_cam(case: Case) -> Produced:
     """Maps of every pair, block by block, and what becomes of them."""
     model = build_getam(case).train()
-    images, labels = _network_images(case.inputs["img"]), _tensor(case.inputs["cls_label"])
+    images, labels = network_images(case.inputs["img"]), as_tensor(case.inputs["cls_label"])
     depth, first = model.backbone.depth, model.backbone.num_prefix_tokens
     features = model.backbone(images, taps=(model.taps[4],), parts=range(depth))
     logits = model.classify(model.level_map(features, 4))
@@ -244,7 +238,7 @@ def d_pamr(case: Case) -> Produced:
     pamr = PAMR(dilations=case.settings["dilations"], num_iter=case.settings["num_iter"])
     images = _pixels(case.inputs["img"])
     return {
-        name.replace("masks", "refined"): pamr(images, _tensor(masks))
+        name.replace("masks", "refined"): pamr(images, as_tensor(masks))
         for name, masks in case.inputs.items()
         if name.startswith("masks")
     }
@@ -280,9 +274,9 @@ def e_complete(case: Case) -> Produced:
         if not name.startswith("label_"):
             continue
         scenario = name.removeprefix("label_")
-        labels = _tensor(case.inputs[name])[None]
-        maps = _tensor(case.inputs[f"cam_{scenario}"])[None]
-        salient = _tensor(case.inputs[f"sal_{scenario}"])[None] > 0
+        labels = as_tensor(case.inputs[name])[None]
+        maps = as_tensor(case.inputs[f"cam_{scenario}"])[None]
+        salient = as_tensor(case.inputs[f"sal_{scenario}"])[None] > 0
         slots, ids = _slots_of(maps, labels)
         result = complete_labels(slots, ids, salient, quantile=quantile, official_compat=True)
         thresholds = completion_thresholds(slots, quantile)
@@ -307,13 +301,13 @@ def _saliency(labels: Labels) -> Tensor:
 
 def e_pipeline(case: Case) -> Produced:
     """From maps on the patch grid to labels, in float64: no pixel hangs on a rounding."""
-    labels, guide = _tensor(case.inputs["cls_label"]), _pixels(case.inputs["img"]).double()
-    maps, ids = _slots_of(_tensor(case.inputs["cam_grid"]).double(), labels)
+    labels, guide = as_tensor(case.inputs["cls_label"]), _pixels(case.inputs["img"]).double()
+    maps, ids = _slots_of(as_tensor(case.inputs["cam_grid"]).double(), labels)
     pairs, quantile = _pairs(labels), _quantile(case)
     upsampled = GETAM._enlarged(maps, guide.shape[-2:])
     after = PAMR()(guide, upsampled)
     refined = normalise_maximum(after)
-    salient = _tensor(case.inputs["sal"]) > 0
+    salient = as_tensor(case.inputs["sal"]) > 0
     complete = partial(complete_labels, refined, ids, quantile=quantile, official_compat=True)
     result = complete(salient)
     thresholds = completion_thresholds(refined, quantile)
@@ -337,10 +331,10 @@ def f_ce(case: Case) -> Produced:
     produced: dict[str, Any] = {}
     for name, array in case.inputs.items():
         if name.startswith("label_"):
-            logits = _tensor(case.inputs["logits"]).requires_grad_()
-            loss = split_cross_entropy(logits, _tensor(array), guard=False)
+            logits = as_tensor(case.inputs["logits"]).requires_grad_()
+            loss = split_cross_entropy(logits, as_tensor(array), guard=False)
             scenario = name.removeprefix("label_")
-            value, gradient = _loss_and_gradients(loss, logits)
+            value, gradient = loss_and_gradients(loss, logits)
             produced |= {f"loss_{scenario}": value, f"grad_{scenario}": gradient}
     return produced
 
@@ -354,12 +348,12 @@ def f_energy(case: Case) -> Produced:
 
 def f_saliency(case: Case) -> Produced:
     """Saliency loss as coded and as corrected, and its target."""
-    completed = _tensor(case.inputs["sal_completed"])
+    completed = as_tensor(case.inputs["sal_completed"])
     produced: dict[str, Any] = {}
     for name, compat in (("coded", True), ("corrected", False)):
-        logits = _tensor(case.inputs["logits"]).requires_grad_()
+        logits = as_tensor(case.inputs["logits"]).requires_grad_()
         loss = saliency_loss(logits, completed, official_compat=compat)
-        value, gradient = _loss_and_gradients(loss, logits)
+        value, gradient = loss_and_gradients(loss, logits)
         target = saliency_target(completed, official_compat=compat).to(torch.uint8)
         produced |= {f"target_{name}": target, f"loss_{name}": value, f"grad_{name}": gradient}
     return produced
@@ -370,14 +364,14 @@ def f_saliency(case: Case) -> Produced:
 
 def _batch(case: Case) -> dict[str, Any]:
     """A training batch; the network input is zero outside the crop mask."""
-    mask = _tensor(case.inputs["crop_mask"])[:, None]
+    mask = as_tensor(case.inputs["crop_mask"])[:, None]
     batch: dict[str, Any] = {
-        "image": _network_images(case.inputs["img"]) * mask,
-        "labels": _tensor(case.inputs["cls_label"]),
+        "image": network_images(case.inputs["img"]) * mask,
+        "labels": as_tensor(case.inputs["cls_label"]),
         "box": _box_of(case.inputs["crop_mask"]),
     }
     if "sal" in case.inputs:
-        batch["saliency"] = _tensor(case.inputs["sal"]) > 0
+        batch["saliency"] = as_tensor(case.inputs["sal"]) > 0
     return batch
 
 
@@ -482,7 +476,7 @@ def _second_phase(case: Case, *, with_dropout: bool) -> tuple[GETAM, StepResult]
     model = build_getam(case).double().train()
     for index, layer in enumerate(model.decoder.head):
         if isinstance(layer, nn.Dropout):
-            keep = _tensor(case.inputs["dropout_keep"]) if with_dropout else torch.ones(())
+            keep = as_tensor(case.inputs["dropout_keep"]) if with_dropout else torch.ones(())
             model.decoder.head[index] = StoredDropout(keep, layer.p if with_dropout else 0.0)
     # the stored guide: one pixel on the other side of an integer would be another image
     guide = _pixels(case.inputs["guide"]).double()
@@ -544,11 +538,11 @@ def _step_outputs(case: Case, model: GETAM, result: StepResult) -> dict[str, Any
     assert result.refined is not None
     assert result.labels is not None
     assert result.outputs.seg_logits is not None
-    labels = _tensor(case.inputs["cls_label"])
+    labels = as_tensor(case.inputs["cls_label"])
     ids, _ = class_slots(labels)
     pairs = _pairs(labels)
     refined = _of_pairs(result.refined, ids, pairs)
-    salient = _tensor(case.inputs["sal"]) > 0
+    salient = as_tensor(case.inputs["sal"]) > 0
     return {
         "pairs": pairs,
         "logits": result.outputs.class_logits,
@@ -599,11 +593,11 @@ def _schedule(model: GETAM, steps: Iterable[int]) -> Array:
 
 def _toy_run(case: Case, model: GETAM) -> Array:
     """A toy parameter after every step of the method's optimiser and schedule."""
-    toy = nn.Parameter(_tensor(case.inputs["toy_param"]).clone())
+    toy = nn.Parameter(as_tensor(case.inputs["toy_param"]).clone())
     optimizer = model.optimizer([{"params": [toy], "lr": model.lr}])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, model.lr_multiplier)
     history = []
-    for gradient in _tensor(case.inputs["toy_grads"]):
+    for gradient in as_tensor(case.inputs["toy_grads"]):
         toy.grad = gradient.clone()
         optimizer.step()
         schedule.step()
@@ -665,7 +659,7 @@ def i_inference(case: Case) -> Produced:
     posterior = dense_crf(rgb, prob, preset)
     label = posterior.argmax(0)
     confusion = ConfusionMatrix(num_classes=len(prob))
-    confusion.update(torch.from_numpy(label)[None], _tensor(case.inputs["gt"]).long()[None])
+    confusion.update(torch.from_numpy(label)[None], as_tensor(case.inputs["gt"]).long()[None])
     matrix = confusion.compute().matrix
     hit = matrix.diagonal().double()
     iou = hit / (matrix.sum(0) + matrix.sum(1) - hit)  # NaN: neither there nor predicted

@@ -32,6 +32,13 @@ from wsss.losses import (
 )
 from wsss.methods.toco import NUM_LOCALS, StepResult, ToCo, crop_local_views, ctc_loss, ptc_loss
 from wsss.parity import GRADIENT, LOSS, Array, Case, Kind, Produced, Tolerance
+from wsss.parity.inputs import (
+    as_tensor,
+    gradient_norm,
+    loss_and_gradients,
+    network_images,
+    unit_images,
+)
 from wsss.pseudo_labels import (
     cam_to_label,
     cam_to_label_with_ignore,
@@ -51,21 +58,6 @@ ITERATIONS, GATED_ITERATIONS = 20_000, 2_000  # VOC's run, and its steps without
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def _tensor(array: Array) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _unit_images(array: Array) -> Tensor:
-    """uint8 (..., H, W, 3) to float (..., 3, H, W) in [0, 1]."""
-    return _tensor(np.moveaxis(array, -1, -3)).float() / 255
-
-
-def _network_images(array: Array) -> Tensor:
-    """uint8 (..., H, W, 3) to normalised network input (..., 3, H, W)."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (_unit_images(array) - mean) / std
-
-
 def _thresholds(case: Case) -> tuple[float, float, float]:
     """High, low and background threshold."""
     cfg = case.settings
@@ -77,10 +69,6 @@ def _pair_map(label: Tensor) -> Tensor:
     same, different = pair_masks(label)
     ignored = torch.full(same.shape, 255, dtype=torch.uint8)
     return ignored.masked_fill_(same, 1).masked_fill_(different, 0)
-
-
-def _loss_and_gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -204,7 +192,7 @@ def a_backbone(case: Case) -> Produced:
     produced = {}
     for name, array in case.inputs.items():
         size = name.removeprefix("img")  # "_64x96"
-        features = backbone(_network_images(array), taps=(aux,))
+        features = backbone(network_images(array), taps=(aux,))
         last = aux == backbone.depth - 1  # the last list entry is the normed output
         produced[f"cls{size}"] = features.cls_tokens[:, 0]
         produced[f"patch{size}"] = features.patch_tokens
@@ -215,7 +203,7 @@ def a_backbone(case: Case) -> Produced:
 @torch.no_grad()
 def b_network(case: Case) -> Produced:
     """Every output of the network, and the teacher's moving average."""
-    model, images = build_toco(case), _network_images(case.inputs["img"])
+    model, images = build_toco(case), network_images(case.inputs["img"])
     outputs, features = model(images), model._encode(images)
     cam, cam_aux = model.raw_cams(images)
     token = features.cls_tokens[:, 0]
@@ -231,8 +219,8 @@ def b_network(case: Case) -> Produced:
         "head_teacher": model.ctc_teacher(token),
     }
     if "locals" in case.inputs:
-        views = torch.cat([_network_images(case.inputs[v]) for v in ("view1", "view2")])
-        crops = _network_images(case.inputs["locals"]).flatten(0, 1)
+        views = torch.cat([network_images(case.inputs[v]) for v in ("view1", "view2")])
+        crops = network_images(case.inputs["locals"]).flatten(0, 1)
         model.update_teacher()
         student, teacher = _projections(model, model._encode(views).cls_tokens[:, 0], crops)
         produced |= {"ctc_student": student, "ctc_teacher": teacher}
@@ -245,7 +233,7 @@ def c_multiscale_cam(case: Case) -> Produced:
     """Normalised multi-scale CAMs of both token sets."""
     model = build_toco(case)
     cam, cam_aux = multiscale_cam(
-        model.raw_cams, _network_images(case.inputs["img"]), scales=case.settings["scales"]
+        model.raw_cams, network_images(case.inputs["img"]), scales=case.settings["scales"]
     )
     return {"cam": cam, "cam_aux": cam_aux}
 
@@ -256,9 +244,9 @@ def c_multiscale_cam(case: Case) -> Produced:
 def d_labels(case: Case) -> Produced:
     """Thresholding, boxes, ROI and pair masks."""
     high, low, background = _thresholds(case)
-    cam, labels = (_tensor(case.inputs[k]) for k in ("cam", "cls_label"))
+    cam, labels = (as_tensor(case.inputs[k]) for k in ("cam", "cls_label"))
     whole = np.array([[0, cam.shape[2], 0, cam.shape[3]]] * len(cam))
-    boxes = _tensor(case.inputs.get("box", whole))
+    boxes = as_tensor(case.inputs.get("box", whole))
     plain = cam_to_label(cam, labels, bg_threshold=background)
     ignored = partial(cam_to_label_with_ignore, labels=labels, high=high, low=low)
     produced = {
@@ -269,7 +257,7 @@ def d_labels(case: Case) -> Produced:
         "roi_mask": roi_mask(cam, labels, high=high, low=low),
     }
     if "label" in case.inputs:
-        produced["ignore_box_label"] = ignore_outside_boxes(_tensor(case.inputs["label"]), boxes)
+        produced["ignore_box_label"] = ignore_outside_boxes(as_tensor(case.inputs["label"]), boxes)
     if "small_size" in case.inputs:
         size = case.inputs["small_size"].tolist()
         small = F.interpolate(cam, size=size, mode="bilinear", align_corners=False)
@@ -277,7 +265,7 @@ def d_labels(case: Case) -> Produced:
         produced |= {"small_cam": small, "small_label_fullsize_box": label}
         produced["aff_mask_fullsize_box"] = _pair_map(label)
     if "small_label" in case.inputs:
-        produced["aff_mask_given"] = _pair_map(_tensor(case.inputs["small_label"]))
+        produced["aff_mask_given"] = _pair_map(as_tensor(case.inputs["small_label"]))
     return produced
 
 
@@ -290,10 +278,10 @@ def _par(case: Case) -> PAR:
 
 def e_par(case: Case) -> Produced:
     """Refined masks: ``in_masks`` gives ``refined``, ``in_masks_x`` gives ``refined_from_x``."""
-    par, images = _par(case), _unit_images(case.inputs["img"])
+    par, images = _par(case), unit_images(case.inputs["img"])
     return {
         name.replace("masks_", "refined_from_").replace("masks", "refined"): par(
-            images, _tensor(array)
+            images, as_tensor(array)
         )
         for name, array in case.inputs.items()
         if name.startswith("masks")
@@ -306,10 +294,10 @@ def e_refine(case: Case) -> Produced:
     boxes = case.inputs.get("box")
     label = refine_cam_to_label(
         _par(case),
-        _unit_images(case.inputs["img"]),
-        _tensor(case.inputs["cam"]),
-        _tensor(case.inputs["cls_label"]),
-        boxes=None if boxes is None else _tensor(boxes),
+        unit_images(case.inputs["img"]),
+        as_tensor(case.inputs["cam"]),
+        as_tensor(case.inputs["cls_label"]),
+        boxes=None if boxes is None else as_tensor(boxes),
         high=high,
         low=low,
         down_scale=case.settings.get("down_scale", 2),
@@ -324,16 +312,16 @@ def _labels_by_suffix(case: Case) -> Iterable[tuple[str, Tensor]]:
     """``in_label_x`` as (``_x``, map); a plain ``in_label`` has an empty suffix."""
     for name, array in case.inputs.items():
         if name.startswith("label"):
-            yield name.removeprefix("label"), _tensor(array)
+            yield name.removeprefix("label"), as_tensor(array)
 
 
 def f_ptc(case: Case) -> Produced:
     """Patch-token contrast with its gradient and pair counts for every label map."""
     produced: dict[str, Any] = {}
     for suffix, label in _labels_by_suffix(case):
-        tokens = _tensor(case.inputs["tokens"]).requires_grad_()
+        tokens = as_tensor(case.inputs["tokens"]).requires_grad_()
         same, different = pair_masks(label)
-        loss, gradient = _loss_and_gradients(ptc_loss(tokens, same, different), tokens)
+        loss, gradient = loss_and_gradients(ptc_loss(tokens, same, different), tokens)
         counts = np.array([int(same.sum()), int(different.sum())])
         produced |= {f"loss{suffix}": loss, f"grad{suffix}": gradient}
         produced[f"npos_nneg{suffix}"] = counts
@@ -342,13 +330,13 @@ def f_ptc(case: Case) -> Produced:
 
 def f_ctc(case: Case) -> Produced:
     """Class-token contrast at every temperature, with both gradients and the single images."""
-    flags = _tensor(case.inputs["flags"])
+    flags = as_tensor(case.inputs["flags"])
     batch = len(flags)
     produced: dict[str, Any] = {}
     for tau in case.settings.get("temps", [case.settings.get("temp", 0.5)]):
-        student = _tensor(case.inputs["student"]).requires_grad_()
-        teacher = _tensor(case.inputs["teacher"]).requires_grad_()
-        loss, for_student, for_teacher = _loss_and_gradients(
+        student = as_tensor(case.inputs["student"]).requires_grad_()
+        teacher = as_tensor(case.inputs["teacher"]).requires_grad_()
+        loss, for_student, for_teacher = loss_and_gradients(
             ctc_loss(student, teacher, flags, tau), student, teacher
         )
         with torch.no_grad():
@@ -369,9 +357,9 @@ def f_seg(case: Case) -> Produced:
     """Balanced segmentation loss, unguarded as officially, with its gradient."""
     produced = {}
     for suffix, label in _labels_by_suffix(case):
-        logits = _tensor(case.inputs["logits"]).requires_grad_()
+        logits = as_tensor(case.inputs["logits"]).requires_grad_()
         loss = balanced_segmentation_loss(logits, label, guard=False)
-        produced[f"loss{suffix}"], produced[f"grad{suffix}"] = _loss_and_gradients(loss, logits)
+        produced[f"loss{suffix}"], produced[f"grad{suffix}"] = loss_and_gradients(loss, logits)
     return produced
 
 
@@ -382,7 +370,7 @@ def _correlation(first: Tensor, second: Tensor) -> float:
 
 def f_energy(case: Case) -> Produced:
     """Dense energy of a case whose images are normalised and whose real pixels are a box."""
-    images, boxes = _network_images(case.inputs["img"]), _tensor(case.inputs["box"])
+    images, boxes = network_images(case.inputs["img"]), as_tensor(case.inputs["box"])
     return energy_outputs(case, images, boxes, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
@@ -398,7 +386,7 @@ def energy_outputs(
         mean: of the normalisation.
         std: of the normalisation.
     """
-    cfg, label = case.settings, _tensor(case.inputs["label"])
+    cfg, label = case.settings, as_tensor(case.inputs["label"])
     scale = cfg.get("scale_factor", 0.5)
     sigma_rgb, sigma_xy = cfg.get("sigma_rgb", 15.0), cfg.get("sigma_xy", 100.0)
     settings: dict[str, Any] = {
@@ -409,16 +397,16 @@ def energy_outputs(
         "sigma_xy": sigma_xy,
         "scale_factor": scale,
     }
-    logits = _tensor(case.inputs["logits"]).requires_grad_()
+    logits = as_tensor(case.inputs["logits"]).requires_grad_()
     results = [
-        _loss_and_gradients(
+        loss_and_gradients(
             dense_energy_loss(images, logits, label, boxes, kernel=kernel, **settings), logits
         )
         for kernel in ("lattice", "gaussian")
     ]
     (loss, gradient), (exact_loss, exact_gradient) = results
     prob = logits.detach().softmax(1).requires_grad_()
-    from_prob, grad_prob = _loss_and_gradients(
+    from_prob, grad_prob = loss_and_gradients(
         dense_energy_from_prob(images, prob, label, boxes, **settings), prob
     )
     colours, reduced, roi, gate = energy_inputs(
@@ -466,8 +454,8 @@ def g_crops(case: Case) -> Produced:
     """Local crops of a seed, and everything that follows from them."""
     cfg = case.settings
     size, count = cfg.get("crop_size", 96), cfg.get("crop_num", 8)
-    images = _network_images(case.inputs["img"])
-    roi = _tensor(case.inputs["roi_mask"]).long()
+    images = network_images(case.inputs["img"])
+    roi = as_tensor(case.inputs["roi_mask"]).long()
     torch.manual_seed(cfg["seed"])
     local = crop_local_views(images, roi, size, count)
     pools = [_candidates(r, size // 2, count) for r in roi]
@@ -511,8 +499,8 @@ def _multiplier(case: Case, max_steps: int, warmup_steps: int) -> Callable[[int]
 
 def _toy_run(case: Case, model: ToCo, multiplier: Callable[[int], float]) -> Array:
     """A toy parameter through the method's optimiser and schedule, at base and ten-fold rate."""
-    rate, gradients = case.settings["toy_lr"], _tensor(case.inputs["toy_grads"])
-    toys = [nn.Parameter(_tensor(case.inputs["toy_param"]).clone()) for _ in range(2)]
+    rate, gradients = case.settings["toy_lr"], as_tensor(case.inputs["toy_grads"])
+    toys = [nn.Parameter(as_tensor(case.inputs["toy_param"]).clone()) for _ in range(2)]
     optimizer = model.optimizer(
         [{"params": [toy], "lr": lr} for toy, lr in zip(toys, (rate, 10 * rate), strict=True)]
     )
@@ -572,19 +560,19 @@ def h_optim(case: Case) -> Produced:
 def _step(case: Case, step: int) -> tuple[ToCo, StepResult]:
     """One training step's losses on a fresh model."""
     model = build_toco(case).train()
-    boxes = _tensor(case.inputs["box"]).long()
+    boxes = as_tensor(case.inputs["box"]).long()
     batch = {
-        "image": _network_images(case.inputs["img"]),
-        "view2": _network_images(case.inputs["view2"]),
-        "local_view": _network_images(case.inputs["local_img"]),
-        "labels": _tensor(case.inputs["cls_label"]),
+        "image": network_images(case.inputs["img"]),
+        "view2": network_images(case.inputs["view2"]),
+        "local_view": network_images(case.inputs["local_img"]),
+        "labels": as_tensor(case.inputs["cls_label"]),
         "box": boxes,
     }
     torch.manual_seed(case.settings.get("seed", 0))
     if "roi_mask" in case.inputs:
         # One score beside a threshold would move every later draw: the official mask and draws.
-        roi = _tensor(case.inputs["roi_mask"]).long()
-        draws = _tensor(case.inputs["draws"]) if "draws" in case.inputs else None
+        roi = as_tensor(case.inputs["roi_mask"]).long()
+        draws = as_tensor(case.inputs["draws"]) if "draws" in case.inputs else None
         count = NUM_LOCALS if draws is None else draws.shape[1]
         local = crop_local_views(batch["local_view"], roi, model.local_size, count, draws)
         model.local_crops = lambda *_: local  # type: ignore[method-assign]
@@ -608,14 +596,10 @@ MODULES = ("encoder", "proj_head", "proj_head_t", "decoder", "classifier", "aux_
 TERMS = ("cls", "cls_aux", "ptc", "ctc", "seg", "reg")
 
 
-def _norm(gradients: Iterable[Tensor | None]) -> float:
-    return sum(float(g.double().square().sum()) for g in gradients if g is not None) ** 0.5
-
-
 def _module_norms(gradients: dict[str, Tensor | None]) -> Array:
     return np.array(
         [
-            _norm(g for name, g in gradients.items() if name.startswith(f"{module}."))
+            gradient_norm(g for name, g in gradients.items() if name.startswith(f"{module}."))
             for module in MODULES
         ]
     )
@@ -626,7 +610,7 @@ def _gradient_outputs(case: Case, stage: str, gradients: dict[str, Tensor | None
     names = case.extra["param_names"].tolist()
     produced: dict[str, Any] = {
         f"gradnorm_param_{stage}": np.array(
-            [np.nan if gradients[n] is None else _norm([gradients[n]]) for n in names]
+            [np.nan if gradients[n] is None else gradient_norm([gradients[n]]) for n in names]
         ),
         f"gradnorm_module_{stage}": _module_norms(gradients),
     }
@@ -654,10 +638,10 @@ def _step_outputs(case: Case, model: ToCo, result: StepResult) -> dict[str, Any]
     """What a step computes beside its losses and gradients."""
     assert result.cam_aux is not None
     assert result.local is not None
-    labels, batch = _tensor(case.inputs["cls_label"]), len(case.inputs["cls_label"])
+    labels, batch = as_tensor(case.inputs["cls_label"]), len(case.inputs["cls_label"])
     high, low, _ = _thresholds(case)
     roi = roi_mask(result.cam_aux, labels, high=high, low=low)
-    stored = _tensor(case.inputs["roi_mask"]) if "roi_mask" in case.inputs else roi
+    stored = as_tensor(case.inputs["roi_mask"]) if "roi_mask" in case.inputs else roi
     score = (result.cam_aux * labels[:, :, None, None]).amax(1)
     beside = ((score - high).abs() < CAM_ERROR) | ((score - low).abs() < CAM_ERROR)
     small = F.interpolate(

@@ -134,7 +134,7 @@ def test_taps_are_raw_outputs_of_their_blocks() -> None:
         backbone.vit.norm(features.intermediates[1]), features.patch_tokens, rtol=0, atol=1e-6
     )
     assert not torch.allclose(features.intermediates[1], features.patch_tokens, atol=0.1)
-    first = backbone.vit.blocks[0](backbone._embed(images)[0])[:, 1:]
+    first = backbone.vit.blocks[0](backbone.embed(images)[0])[:, 1:]
     torch.testing.assert_close(features.intermediates[0], first)
     assert backbone(images).intermediates == {}
 

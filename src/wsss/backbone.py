@@ -129,8 +129,9 @@ class Backbone(nn.Module):
         WSSSError: unknown name, not a plain ViT or the hybrid, missing or unfitting weights.
     """
 
-    #: how positions are resized; a method that reproduces its official numerics may change it
+    #: how positions are resized, see :func:`resize_positions`; a method may set them
     position_mode: Literal["bicubic", "bilinear"] = "bicubic"
+    position_offset: float | None = None
 
     def __init__(
         self,
@@ -202,7 +203,8 @@ class Backbone(nn.Module):
         Raises:
             WSSSError: the image is smaller than one patch.
         """
-        tokens, grid, stem_maps = self._embed(images)
+        stem_maps = self._stem_maps(images)
+        tokens, grid = self.embed(images, stem_maps)
         wanted_taps = {index % self.depth for index in taps}
         wanted_maps = {index % self.depth for index in attentions}
         wanted_parts = {index % self.depth for index in parts}
@@ -226,19 +228,42 @@ class Backbone(nn.Module):
         """Prefix tokens (B, P, D) and patch tokens (B, N, D)."""
         return tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int], tuple[Tensor, ...]]:
-        """Patches, prefix tokens and positions: (B, P+N, D); the grid; the stem's maps."""
-        vit, patch = self.vit, self.patch_size
-        grid = (images.shape[-2] // patch, images.shape[-1] // patch)
-        if min(grid) == 0:
+    def _stem_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of a hybrid's ResNet stages, see :class:`Features`; none of a plain ViT."""
+        if not isinstance(self.vit.patch_embed, HybridEmbed):
+            return ()
+        stem = self.vit.patch_embed.backbone
+        maps = [stem.stem(self._whole_patches(images))]
+        for stage in stem.stages:
+            maps.append(stage(maps[-1]))
+        return (*maps[1:-1], stem.norm(maps[-1]))
+
+    def _whole_patches(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) without the rows and columns beyond the last whole patch."""
+        height, width = (side // self.patch_size * self.patch_size for side in images.shape[-2:])
+        if min(height, width) == 0:
             raise WSSSError(
-                f"image of {tuple(images.shape[-2:])} pixels is smaller than one {patch} px patch; "
-                "use larger images"
+                f"image of {tuple(images.shape[-2:])} pixels is smaller than one {self.patch_size} "
+                "px patch; use larger images"
             )
-        images = images[..., : grid[0] * patch, : grid[1] * patch]
-        stem_maps: tuple[Tensor, ...] = ()
-        if isinstance(vit.patch_embed, HybridEmbed):
-            stem_maps = _stem_maps(vit.patch_embed.backbone, images)
+        return images[..., :height, :width]
+
+    def embed(
+        self, images: Tensor, stem_maps: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Input of the first block, (B, P+N, D): patches and prefix with positions; and the grid.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            stem_maps: what a hybrid's stem made of them.
+
+        Raises:
+            WSSSError: the image is smaller than one patch.
+        """
+        vit, patch = self.vit, self.patch_size
+        square = images.shape[-2] == images.shape[-1]
+        images = self._whole_patches(images)
+        grid = (images.shape[-2] // patch, images.shape[-1] // patch)
         embedded = vit.patch_embed.proj(stem_maps[-1] if stem_maps else images)  # (B, D, h, w)
         patches = embedded.flatten(2).transpose(1, 2)  # (B, N, D)
         if not stem_maps:
@@ -250,26 +275,61 @@ class Backbone(nn.Module):
             vit.pos_embed,
             grid,
             0 if vit.no_embed_class else self.num_prefix_tokens,
-            self.position_mode,
+            mode=self.position_mode,
+            offset=self.position_offset,
+            square=square,
         )
         if vit.no_embed_class:  # DINOv2 with registers: prefix tokens carry no position
             tokens = torch.cat([*prefix, patches + positions], dim=1)
         else:
             tokens = torch.cat([*prefix, patches], dim=1) + positions
-        return vit.norm_pre(vit.pos_drop(tokens)), grid, stem_maps
+        return vit.norm_pre(vit.pos_drop(tokens)), grid
 
 
 def resize_positions(
-    positions: Tensor, grid: tuple[int, int], num_prefix: int, mode: str = "bicubic"
+    positions: Tensor,
+    grid: tuple[int, int],
+    num_prefix: int,
+    *,
+    mode: str = "bicubic",
+    offset: float | None = None,
+    square: bool = True,
 ) -> Tensor:
-    """Positions (1, P+n*n, D) for a grid of (h, w): no antialias, prefix untouched."""
+    """Positions (1, P+n*n, D) for a grid of (h, w): no antialias, prefix untouched.
+
+    Args:
+        positions: as stored.
+        grid: (h, w) that is wanted; the stored one is left as it is.
+        num_prefix: P.
+        mode: of interpolation, ``bicubic`` or ``bilinear``.
+        offset: None resizes to (h, w). A number scales by (h + offset) / n and (w + offset) / n, as
+            DINO's descendants do with 0.1: pixel i is then sampled at (i + 1/2) n / (h + offset) -
+            1/2, about 1e-3 away from the former (clustercam.md section 1, "Stem").
+        square: whether the image is; with an offset only then the stored grid is left as it is.
+    """
     prefix, patches = positions[:, :num_prefix], positions[:, num_prefix:]
     side = round(patches.shape[1] ** 0.5)
-    if (side, side) == grid:
+    if (side, side) == grid and (offset is None or square):
         return positions
     patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, n, n)
-    patches = F.interpolate(patches, size=grid, mode=mode, align_corners=False)
+    if offset is None:
+        patches = F.interpolate(patches, size=grid, mode=mode, align_corners=False)
+    else:
+        scale = ((grid[0] + offset) / side, (grid[1] + offset) / side)
+        patches = F.interpolate(patches, scale_factor=scale, mode=mode, align_corners=False)
     return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each (B, heads, T, D / heads), of a projection (B, T, 3 D)."""
+    batch, count, _ = qkv.shape
+    queries, keys, values = qkv.reshape(batch, count, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    return queries, keys, values
+
+
+def merge_heads(mixed: Tensor) -> Tensor:
+    """Heads (B, heads, T, D / heads) side by side again, (B, T, D)."""
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def _block_with_attention(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,17 +351,14 @@ def _block_with_parts(block: Any, tokens: Tensor) -> tuple[Tensor, AttentionPart
 def _queries_keys_values(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of a block's attention, each (B, heads, N, D / heads); queries are scaled already."""
     attn = block.attn
-    normed = block.norm1(tokens)
-    batch, count, _ = normed.shape
-    qkv = attn.qkv(normed).reshape(batch, count, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    queries, keys, values = qkv.unbind(0)
+    queries, keys, values = split_heads(attn.qkv(block.norm1(tokens)), attn.num_heads)
     return attn.q_norm(queries) * attn.scale, attn.k_norm(keys), values
 
 
 def _after_attention(block: Any, tokens: Tensor, mixed: Tensor) -> Tensor:
     """The rest of a block, from attention times values (B, heads, N, D / heads)."""
     attn = block.attn
-    mixed = mixed.transpose(1, 2).reshape(tokens.shape)
+    mixed = merge_heads(mixed)
     mixed = attn.proj_drop(attn.proj(attn.norm(mixed)))
     tokens = tokens + block.drop_path1(block.ls1(mixed))
     return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
@@ -333,14 +390,6 @@ def _hybrid_embed(**arguments: Any) -> HybridEmbed:
         conv_layer=StandardisedConv,
     )
     return HybridEmbed(backbone=stem, **arguments)
-
-
-def _stem_maps(stem: ResNetV2, images: Tensor) -> tuple[Tensor, ...]:
-    """Output of every ResNet stage; the last one is normed (by nothing, in this ResNet)."""
-    maps = [stem.stem(images)]
-    for stage in stem.stages:
-        maps.append(stage(maps[-1]))
-    return (*maps[1:-1], stem.norm(maps[-1]))
 
 
 def _create_vit(name: str, *, pretrained: bool, overrides: dict[str, Any]) -> VisionTransformer:

@@ -75,7 +75,7 @@ VERBS = {
         "train a method, evaluate it, write table and gallery into a run folder",
         """\
 Hydra composes the run from groups; any value can be set on the line:
-  method=toco                data=minivoc|voc           backbone=vit_pico|deit_base|vit_base|...
+  method=toco|getam          data=minivoc|voc           backbone=vit_pico|deit_base|vit_base|...
   trainer=auto|cpu|gpu|ddp   logger=csv|wandb           +experiments=toco/minivoc
   seed=0  study=NAME  runs_dir=runs  budget.max_steps=600  method.ptc_weight=0 ...
 --cfg job prints the composed configuration; -m sweeps over comma-separated values.
@@ -139,7 +139,7 @@ Example:
         "benchmark method=METHOD [KEY=VALUE ...]",
         "time a training step by phases, beside the official way of computing",
         """\
-  backbone=vit_base  image_size=448  batch_size=2  repeats=3  warmup=1  device=auto
+  backbone=vit_base  image_size=448 (getam 256)  batch_size=2  repeats=3  warmup=1  device=auto
   stage=after     after the start of segmentation, or before
   dtype=float32   or bfloat16 (autocast)      threads=N  num_classes=20  seed=0
   official=true   also run the step with every saving switched off; the ratio is of one run

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,18 @@ from rich.console import Console
 
 from wsss.arguments import parse_arguments
 from wsss.benchmark.report import show, summarise
-from wsss.benchmark.runner import Side, run_side
-from wsss.benchmark.toco_official import Savings
+from wsss.benchmark.runner import Side, run_side, saving_names
 from wsss.errors import WSSSError
 
 #: method -> class that computes its step the official way
-OFFICIAL = {"toco": "wsss.benchmark.toco_official.OfficialToCo"}
+OFFICIAL = {
+    "toco": "wsss.benchmark.toco_official.OfficialToCo",
+    "getam": "wsss.benchmark.getam_official.OfficialGETAM",
+}
+#: method -> its paper's encoder
+BACKBONES = {"toco": "vit_base", "getam": "vit_base"}
+#: method -> side of its paper's crops
+IMAGE_SIZES = {"toco": 448, "getam": 256}
 
 
 @dataclass
@@ -33,8 +39,8 @@ class BenchmarkConfig:
 
     Attributes:
         method: a method of ``conf/method``.
-        backbone: an encoder of ``conf/backbone``; its weights are random here.
-        image_size: side of the images in pixels.
+        backbone: an encoder of ``conf/backbone``, with random weights here; null: the method's own.
+        image_size: side of the images in pixels; null: the method's own.
         batch_size: images a step.
         num_classes: K, foreground classes.
         repeats: steps that count.
@@ -50,8 +56,8 @@ class BenchmarkConfig:
     """
 
     method: str = MISSING
-    backbone: str = "vit_base"
-    image_size: int = 448
+    backbone: str | None = None
+    image_size: int | None = None
     batch_size: int = 2
     num_classes: int = 20
     repeats: int = 3
@@ -123,17 +129,20 @@ def parse(arguments: Sequence[str]) -> BenchmarkConfig:
         value = getattr(config, key)
         if value is not None and value < least:
             raise WSSSError(f"{key}={value}: must be at least {least}")
+    config.backbone = config.backbone or BACKBONES[config.method]
+    config.image_size = config.image_size or IMAGE_SIZES[config.method]
     return config
 
 
 def sides(config: BenchmarkConfig) -> list[Side]:
     """What to run: ours, then the official way, then ours with one saving off at a time."""
-    every = [field.name for field in fields(Savings)]
+    target = OFFICIAL[config.method]
+    every = saving_names(target)
     listed = [Side("ours", None, ())]
     if config.official:
-        listed.append(Side("official way", OFFICIAL[config.method], tuple(every)))
+        listed.append(Side("official way", target, every))
     if config.ablate:
-        listed += [Side(f"without {name}", OFFICIAL[config.method], (name,)) for name in every]
+        listed += [Side(f"without {name}", target, (name,)) for name in every]
     return listed
 
 

@@ -5,18 +5,17 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hydra.utils import get_class
 from torch import Tensor
 
-from wsss.benchmark.toco_official import OfficialToCo, Savings
 from wsss.errors import WSSSError
-from wsss.methods.base import Batch
-from wsss.methods.toco import ToCo
+from wsss.methods.base import Batch, WSSSModule
 from wsss.reporting import choose_device
 from wsss.runs import build_module, compose_run
 
@@ -122,7 +121,12 @@ def run_side(config: dict[str, Any], side: Side) -> dict[str, Any]:
     }
 
 
-def build(config: dict[str, Any], side: Side) -> ToCo:
+def saving_names(target: str) -> tuple[str, ...]:
+    """What the class of an official way of computing can switch on."""
+    return tuple(item.name for item in fields(get_class(target).savings))
+
+
+def build(config: dict[str, Any], side: Side) -> WSSSModule:
     """The module of a side, with random weights drawn after the seed that is set."""
     # local crops keep the proportion of VOC's settings: 96 of 448 px, whole patches of 16
     local = max(16, round(config["image_size"] * 96 / 448 / 16) * 16)
@@ -140,16 +144,17 @@ def build(config: dict[str, Any], side: Side) -> ToCo:
     if side.target:
         run["method"]["_target_"] = side.target
     module = build_module(run, config["num_classes"])
-    assert isinstance(module, ToCo)
-    if isinstance(module, OfficialToCo):
-        module.use_savings(Savings(**{f.name: f.name not in side.off for f in fields(Savings)}))
+    if side.target:
+        on = {name: name not in side.off for name in saving_names(side.target)}
+        official: Any = module
+        official.use_savings(replace(official.savings, **on))
     return module
 
 
 def make_batch(config: dict[str, Any], device: torch.device) -> Batch:
     """A random training batch: smooth images, one to three classes, every second image padded.
 
-    The shapes are those of ``wsss.data.transforms.ToCoViews``.
+    The shapes are those of ``wsss.data.transforms.ToCoViews``; other methods take what they need.
     """
     size, count = config["image_size"], config["batch_size"]
     views = [_smooth_images(count, size) for _ in range(3)]
@@ -164,7 +169,9 @@ def make_batch(config: dict[str, Any], device: torch.device) -> Batch:
         present = torch.randperm(config["num_classes"])[: 1 + b % 3]
         labels[b, present] = 1
     named = zip(("image", "view2", "local_view"), views, strict=True)
-    batch = {**dict(named), "labels": labels, "box": boxes}
+    saliency = torch.zeros(count, size, size, dtype=torch.uint8)
+    saliency[:, size // 4 : -size // 4, size // 4 : -size // 4] = 1
+    batch = {**dict(named), "labels": labels, "box": boxes, "saliency": saliency}
     return {name: value.to(device) for name, value in batch.items()}
 
 
@@ -175,7 +182,7 @@ def _smooth_images(count: int, size: int) -> Tensor:
 
 
 def _steps(
-    config: dict[str, Any], module: ToCo, batch: Batch, device: torch.device
+    config: dict[str, Any], module: Any, batch: Batch, device: torch.device
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Timed optimisation steps, and the losses of the very first one."""
     watch = Stopwatch(device)

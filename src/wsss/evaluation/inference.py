@@ -52,7 +52,8 @@ class Prediction:
     Attributes:
         class_logits: (B, K).
         single: (B, K+1, H, W) single-scale logits at mask size, None without a segmentation head.
-        merged: The same over scales and flip; None where the protocol has only one scale.
+        merged: The same over scales and flip; None where the protocol has only one scale. Where
+            probabilities were merged these are their logarithms.
     """
 
     class_logits: Tensor
@@ -77,12 +78,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
-def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear resize without aligned corners, in float32; the same size is left untouched."""
+def resized(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
+    """Bilinear resize in float32; the same size is left untouched."""
     maps = maps.float()
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 def _squash(images: Tensor, side: int | None) -> Tensor:
@@ -101,7 +102,8 @@ def predict(
 
     The unflipped scale 1 is run once and serves the image-level logits, the single-scale result
     and (unless it is squashed differently) the merge. Order as in ToCo (toco.md section 5): logits
-    to mask size, merge the mirror image, then merge the scales.
+    to mask size, merge the mirror image, then merge the scales (as probabilities where the
+    protocol says so).
 
     Args:
         module: The method, in eval mode.
@@ -121,10 +123,14 @@ def predict(
         if protocol.flip:
             mirrored = _segment(module, scaled.flip(-1), size).flip(-1)
             logits = _merge(logits, mirrored, protocol.flip_merge)
+        if protocol.merge_of == "probabilities":
+            logits = logits.softmax(1)
         merged = logits if merged is None else _merge(merged, logits, protocol.scale_merge)
         count += 1
     if merged is not None and protocol.scale_merge == "mean":
         merged = merged / count
+    if merged is not None and protocol.merge_of == "probabilities":
+        merged = merged.log()
     return Prediction(outputs.class_logits.float(), single, merged)
 
 
@@ -137,7 +143,7 @@ def _scaled_images(images: Tensor, protocol: Protocol) -> Iterator[tuple[float |
     images = _squash(images, protocol.resize)
     for scale in protocol.seg_scales if protocol.multi_scale else ():
         height, width = (max(1, int(scale * side)) for side in images.shape[-2:])
-        yield scale, resized(images, (height, width))
+        yield scale, resized(images, (height, width), align_corners=protocol.align_corners)
 
 
 def _segment(module: ModuleLike, images: Tensor, size: Sequence[int]) -> Tensor:

@@ -35,6 +35,9 @@ class Protocol:
         flip: Whether multi-scale segmentation adds the mirror image.
         flip_merge: How logits of an image and its mirror are merged.
         scale_merge: How logits of the scales or sizes are merged.
+        merge_of: What the scales merge: ``logits``, or ``probabilities``, whose logarithm then
+            stands for the logits (clustercam.md section 5). Image and mirror merge as logits.
+        align_corners: Whether images are resized to a scale with aligned corners.
         crf: Name of a dense CRF preset, or None for no CRF.
         crf_prune: Let only background and the image's labelled classes into the CRF. It uses
             image labels, so it is refused unless ``use_image_labels`` is set.
@@ -56,6 +59,8 @@ class Protocol:
     flip: bool = False
     flip_merge: Merge = "sum"
     scale_merge: ScaleMerge = "sum"
+    merge_of: Literal["logits", "probabilities"] = "logits"
+    align_corners: bool = False
     crf: str | None = None
     crf_prune: bool = False
     cam_threshold: float = 0.5
@@ -85,6 +90,8 @@ class Protocol:
             raise WSSSError(f"eval.flip_merge={self.flip_merge}: expected sum or max")
         if self.scale_merge not in ("sum", "max", "mean"):
             raise WSSSError(f"eval.scale_merge={self.scale_merge}: expected sum, max or mean")
+        if self.merge_of not in ("logits", "probabilities"):
+            raise WSSSError(f"eval.merge_of={self.merge_of}: expected logits or probabilities")
         if self.refine not in ("par", "pamr", None):
             raise WSSSError(f"eval.refine={self.refine}: expected par, pamr or null")
 

@@ -47,7 +47,12 @@ from wsss.decoders import DPTDecoder, Reassemble
 from wsss.errors import WSSSError
 from wsss.losses import balanced_segmentation_loss, dense_energy_loss
 from wsss.methods.base import Batch, Outputs, WSSSModule
-from wsss.pseudo_labels import cam_to_label_with_ignore, inside_boxes, present_slots
+from wsss.pseudo_labels import (
+    cam_to_label_with_ignore,
+    ignore_outside_boxes,
+    inside_boxes,
+    present_slots,
+)
 from wsss.refine.pamr import PAMR
 from wsss.schedules import poly_warmup
 
@@ -309,24 +314,36 @@ class LossWeights(NamedTuple):
     saliency: float
 
 
-class StepResult(NamedTuple):
-    """Losses of a step and the targets behind them; None where the first phase needs none.
+class Targets(NamedTuple):
+    """What the second phase learns from.
 
     Attributes:
-        losses: named terms, without their weights.
-        total: weighted sum.
-        outputs: class logits (B, K), segmentation logits (B, K+1, H, W) or None.
         maps: maps of the slots on the token grid, summed over blocks, (B, S, h, w).
         refined: the same at image size, refined and normalised, (B, S, H, W).
-        labels: targets of the second phase.
+        guide: pixels in 0..255, (B, 3, H, W).
+        labels: made from all that.
+    """
+
+    maps: Tensor
+    refined: Tensor
+    guide: Tensor
+    labels: Labels
+
+
+class StepResult(NamedTuple):
+    """Losses of a step and the targets behind them; None in the first phase.
+
+    Attributes:
+        losses: named terms, without their weights (but the energy's).
+        total: weighted sum.
+        outputs: class logits (B, K), segmentation logits (B, K+1, H, W) or None.
+        targets: of the second phase.
     """
 
     losses: dict[str, Tensor]
     total: Tensor
     outputs: Outputs
-    maps: Tensor | None = None
-    refined: Tensor | None = None
-    labels: Labels | None = None
+    targets: Targets | None = None
 
 
 # ---- the method ----------------------------------------------------------------------------------
@@ -463,8 +480,7 @@ class GETAM(WSSSModule):
     @torch.enable_grad()  # the evaluator switches gradients off
     def _maps_of(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Maps (B, S, L, h, w), class logits (B, K), class indices (B, S); without a graph."""
-        features = self._encode(images, levels=(4,))
-        logits = self.classify(self.level_map(features, 4))
+        features, _, logits = self.encode_and_classify(images, levels=(4,))
         ids, valid = class_slots(labels)
         return self.maps_of_slots(features, logits, ids, valid), logits.detach(), ids
 
@@ -488,47 +504,61 @@ class GETAM(WSSSModule):
                 ``saliency`` (B, H, W), salient above 0.
             step: decides the phase.
         """
-        images, labels, boxes = batch["image"], batch["labels"], batch["box"]
+        images, labels = batch["image"], batch["labels"]
         second = self.in_phase_two(step)
         with self.phase("forward"):
-            features = self._encode(images, levels=tuple(self.taps) if second else (4,))
-            coarsest = self.level_map(features, 4)
-            class_logits = self.classify(coarsest)
-            losses = {"cls_loss": F.multilabel_soft_margin_loss(class_logits, labels)}
-        total = losses["cls_loss"]
+            levels = tuple(self.taps) if second else (4,)
+            features, coarsest, class_logits = self.encode_and_classify(images, levels=levels)
         if not second:
-            return StepResult(losses, total, Outputs(class_logits, None))
+            losses = {"cls_loss": F.multilabel_soft_margin_loss(class_logits, labels)}
+            return StepResult(losses, losses["cls_loss"], Outputs(class_logits, None))
+        targets = self.make_targets(features, class_logits, batch)
+        return self.joint_losses(features, coarsest, class_logits, batch, targets)
 
+    def make_targets(self, features: Features, class_logits: Tensor, batch: Batch) -> Targets:
+        """Maps of the present classes, and labels from them."""
+        labels = batch["labels"]
         with self.phase("cam"):
             ids, valid = class_slots(labels)
             maps = self.maps_of_slots(features, class_logits, ids, valid).sum(dim=2)
         with self.phase("pseudo_labels"):
-            guide = self.guide(images)
-            refined = self.refine(maps, guide)
-            targets = self.make_labels(refined, ids, labels, boxes, batch.get("saliency"))
+            guide = self.guide(batch["image"])
+            refined = self.refine(maps, ids, guide)
+            made = self.make_labels(refined, ids, labels, batch["box"], batch.get("saliency"))
+        return Targets(maps.detach(), refined, guide, made)
+
+    def joint_losses(
+        self,
+        features: Features,
+        coarsest: Tensor,
+        class_logits: Tensor,
+        batch: Batch,
+        targets: Targets,
+    ) -> StepResult:
+        """All terms of the second phase: L = L_cls + L_ce + L_dense (+ L_sal)."""
+        images, boxes, labels = batch["image"], batch["box"], targets.labels
+        compat = self.official_compat
         with self.phase("forward"):
-            seg_logits = self.segment(features, coarsest)
-        if self.weights.seg > 0:
-            with self.phase("forward"):
-                losses["seg_loss"] = split_cross_entropy(
-                    seg_logits, targets.label, guard=not self.official_compat
-                )
+            seg_logits = self.segment(features, coarsest)  # (B, K+1, H, W)
+            losses = {"cls_loss": F.multilabel_soft_margin_loss(class_logits, batch["labels"])}
+            total = losses["cls_loss"]
+            if self.weights.seg > 0:
+                losses["seg_loss"] = split_cross_entropy(seg_logits, labels.label, guard=not compat)
                 total = total + self.weights.seg * losses["seg_loss"]
-        if self.weights.energy > 0:
-            with self.phase("energy"):
-                losses["reg_loss"] = self.energy(guide, seg_logits, targets.label, boxes)
-                total = total + losses["reg_loss"]
-        if self.weights.saliency > 0 and targets.saliency is not None:
-            with self.phase("forward"):
-                inside = None
-                if not self.official_compat:
-                    inside = inside_boxes(boxes.to(images.device), *images.shape[-2:])
+            if self.weights.saliency > 0 and labels.saliency is not None:
+                inside = inside_boxes(boxes.to(images.device), *images.shape[-2:])
                 losses["sal_loss"] = saliency_loss(
-                    seg_logits, targets.saliency, inside, official_compat=self.official_compat
+                    seg_logits,
+                    labels.saliency,
+                    None if compat else inside,
+                    official_compat=compat,
                 )
                 total = total + self.weights.saliency * losses["sal_loss"]
-        outputs = Outputs(class_logits, seg_logits)
-        return StepResult(losses, total, outputs, maps, refined, targets)
+        if self.weights.energy > 0:
+            with self.phase("energy"):
+                losses["reg_loss"] = self.energy(targets.guide, seg_logits, labels.label, boxes)
+                total = total + losses["reg_loss"]
+        return StepResult(losses, total, Outputs(class_logits, seg_logits), targets)
 
     def in_phase_two(self, step: int) -> bool:
         """Whether a 0-based step trains everything (getam.md section 4, "Steps")."""
@@ -558,6 +588,14 @@ class GETAM(WSSSModule):
         return self.phase_two_lr_scale * 0.1**drops
 
     # ---- pieces ------------------------------------------------------------------------------
+
+    def encode_and_classify(
+        self, images: Tensor, *, levels: Sequence[int]
+    ) -> tuple[Features, Tensor, Tensor]:
+        """Features for the maps and the given levels, the fourth map, class logits (B, K)."""
+        features = self._encode(images, levels=levels)
+        coarsest = self.level_map(features, 4)
+        return features, coarsest, self.classify(coarsest)
 
     def _encode(self, images: Tensor, *, levels: Sequence[int]) -> Features:
         """Features with the taps of the levels and the parts of the blocks that give maps."""
@@ -610,8 +648,8 @@ class GETAM(WSSSModule):
         mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         return ((images * std + mean) * 255).trunc().clamp(0, 255)
 
-    def refine(self, maps: Tensor, guide: Tensor) -> Tensor:
-        """Maps (B, S, h, w) enlarged, refined along the guide and normalised: (B, S, H, W)."""
+    def refine(self, maps: Tensor, ids: Tensor, guide: Tensor) -> Tensor:
+        """Maps (B, S, h, w) of classes (B, S) enlarged, refined and normalised: (B, S, H, W)."""
         return normalise_maximum(self.pamr(guide, self._enlarged(maps, guide.shape[-2:])))
 
     @torch.no_grad()
@@ -630,10 +668,13 @@ class GETAM(WSSSModule):
             )
         else:
             targets = Labels(self._labels_from_maps(refined, ids, labels), None)
+        return self._without_padding(targets, boxes)
+
+    def _without_padding(self, targets: Labels, boxes: Tensor) -> Labels:
+        """Labels that ignore what lies outside the boxes (B, 4)."""
         if self.official_compat:
             return targets
-        inside = inside_boxes(boxes.to(refined.device), *refined.shape[-2:])
-        return targets._replace(label=targets.label.masked_fill(~inside, 255))
+        return targets._replace(label=ignore_outside_boxes(targets.label, boxes))
 
     def _labels_from_maps(self, refined: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
         """Our rule without saliency: two thresholds on the best map, then the opening."""

@@ -123,7 +123,7 @@ def a_encoder(case: Case) -> Produced:
             backbone.vit.pos_embed,
             features.grid,
             backbone.num_prefix_tokens,
-            backbone.position_mode,
+            mode=backbone.position_mode,
         )
         for level, block in model.taps.items():
             prefix, patches = features.prefixes[block], features.intermediates[block]
@@ -217,7 +217,7 @@ def c_cam(case: Case) -> Produced:
         "peak_grid": grid.amax((1, 2)).double(),
         "upsampled": _of_pairs(upsampled, ids, pairs),
         "after_pamr": _of_pairs(model.pamr(guide, upsampled), ids, pairs),
-        "normalised": _of_pairs(model.refine(maps, guide), ids, pairs),
+        "normalised": _of_pairs(model.refine(maps, ids, guide), ids, pairs),
         "absent_classes_zero": not bool(absent.any()),
     }
 
@@ -493,10 +493,12 @@ TOTALS = {"nosal": (), "corrected": ("sal_corrected",), "coded": ("sal_coded",)}
 def g_phase2(case: Case) -> Produced:
     """One step of the second phase, with each form of the saliency term."""
     model, result = _second_phase(case, with_dropout=False)
-    assert result.labels is not None
+    assert result.targets is not None
     assert result.outputs.seg_logits is not None
     losses = {term: result.losses[name] for term, name in TERMS.items()}
-    losses["sal_corrected"] = saliency_loss(result.outputs.seg_logits, _saliency(result.labels))
+    losses["sal_corrected"] = saliency_loss(
+        result.outputs.seg_logits, _saliency(result.targets.labels)
+    )
     values = {term: float(loss.detach()) for term, loss in losses.items()}
     gradients = {term: _gradients(model, loss) for term, loss in losses.items()}
     produced: dict[str, Any] = {
@@ -534,25 +536,24 @@ def g_phase2(case: Case) -> Produced:
 
 def _step_outputs(case: Case, model: GETAM, result: StepResult) -> dict[str, Any]:
     """Maps, labels and logits behind the losses of a step."""
-    assert result.maps is not None
-    assert result.refined is not None
-    assert result.labels is not None
-    assert result.outputs.seg_logits is not None
+    targets, seg_logits = result.targets, result.outputs.seg_logits
+    assert targets is not None
+    assert seg_logits is not None
     labels = as_tensor(case.inputs["cls_label"])
     ids, _ = class_slots(labels)
     pairs = _pairs(labels)
-    refined = _of_pairs(result.refined, ids, pairs)
+    refined = _of_pairs(targets.refined, ids, pairs)
     salient = as_tensor(case.inputs["sal"]) > 0
     return {
         "pairs": pairs,
         "logits": result.outputs.class_logits,
-        "seg_stride4": result.outputs.seg_logits[:, :, ::4, ::4],
-        "map": _of_pairs(result.maps, ids, pairs),
+        "seg_stride4": seg_logits[:, :, ::4, ::4],
+        "map": _of_pairs(targets.maps, ids, pairs),
         "normalised_stride2": refined[:, ::2, ::2],
         "peak_normalised": refined.amax((1, 2)).double(),
-        "label": result.labels.label,
-        "sal": _saliency(result.labels),
-        "label_margin": _margin(result.refined, salient, model.quantile),
+        "label": targets.labels.label,
+        "sal": _saliency(targets.labels),
+        "label_margin": _margin(targets.refined, salient, model.quantile),
     }
 
 

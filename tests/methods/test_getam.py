@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from wsss.methods.getam import (
     split_cross_entropy,
 )
 from wsss.runs import build_data, build_module, compose_run
+from wsss.training import SaveOnStop
 
 SIDE = 96
 NAMES = {
@@ -509,17 +511,20 @@ TINY = [
 ]
 
 
-class StopAfter(Callback):
-    """Ends a run in the middle."""
+class StopAfter(SaveOnStop):
+    """Ctrl-C during a given step."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, path: Path, steps: int) -> None:
+        super().__init__(path)
         self.steps = steps
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        trainer.should_stop = trainer.global_step >= self.steps
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
+        self.asked = trainer.global_step == self.steps < trainer.max_steps
+        super().on_train_batch_end(trainer, pl_module, *batch)
 
 
-def fit(stop: int, checkpoint: Path | None, save: Path | None) -> dict[str, Tensor]:
+def fit(path: Path, *, stop: int = 6) -> dict[str, Tensor]:
+    """Train to step ``stop`` of 6, from a checkpoint if there is one; the weights then."""
     config = compose_run([*TINY, "budget.max_steps=6"])
     lightning.seed_everything(0, verbose=False)
     data = build_data(config)
@@ -534,22 +539,23 @@ def fit(stop: int, checkpoint: Path | None, save: Path | None) -> dict[str, Tens
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
-        callbacks=[StopAfter(stop)],
+        callbacks=[StopAfter(path, stop)],
     )
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    if save:
-        trainer.save_checkpoint(save)
+    checkpoint = str(path) if path.is_file() else None
+    with nullcontext() if stop == 6 else pytest.raises(SystemExit):
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    assert trainer.global_step == stop
     return module.state_dict()
 
 
 @pytest.mark.slow
 def test_a_run_resumed_over_the_boundary_ends_with_the_same_weights(tmp_path: Path) -> None:
     """Steps 0 to 3 are the first phase; both sides of the boundary, and the boundary itself."""
-    straight = fit(6, None, None)
+    straight = fit(tmp_path / "straight.ckpt")
     for stop in (3, 4, 5):
         path = tmp_path / f"{stop}.ckpt"
-        fit(stop, None, path)
-        resumed = fit(6, path, None)
+        fit(path, stop=stop)
+        resumed = fit(path)
         for name, value in straight.items():
             assert torch.equal(value, resumed[name]), (stop, name)
 
@@ -565,7 +571,7 @@ def test_a_run_records_whether_it_used_saliency(tmp_path: Path, with_saliency: b
         grey[40:120, 40:120] = 200
         Image.fromarray(grey).save(folder / f"{name}.png")
     chosen = [f"data.saliency_folder={folder}"] if with_saliency else []
-    steps = ["budget.max_steps=2", "gallery=2", "method.phase_one=0", "trainer=cpu"]
+    steps = ["budget.max_steps=2", "gallery=2", "method.phase_one=0", "trainer.log_every_n_steps=1"]
     runs = tmp_path / "runs"
     try:
         status = main(["train", *TINY, *steps, *chosen, f"runs_dir={runs}"])

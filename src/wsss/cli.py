@@ -120,8 +120,9 @@ Example:
 Runs every *.npz of DIR through the code that training uses (official_compat=true) and prints one
 line a case. Exit status 0 only when every case is ok.
 
-Example:
-  wsss parity toco tests/golden/toco""",
+Examples:
+  wsss parity toco tests/golden/toco
+  wsss parity getam tests/golden/getam""",
         _parity,
     ),
     "convert": Verb(
@@ -131,8 +132,9 @@ Example:
 KEY=VALUE are those of `wsss train` and say what the checkpoint was made with; the default is
 data=voc backbone=deit_base. Missing, extra or misshapen keys are named and nothing is written.
 
-Example:
-  wsss convert toco toco_vitb_voc.pth toco.ckpt backbone=vit_base""",
+Examples:
+  wsss convert toco toco_vitb_voc.pth toco.ckpt backbone=vit_base
+  wsss convert getam hybrid.pth getam.ckpt backbone=vit_hybrid method.official_compat=true""",
         _convert,
     ),
     "benchmark": Verb(

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from wsss.backbone import Backbone
 from wsss.benchmark.getam_official import OfficialGETAM, Savings
 from wsss.cli import main
+from wsss.completion import complete_labels, completion_thresholds, open_region
 from wsss.data.builtin import minivoc_root
 from wsss.errors import WSSSError
 from wsss.methods.base import Batch
@@ -27,9 +28,6 @@ from wsss.methods.getam import (
     GETAM,
     StepResult,
     class_slots,
-    complete_labels,
-    completion_thresholds,
-    open_region,
     saliency_loss,
     split_cross_entropy,
 )
@@ -321,6 +319,22 @@ def test_total_is_the_sum_of_the_terms_and_reaches_every_parameter() -> None:
     result.total.backward()
     unused = {name for name, p in module.named_parameters() if p.grad is None}
     assert unused == {"backbone.vit.norm.weight", "backbone.vit.norm.bias"}
+
+
+def test_mixed_precision_keeps_the_maps_in_full_precision() -> None:
+    module = tiny()
+    exact = losses_at(module, 99)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = losses_at(module, 99)
+    assert exact.targets is not None
+    assert mixed.targets is not None
+    assert mixed.targets.maps.dtype == mixed.targets.refined.dtype == torch.float32
+    close = torch.corrcoef(torch.stack([exact.targets.maps.ravel(), mixed.targets.maps.ravel()]))
+    assert close[0, 1] > 0.98
+    for name, loss in exact.losses.items():
+        assert mixed.losses[name].item() == pytest.approx(loss.item(), rel=0.1), name
+    mixed.total.backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
 
 
 def test_one_forward_pass_a_step() -> None:

@@ -23,11 +23,10 @@ from torch import Tensor
 
 from wsss.backbone import Features
 from wsss.cams import normalise_maximum
+from wsss.completion import BACKGROUND_POWER, Labels
 from wsss.methods.base import Batch
 from wsss.methods.getam import (
-    BACKGROUND_POWER,
     GETAM,
-    Labels,
     StepResult,
     attention_and_slope,
     attention_term,

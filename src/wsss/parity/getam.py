@@ -20,21 +20,18 @@ from torch import Tensor, nn
 from wsss.backbone import Backbone, Features, resize_positions
 from wsss.cams import normalise_maximum
 from wsss.checkpoints import getam_official_name, load_official
+from wsss.completion import BACKGROUND_POWER, Labels, complete_labels, completion_thresholds
 from wsss.data.images import normalise, squash_pixels
 from wsss.data.transforms import GETAMViews
 from wsss.evaluation.confusion import ConfusionMatrix
 from wsss.evaluation.inference import predict, resized
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.getam import (
-    BACKGROUND_POWER,
     GETAM,
-    Labels,
     StepResult,
     attention_and_slope,
     attention_term,
     class_slots,
-    complete_labels,
-    completion_thresholds,
     saliency_loss,
     saliency_target,
     slot_maps,

@@ -130,7 +130,9 @@ def test_converted_checkpoint_is_read_back(tmp_path: Path) -> None:
         "data=minivoc",
         "data.class_names=[a,b,c,d]",
         "backbone.name=vit_tiny_patch16_224",
-        "backbone.overrides={embed_dim:48,depth:4,num_heads:3,img_size:64,patch_size:16}",
+        "+backbone.overrides.embed_dim=48",
+        "backbone.overrides.patch_size=16",
+        "backbone.overrides.img_size=64",
         "method.decoder_channels=16",
         "method.official_compat=true",
     ]

@@ -6,7 +6,7 @@ locate the class. They are refined along the image (PAMR), completed with salien
 some, and a DPT-like decoder on the same transformer learns from them. The first half of the run
 trains the classifier alone, the second everything, with labels made anew at every step.
 
-Paper: Sun, Zhang, et al., "GETAM: Gradient-weighted Element-wise Transformer Attention Map for
+Paper: Sun et al., "GETAM: Gradient-weighted Element-wise Transformer Attention Map for
 Weakly-supervised Semantic Segmentation".
 Official code (read by the authors of our specification, not by us): HEAD ``766dc62``.
 

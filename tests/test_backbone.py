@@ -289,3 +289,75 @@ def test_configured_names_are_pinned_tags_that_timm_knows(name: str) -> None:
     text = (Path(__file__).parents[1] / "conf" / "backbone" / f"{name}.yaml").read_text()
     pinned = next(line.split()[1] for line in text.splitlines() if line.startswith("name:"))
     assert pinned in timm.list_pretrained(f"{pinned.split('.')[0]}.*")
+
+
+# ---- what GETAM asks for -------------------------------------------------------------------------
+
+
+def hybrid(**overrides: int) -> Backbone:
+    torch.manual_seed(0)
+    size = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 64}
+    return Backbone(
+        name="vit_base_r50_s16_384", weights="random", overrides={**size, **overrides}
+    ).eval()
+
+
+def test_hybrid_has_the_names_of_timm_and_gives_its_stages() -> None:
+    backbone = hybrid()
+    size = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 64}
+    reference = timm.create_model("vit_base_r50_s16_384", num_classes=0, **size).eval()
+    assert reference.state_dict().keys() == backbone.vit.state_dict().keys()
+    backbone.vit.load_state_dict(reference.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features = backbone(images)
+        expected = reference.forward_features(images)
+    assert (backbone.patch_size, backbone.stem_channels) == (16, (256, 512, 1024))
+    shapes = [tuple(one.shape[1:]) for one in features.stem_maps]
+    assert shapes == [(256, 16, 16), (512, 8, 8), (1024, 4, 4)]
+    # equal but for the standardisation's epsilon
+    torch.testing.assert_close(all_tokens(features), expected, rtol=0, atol=2e-2)
+    assert backbone(torch.randn(1, 3, 70, 100)).grid == (4, 6)
+    with pytest.raises(WSSSError, match="smaller than one 16 px patch"):
+        backbone(torch.randn(1, 3, 64, 15))
+
+
+def test_hybrid_weights_are_standardised_by_the_deviation_plus_epsilon() -> None:
+    conv = hybrid().vit.patch_embed.backbone.stages[0].blocks[0].conv2
+    with torch.no_grad():
+        conv.weight.mul_(1e-3)  # so small that the epsilon shows
+        weight = conv.weight.flatten(1)
+        mean, std = weight.mean(1, keepdim=True), weight.std(1, keepdim=True, correction=0)
+        expected = ((weight - mean) / (std + 1e-5)).view_as(conv.weight)
+        x = torch.randn(1, conv.in_channels, 6, 6)
+        result = torch.nn.functional.conv2d(x, expected, padding=1)
+        torch.testing.assert_close(conv(x), result)
+
+
+def test_other_convolutional_stems_are_refused() -> None:
+    with pytest.raises(WSSSError, match="convolutional stem; choose a plain ViT or vit_base_r50"):
+        Backbone(name="vit_small_r26_s32_224", weights="random")
+
+
+def test_attention_parts_give_output_and_attention() -> None:
+    backbone = tiny()
+    images = torch.randn(2, 3, 48, 64)
+    features = backbone(images, parts=(-1,), taps=(1,))
+    whole = backbone(images, attentions=(1,))
+    assert set(features.parts) == {1}
+    part = features.parts[1]
+    attention = (part.queries @ part.keys.transpose(-2, -1)).softmax(-1)
+    torch.testing.assert_close(attention, whole.attentions[1])
+    torch.testing.assert_close(part.output, attention @ part.values)
+    torch.testing.assert_close(all_tokens(features), all_tokens(whole), rtol=0, atol=1e-5)
+    tokens = torch.cat([features.prefixes[1], features.intermediates[1]], dim=1)
+    torch.testing.assert_close(backbone.vit.norm(tokens), all_tokens(features))
+
+
+def test_positions_may_be_resized_bilinearly() -> None:
+    positions = torch.randn(1, 2 + 36, 8)
+    small = resize_positions(positions, (3, 2), 2, mode="bilinear")
+    grid = positions[:, 2:].reshape(1, 6, 6, 8).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(grid, size=(3, 2), mode="bilinear")
+    torch.testing.assert_close(small[:, 2:], expected.flatten(2).transpose(1, 2))
+    assert torch.equal(small[:, :2], positions[:, :2])

@@ -1,10 +1,12 @@
 """The shared encoder: any timm ViT, at any image size, with what a WSSS method needs from it.
 
 All methods see the same class, so a comparison never mixes position handling or weight sources.
-Two things differ from calling timm directly:
+Three things differ from calling timm directly:
 
 * positions are resized bicubically **without** antialias on every call, as the methods' official
   codes do (timm's ``dynamic_img_size`` antialiases: up to 0.13 away at 96 px);
+* the hybrid's convolutions are standardised by (w - mean) / (std + 1e-5), as its weights were
+  trained (timm divides by sqrt(var + 1e-8): up to 1.2 % away);
 * the weights come from exactly one stated source (a pinned timm tag, a local file, or random),
   and :attr:`Backbone.weights_info` records which, with hashes. There is no silent fallback.
 """
@@ -14,12 +16,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers import HybridEmbed, PatchEmbed, StdConv2dSame, pad_same
+from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -33,6 +36,24 @@ from wsss.checkpoints import (
 from wsss.errors import WSSSError
 
 PACKAGE = Path(__file__).parent
+HYBRID = "vit_base_r50_s16_384"  # the one convolutional stem that is supported
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """What one block's attention was made of, without the N x N map itself.
+
+    Attributes:
+        queries: already scaled, (B, heads, P+N, d).
+        keys: (B, heads, P+N, d).
+        values: (B, heads, P+N, d).
+        output: attention times values, (B, heads, P+N, d), in the graph of all that follows.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    output: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,10 @@ class Features:
         grid: (h, w) in tokens.
         intermediates: block index -> patch tokens after that block, (B, N, D), *not* normed.
         attentions: block index -> softmax attention of that block, (B, heads, P+N, P+N).
+        prefixes: block index -> prefix tokens after that block, (B, P, D), *not* normed.
+        parts: block index -> queries, keys, values and output of that block's attention.
+        stem_maps: outputs of a hybrid's ResNet stages, (B, 256, H/4, W/4), (B, 512, H/8, W/8) and
+            (B, 1024, H/16, W/16); empty for a plain ViT.
     """
 
     cls_tokens: Tensor
@@ -52,6 +77,9 @@ class Features:
     grid: tuple[int, int]
     intermediates: dict[int, Tensor] = field(default_factory=dict)
     attentions: dict[int, Tensor] = field(default_factory=dict)
+    prefixes: dict[int, Tensor] = field(default_factory=dict)
+    parts: dict[int, AttentionParts] = field(default_factory=dict)
+    stem_maps: tuple[Tensor, ...] = ()
 
     def as_map(self, tokens: Tensor) -> Tensor:
         """Patch tokens (B, N, D) as a feature map (B, D, h, w)."""
@@ -87,7 +115,7 @@ class WeightsInfo:
 
 
 class Backbone(nn.Module):
-    """A timm ViT, DeiT or DINOv2 encoder that accepts any image size.
+    """A timm ViT, DeiT, DINOv2 or ResNet-ViT hybrid encoder that accepts any image size.
 
     Args:
         name: timm model name; with ``weights="timm"`` it must carry its pretrained tag
@@ -98,10 +126,11 @@ class Backbone(nn.Module):
         overrides: arguments for timm's constructor (``patch_size``, ``depth``, ``img_size``, ...).
 
     Raises:
-        WSSSError: unknown name, not a plain ViT, missing or unfitting weights.
+        WSSSError: unknown name, not a plain ViT or the hybrid, missing or unfitting weights.
     """
 
-    #: How positions are resized, see :func:`resize_positions`; a method may set it.
+    #: How positions are resized, see :func:`resize_positions`; a method may set them
+    position_mode: Literal["bicubic", "bilinear"] = "bicubic"
     position_offset: float | None = None
 
     def __init__(
@@ -137,8 +166,15 @@ class Backbone(nn.Module):
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return int(self.vit.patch_embed.patch_size[0])
+        """Side of a patch in pixels, a hybrid's stem included."""
+        return int(self.vit.patch_embed.feat_ratio())
+
+    @property
+    def stem_channels(self) -> tuple[int, ...]:
+        """Channels of :attr:`Features.stem_maps`."""
+        if not isinstance(self.vit.patch_embed, HybridEmbed):
+            return ()
+        return tuple(info["num_chs"] for info in self.vit.patch_embed.backbone.feature_info[1:])
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -146,55 +182,92 @@ class Backbone(nn.Module):
         return int(self.vit.num_prefix_tokens)
 
     def forward(
-        self, images: Tensor, *, taps: Sequence[int] = (), attentions: Sequence[int] = ()
+        self,
+        images: Tensor,
+        *,
+        taps: Sequence[int] = (),
+        attentions: Sequence[int] = (),
+        parts: Sequence[int] = (),
     ) -> Features:
         """Encode a batch.
 
         Args:
             images: (B, 3, H, W), normalised. Rows and columns beyond the last whole patch are
                 dropped on the right and at the bottom, as a strided convolution does.
-            taps: 0-based blocks whose raw patch tokens are wanted; negative counts from the end.
+            taps: 0-based blocks whose raw tokens are wanted; negative counts from the end.
             attentions: 0-based blocks whose attention maps are wanted. Only these leave fused
                 attention, since a map of N x N is what makes large images expensive.
+            parts: 0-based blocks whose queries, keys, values and output are wanted; these stay on
+                fused attention.
 
         Raises:
             WSSSError: the image is smaller than one patch.
         """
-        tokens, grid = self.embed(images)
+        stem_maps = self._stem_maps(images)
+        tokens, grid = self.embed(images, stem_maps)
         wanted_taps = {index % self.depth for index in taps}
         wanted_maps = {index % self.depth for index in attentions}
+        wanted_parts = {index % self.depth for index in parts}
         intermediates: dict[int, Tensor] = {}
+        prefixes: dict[int, Tensor] = {}
         maps: dict[int, Tensor] = {}
+        kept: dict[int, AttentionParts] = {}
         for index, block in enumerate(self.vit.blocks):
             if index in wanted_maps:
                 tokens, maps[index] = _block_with_attention(block, tokens)
+            elif index in wanted_parts:
+                tokens, kept[index] = _block_with_parts(block, tokens)
             else:
                 tokens = block(tokens)
             if index in wanted_taps:
-                intermediates[index] = tokens[:, self.num_prefix_tokens :]
-        tokens = self.vit.norm(tokens)
-        prefix, patches = tokens.split(
-            [self.num_prefix_tokens, tokens.shape[1] - self.num_prefix_tokens], dim=1
-        )
-        return Features(prefix, patches, grid, intermediates, maps)
+                prefixes[index], intermediates[index] = self._split(tokens)
+        prefix, patches = self._split(self.vit.norm(tokens))
+        return Features(prefix, patches, grid, intermediates, maps, prefixes, kept, stem_maps)
 
-    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Prefix tokens (B, P, D) and patch tokens (B, N, D)."""
+        return tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+
+    def _stem_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of a hybrid's ResNet stages, see :class:`Features`; none of a plain ViT."""
+        if not isinstance(self.vit.patch_embed, HybridEmbed):
+            return ()
+        stem = self.vit.patch_embed.backbone
+        maps = [stem.stem(self._whole_patches(images))]
+        for stage in stem.stages:
+            maps.append(stage(maps[-1]))
+        return (*maps[1:-1], stem.norm(maps[-1]))
+
+    def _whole_patches(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) without the rows and columns beyond the last whole patch."""
+        height, width = (side // self.patch_size * self.patch_size for side in images.shape[-2:])
+        if min(height, width) == 0:
+            raise WSSSError(
+                f"image of {tuple(images.shape[-2:])} pixels is smaller than one {self.patch_size} "
+                "px patch; use larger images"
+            )
+        return images[..., :height, :width]
+
+    def embed(
+        self, images: Tensor, stem_maps: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, tuple[int, int]]:
         """Input of the first block, (B, P+N, D): patches and prefix with positions; and the grid.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            stem_maps: what a hybrid's stem made of them.
 
         Raises:
             WSSSError: the image is smaller than one patch.
         """
         vit, patch = self.vit, self.patch_size
-        grid = (images.shape[-2] // patch, images.shape[-1] // patch)
         square = images.shape[-2] == images.shape[-1]
-        if min(grid) == 0:
-            raise WSSSError(
-                f"image of {tuple(images.shape[-2:])} pixels is smaller than one {patch} px patch; "
-                "use larger images"
-            )
-        images = images[..., : grid[0] * patch, : grid[1] * patch]
-        # (B, D, h, w) -> (B, N, D)
-        patches = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
+        images = self._whole_patches(images)
+        grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+        embedded = vit.patch_embed.proj(stem_maps[-1] if stem_maps else images)  # (B, D, h, w)
+        patches = embedded.flatten(2).transpose(1, 2)  # (B, N, D)
+        if not stem_maps:
+            patches = vit.patch_embed.norm(patches)
         names = ("cls_token", "dist_token", "reg_token")
         prefix = [getattr(vit, name) for name in names if getattr(vit, name, None) is not None]
         prefix = [token.expand(len(images), -1, -1) for token in prefix]
@@ -202,6 +275,7 @@ class Backbone(nn.Module):
             vit.pos_embed,
             grid,
             0 if vit.no_embed_class else self.num_prefix_tokens,
+            mode=self.position_mode,
             offset=self.position_offset,
             square=square,
         )
@@ -217,15 +291,17 @@ def resize_positions(
     grid: tuple[int, int],
     num_prefix: int,
     *,
+    mode: str = "bicubic",
     offset: float | None = None,
     square: bool = True,
 ) -> Tensor:
-    """Positions (1, P+n*n, D) for a grid of (h, w): bicubic, no antialias, prefix untouched.
+    """Positions (1, P+n*n, D) for a grid of (h, w): no antialias, prefix untouched.
 
     Args:
         positions: as stored.
         grid: (h, w) that is wanted; the stored one is left as it is.
         num_prefix: P.
+        mode: of interpolation, ``bicubic`` or ``bilinear``.
         offset: None resizes to (h, w). A number scales by (h + offset) / n and (w + offset) / n, as
             DINO's descendants do with 0.1: pixel i is then sampled at (i + 1/2) n / (h + offset) -
             1/2, about 1e-3 away from the former (clustercam.md section 1, "Stem").
@@ -237,10 +313,10 @@ def resize_positions(
         return positions
     patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, n, n)
     if offset is None:
-        patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+        patches = F.interpolate(patches, size=grid, mode=mode, align_corners=False)
     else:
         scale = ((grid[0] + offset) / side, (grid[1] + offset) / side)
-        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", align_corners=False)
+        patches = F.interpolate(patches, scale_factor=scale, mode=mode, align_corners=False)
     return torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
@@ -258,14 +334,62 @@ def merge_heads(mixed: Tensor) -> Tensor:
 
 def _block_with_attention(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """One pre-norm block with its softmax attention, (B, heads, N, N), kept in the graph."""
+    queries, keys, values = _queries_keys_values(block, tokens)
+    attention = (queries @ keys.transpose(-2, -1)).softmax(dim=-1)
+    mixed = block.attn.attn_drop(attention) @ values
+    return _after_attention(block, tokens, mixed), attention
+
+
+def _block_with_parts(block: Any, tokens: Tensor) -> tuple[Tensor, AttentionParts]:
+    """One pre-norm block on fused attention, with what its attention was made of."""
+    queries, keys, values = _queries_keys_values(block, tokens)
+    dropout = block.attn.attn_drop.p if block.training else 0.0
+    mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, scale=1.0)
+    return _after_attention(block, tokens, mixed), AttentionParts(queries, keys, values, mixed)
+
+
+def _queries_keys_values(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a block's attention, each (B, heads, N, D / heads); queries are scaled already."""
     attn = block.attn
     queries, keys, values = split_heads(attn.qkv(block.norm1(tokens)), attn.num_heads)
-    queries, keys = attn.q_norm(queries), attn.k_norm(keys)
-    attention = (queries * attn.scale @ keys.transpose(-2, -1)).softmax(dim=-1)
-    mixed = merge_heads(attn.attn_drop(attention) @ values)
+    return attn.q_norm(queries) * attn.scale, attn.k_norm(keys), values
+
+
+def _after_attention(block: Any, tokens: Tensor, mixed: Tensor) -> Tensor:
+    """The rest of a block, from attention times values (B, heads, N, D / heads)."""
+    attn = block.attn
+    mixed = merge_heads(mixed)
     mixed = attn.proj_drop(attn.proj(attn.norm(mixed)))
     tokens = tokens + block.drop_path1(block.ls1(mixed))
-    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), attention
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+
+
+class StandardisedConv(StdConv2dSame):
+    """Convolution with standardised weight: (w - mean) / (population std + 1e-5), SAME padding.
+
+    Source: getam.md section 1, "Hybrid stem"; it is how the weights of the hybrid were trained.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Filters (B, C, H, W)."""
+        std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        weight = (self.weight - mean) / (std + 1e-5)
+        if self.same_pad:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def _hybrid_embed(**arguments: Any) -> HybridEmbed:
+    """The ResNet-50 stem of three stages with :class:`StandardisedConv`."""
+    stem = ResNetV2(
+        layers=(3, 4, 9),
+        num_classes=0,
+        global_pool="",
+        preact=False,
+        stem_type="same",
+        conv_layer=StandardisedConv,
+    )
+    return HybridEmbed(backbone=stem, **arguments)
 
 
 def _create_vit(name: str, *, pretrained: bool, overrides: dict[str, Any]) -> VisionTransformer:
@@ -282,6 +406,8 @@ def _create_vit(name: str, *, pretrained: bool, overrides: dict[str, Any]) -> Vi
             f"backbone.name={name} {reason}, and untagged names change meaning; "
             f"pin one of: {', '.join(tagged) or 'none known to timm'}"
         )
+    if architecture == HYBRID:
+        overrides = {"embed_layer": _hybrid_embed, **overrides}
     try:
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **overrides)
     except OSError as error:
@@ -300,8 +426,10 @@ def _create_vit(name: str, *, pretrained: bool, overrides: dict[str, Any]) -> Vi
             f"backbone.name={name} is a {type(vit).__name__}; only ViT, DeiT and DINOv2 "
             "(timm's VisionTransformer) are supported"
         )
-    if not isinstance(vit.patch_embed, PatchEmbed):
-        raise WSSSError(f"backbone.name={name} has a convolutional stem; choose a plain ViT")
+    if not isinstance(vit.patch_embed, PatchEmbed) and architecture != HYBRID:
+        raise WSSSError(
+            f"backbone.name={name} has a convolutional stem; choose a plain ViT or {HYBRID}"
+        )
     if not hasattr(vit.blocks[0], "ls1"):
         raise WSSSError(f"backbone.name={name} uses an unusual block; choose a plain ViT")
     return vit

@@ -38,6 +38,11 @@ def normalise_cam(cam: Tensor, eps: float = 1e-5) -> Tensor:
     return cam / (cam.amax(dim=(-2, -1), keepdim=True) + eps)
 
 
+def normalise_maximum(maps: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each map (..., H, W) over its maximum plus ``eps``; no minimum is subtracted."""
+    return maps / (maps.amax((-2, -1), keepdim=True) + eps)
+
+
 def _upsampled_maximum(
     plain: Sequence[Tensor], mirrored: Sequence[Tensor], size: tuple[int, int], cut_negative: bool
 ) -> list[Tensor]:

@@ -28,6 +28,36 @@ TOCO_PREFIXES = {
 # `encoder.head` is the unused ImageNet classifier; older files also hold `conv` and `aux_conv`
 TOCO_UNUSED = ("encoder.head.", "conv.", "aux_conv.")
 
+# official GETAM name -> ours, by prefix (../shared/methods/getam.md section 1); order matters
+GETAM_PREFIXES = {
+    "pretrained.model.": "backbone.vit.",
+    **{
+        f"pretrained.act_postprocess{level}.{theirs}.": f"reassemble.{level}.{ours}."
+        for level in (1, 2, 3, 4)
+        for theirs, ours in (("0.project.0", "readout"), ("3", "narrow"), ("4", "resize"))
+    },
+    **{f"scratch.layer{level}_rn.": f"decoder.narrow.{level - 1}." for level in (1, 2, 3, 4)},
+    **{
+        f"scratch.refinenet{level}.{theirs}.": f"decoder.fusions.{level - 1}.{ours}."
+        for level in (1, 2, 3, 4)
+        for theirs, ours in (
+            ("resConfUnit1", "skip_unit"),
+            ("resConfUnit2", "unit"),
+            ("out_conv", "out_conv"),
+        )
+    },
+    "cam_module.body.": "decoder.squeeze.body.",
+    "cam_module.fc.": "decoder.squeeze.gate.",
+    "scratch.output_conv.": "decoder.head.",
+    "cls_head.": "classifier.",
+}
+# the ImageNet classifiers, and a unit that waits for a skip which the coarsest level has not
+GETAM_UNUSED = (
+    "pretrained.model.head.",
+    "pretrained.model.head_dist.",
+    "scratch.refinenet4.resConfUnit1.",
+)
+
 
 def first_line(error: BaseException) -> str:
     """What an error says, as one line; its kind where it says nothing."""
@@ -150,26 +180,27 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + rest
 
 
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    """A name with the first prefix that it begins with replaced."""
+    for theirs, ours in prefixes.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
 def toco_name(official: str) -> str | None:
     """Our name of an official ToCo parameter; None where the method never uses it."""
     name = official.removeprefix("module.")
     if name.startswith(TOCO_UNUSED):
         return None
-    for theirs, ours in TOCO_PREFIXES.items():
-        if name.startswith(theirs):
-            name = ours + name.removeprefix(theirs)
-            break
     # torch's weight norm moved from weight_g / weight_v to a parametrisation
-    name = name.replace(".weight_g", ".parametrizations.weight.original0")
+    name = _renamed(name, TOCO_PREFIXES).replace(".weight_g", ".parametrizations.weight.original0")
     return name.replace(".weight_v", ".parametrizations.weight.original1")
 
 
 def toco_official_name(ours: str) -> str:
     """The official ToCo name of a parameter of ours."""
-    for theirs, own in TOCO_PREFIXES.items():
-        if ours.startswith(own):
-            ours = theirs + ours.removeprefix(own)
-            break
+    ours = _renamed(ours, {own: theirs for theirs, own in TOCO_PREFIXES.items()})
     ours = ours.replace(".parametrizations.weight.original0", ".weight_g")
     return ours.replace(".parametrizations.weight.original1", ".weight_v")
 
@@ -218,13 +249,26 @@ def clustercam_official_name(ours: str) -> str:
     return ours.removeprefix("backbone.vit.").replace("patch_head.", "head.")
 
 
+def getam_name(official: str) -> str | None:
+    """Our name of an official GETAM parameter; None where the method never uses it."""
+    name = official.removeprefix("module.")
+    return None if name.startswith(GETAM_UNUSED) else _renamed(name, GETAM_PREFIXES)
+
+
+def getam_official_name(ours: str) -> str:
+    """The official GETAM name of a parameter of ours."""
+    return _renamed(ours, {own: theirs for theirs, own in GETAM_PREFIXES.items()})
+
+
 CONVERTERS: dict[str, Callable[[str], str | None]] = {
     "toco": toco_name,
     "clustercam": clustercam_name,
+    "getam": getam_name,
 }
 OFFICIAL_NAMES: dict[str, Callable[[str], str]] = {
     "toco": toco_official_name,
     "clustercam": clustercam_official_name,
+    "getam": getam_official_name,
 }
 
 

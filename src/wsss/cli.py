@@ -75,7 +75,7 @@ VERBS = {
         "train a method, evaluate it, write table and gallery into a run folder",
         """\
 Hydra composes the run from groups; any value can be set on the line:
-  method=toco|clustercam     data=minivoc|voc           backbone=vit_pico|deit_small|vit_base|...
+  method=toco|clustercam|getam  data=minivoc|voc        backbone=vit_pico|deit_small|vit_base|...
   trainer=auto|cpu|gpu|ddp   logger=csv|wandb           +experiments=toco/minivoc
   seed=0  study=NAME  runs_dir=runs  budget.max_steps=600  method.ptc_weight=0 ...
 --cfg job prints the composed configuration; -m sweeps over comma-separated values.
@@ -120,9 +120,10 @@ Example:
 Runs every *.npz of DIR through the code that training uses (official_compat=true) and prints one
 line a case. Exit status 0 only when every case is ok.
 
-Example:
+Examples:
   wsss parity toco tests/golden/toco
-  wsss parity clustercam tests/golden/clustercam""",
+  wsss parity clustercam tests/golden/clustercam
+  wsss parity getam tests/golden/getam""",
         _parity,
     ),
     "convert": Verb(
@@ -132,17 +133,18 @@ Example:
 KEY=VALUE are those of `wsss train` and say what the checkpoint was made with; the default is
 data=voc backbone=deit_base. Missing, extra or misshapen keys are named and nothing is written.
 
-Example:
+Examples:
   wsss convert toco toco_vitb_voc.pth toco.ckpt backbone=vit_base
-  wsss convert clustercam voc.pth clustercam.ckpt backbone=deit_small""",
+  wsss convert clustercam voc.pth clustercam.ckpt backbone=deit_small
+  wsss convert getam hybrid.pth getam.ckpt backbone=vit_hybrid method.official_compat=true""",
         _convert,
     ),
     "benchmark": Verb(
         "benchmark method=METHOD [KEY=VALUE ...]",
         "time a training step by phases, beside the official way of computing",
         """\
-  method=toco (backbone=vit_base) or clustercam (backbone=deit_small), or another backbone
-  image_size=448  batch_size=2  repeats=3  warmup=1  device=auto
+  method=toco, clustercam or getam; each has its own backbone and image_size, others can be set
+  batch_size=2  repeats=3  warmup=1  device=auto
   stage=after     after the start of segmentation, or before
   dtype=float32   or bfloat16 (autocast)      threads=N  num_classes=20  seed=0
   official=true   also run the step with every saving switched off; the ratio is of one run
@@ -150,7 +152,7 @@ Example:
   out=FILE.json   write the figures
 Weights are random, which changes no time; each side runs in a process of its own.
 
-Example:
+Examples:
   wsss benchmark method=toco
   wsss benchmark method=clustercam stage=before""",
         _benchmark,

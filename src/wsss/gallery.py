@@ -19,9 +19,17 @@ from torch.utils.data import Dataset, default_collate
 
 from wsss.data.images import voc_palette
 from wsss.evaluation.confusion import IGNORE_INDEX
-from wsss.evaluation.inference import evaluating, localise, predict, pseudo_label, resized
+from wsss.evaluation.inference import (
+    evaluating,
+    localise,
+    predict,
+    pseudo_label,
+    refinement,
+    resized,
+)
 from wsss.evaluation.protocol import Protocol
 from wsss.pseudo_labels import cam_to_label
+from wsss.refine.pamr import PAMR
 from wsss.refine.par import PAR
 
 PANEL = 224  # longest side of a panel in pixels
@@ -161,14 +169,16 @@ def write_gallery(
     """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     labels: NDArray[np.float32] = dataset.labels  # type: ignore[attr-defined]
-    par = PAR().to(device) if protocol.refine == "par" else None
+    refine = refinement(protocol)
+    if refine is not None:
+        refine = refine.to(device)
     rows: list[tuple[str, list[Panel]]] = []
     further: list[tuple[str, list[Panel]]] = []
     with evaluating(module):
         for index in choose_images(labels, n):
             batch = default_collate([dataset[index]])
             name = batch["name"][0]
-            rows.append((name, _panels(module, batch, class_names, protocol, par)))
+            rows.append((name, _panels(module, batch, class_names, protocol, refine)))
             further.append((name, _further_panels(module, batch, class_names)))
     out_dir.mkdir(parents=True, exist_ok=True)
     for old in out_dir.glob("sheet_*.png"):
@@ -189,7 +199,7 @@ def _panels(
     batch: Mapping[str, Any],
     class_names: Sequence[str],
     protocol: Protocol,
-    par: PAR | None,
+    refine: PAR | PAMR | None,
 ) -> list[Panel]:
     """The row of one image: image, CAM, pseudo label, prediction (where there is one), truth."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -203,7 +213,7 @@ def _panels(
     if protocol.cam_high is None:
         seed = cam_to_label(cams, labels, bg_threshold=protocol.cam_threshold)
     else:
-        seed = pseudo_label(par, batch["rgb"], cams, labels, protocol)
+        seed = pseudo_label(refine, batch["rgb"], cams, labels, protocol)
     panels = [
         Panel("image", rgb, _names(np.flatnonzero(labels[0].cpu().numpy()) + 1, class_names)),
         Panel("CAM", heat(rgb, cams[0, main].cpu().numpy()), class_names[main]),

@@ -18,6 +18,16 @@ Kernel = Literal["lattice", "gaussian"]
 _CHUNK_ENTRIES = 2**25  # kernel values held at once by the exact Gaussian: 128 MiB
 
 
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """No autocast: bfloat16 products have too few digits for what follows them."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def balanced_segmentation_loss(
     logits: Tensor, label: Tensor, *, ignore_index: int = 255, guard: bool = True
 ) -> Tensor:

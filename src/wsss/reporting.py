@@ -76,6 +76,7 @@ def evaluate_and_report(
             iterations=step,
             global_batch_size=config["budget"]["global_batch_size"],
             seed=config["seed"],
+            supervision=data.supervision,
         ) | {"label_source": data.label_source}
         results["splits"][split] = metrics
     if not first:

@@ -106,7 +106,10 @@ def test_declared_threshold_joins_the_curve_once() -> None:
         ({"seg_scales": (1.0, -1.0)}, "eval.seg_scales"),
         ({"flip_merge": "mean"}, "eval.flip_merge=mean"),
         ({"merge_of": "labels"}, "eval.merge_of=labels"),
-        ({"refine": "pamr"}, "eval.refine=pamr"),
+        ({"refine": "crf"}, "eval.refine=crf: expected par, pamr or null"),
+        ({"scale_merge": "median"}, "eval.scale_merge=median: expected sum, max or mean"),
+        ({"seg_sizes": ()}, "eval.seg_sizes"),
+        ({"seg_sizes": (256, 0)}, "eval.seg_sizes"),
         ({"oracle_thresholds": (0.5, 2.0)}, "eval.oracle_thresholds"),
     ],
 )

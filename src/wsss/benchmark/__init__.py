@@ -26,9 +26,12 @@ from wsss.errors import WSSSError
 OFFICIAL = {
     "toco": "wsss.benchmark.toco_official.OfficialToCo",
     "clustercam": "wsss.benchmark.clustercam_official.OfficialClusterCAM",
+    "getam": "wsss.benchmark.getam_official.OfficialGETAM",
 }
 #: method -> its paper's encoder
-BACKBONES = {"toco": "vit_base", "clustercam": "deit_small"}
+BACKBONES = {"toco": "vit_base", "clustercam": "deit_small", "getam": "vit_base"}
+#: method -> side of its paper's crops
+IMAGE_SIZES = {"toco": 448, "clustercam": 448, "getam": 256}
 
 
 @dataclass
@@ -38,7 +41,7 @@ class BenchmarkConfig:
     Attributes:
         method: a method of ``conf/method``.
         backbone: an encoder of ``conf/backbone``, with random weights here; null: the method's own.
-        image_size: side of the images in pixels.
+        image_size: side of the images in pixels; null: the method's own.
         batch_size: images a step.
         num_classes: K, foreground classes.
         repeats: steps that count.
@@ -55,7 +58,7 @@ class BenchmarkConfig:
 
     method: str = MISSING
     backbone: str | None = None
-    image_size: int = 448
+    image_size: int | None = None
     batch_size: int = 2
     num_classes: int = 20
     repeats: int = 3
@@ -128,6 +131,7 @@ def parse(arguments: Sequence[str]) -> BenchmarkConfig:
         if value is not None and value < least:
             raise WSSSError(f"{key}={value}: must be at least {least}")
     config.backbone = config.backbone or BACKBONES[config.method]
+    config.image_size = config.image_size or IMAGE_SIZES[config.method]
     return config
 
 

@@ -169,7 +169,9 @@ def make_batch(config: dict[str, Any], device: torch.device) -> Batch:
         present = torch.randperm(config["num_classes"])[: 1 + b % 3]
         labels[b, present] = 1
     named = zip(("image", "view2", "local_view"), views, strict=True)
-    batch = {**dict(named), "labels": labels, "box": boxes}
+    saliency = torch.zeros(count, size, size, dtype=torch.uint8)
+    saliency[:, size // 4 : -size // 4, size // 4 : -size // 4] = 1
+    batch = {**dict(named), "labels": labels, "box": boxes, "saliency": saliency}
     return {name: value.to(device) for name, value in batch.items()}
 
 

@@ -1,6 +1,7 @@
 """The Lightning data module that every method trains and is evaluated with."""
 
 import hashlib
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,6 +58,11 @@ def make_loader(
     )
 
 
+def takes_saliency(transform: TrainTransform) -> bool:
+    """Whether a training transform has a place for a saliency map."""
+    return "saliency" in inspect.signature(transform).parameters
+
+
 def _hash_names(names: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
 
@@ -89,6 +95,9 @@ class WSSSDataModule(L.LightningDataModule):
         train_mask_folder: that of the training split, if it is another one.
         label_source: of image-level labels, see `VOCDataset`.
         limit: use only the first so many names of every list.
+        saliency_folder: grey PNGs of the training split for methods that use saliency, relative
+            to the root or absolute; None: image-level labels are all there is.
+        saliency_threshold: grey level above which a pixel is salient.
     """
 
     def __init__(
@@ -108,6 +117,8 @@ class WSSSDataModule(L.LightningDataModule):
         train_mask_folder: str | None = None,
         label_source: Literal["xml", "mask"] = "xml",
         limit: int | None = None,
+        saliency_folder: str | None = None,
+        saliency_threshold: int = 127,
     ) -> None:
         super().__init__()
         if limit is not None and limit < 1:
@@ -126,6 +137,14 @@ class WSSSDataModule(L.LightningDataModule):
         self.train_mask_folder = train_mask_folder or mask_folder
         self.label_source = label_source
         self.limit = limit
+        if not 0 <= saliency_threshold < 255:
+            raise WSSSError(f"data.saliency_threshold={saliency_threshold}: expected 0 to 254")
+        if saliency_folder and not takes_saliency(train_transform):
+            raise WSSSError(
+                f"data.saliency_folder={saliency_folder}: {type(train_transform).__name__} takes "
+                "no saliency maps; use a method that does (getam), or leave it null"
+            )
+        self.saliency_folder, self.saliency_threshold = saliency_folder, saliency_threshold
         self._eval_datasets: dict[str, VOCDataset] = {}
         self._train_dataset: VOCDataset | None = None
         self._resume: dict[str, Any] = {}
@@ -134,6 +153,13 @@ class WSSSDataModule(L.LightningDataModule):
     def num_classes(self) -> int:
         """K, the number of foreground classes."""
         return len(self.class_names)
+
+    @property
+    def supervision(self) -> str:
+        """League of the training signal; runs of different leagues are not to be compared."""
+        if not self.saliency_folder:
+            return "image labels"
+        return f"image labels and saliency maps (above {self.saliency_threshold})"
 
     def list_hash(self, split: str) -> str:
         """Returns the sha256 of the split's names in use, one a line, in their order."""
@@ -177,6 +203,8 @@ class WSSSDataModule(L.LightningDataModule):
             label_source=self.label_source,
             limit=self.limit,
             seed=self.seed,
+            saliency_folder=self.saliency_folder if transform is not None else None,
+            saliency_threshold=self.saliency_threshold,
         )
 
     def _make_train_dataset(self) -> VOCDataset:

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from wsss.data.images import IGNORE_INDEX, image_size, normalise, read_mask, read_rgb
+from wsss.data.images import (
+    IGNORE_INDEX,
+    image_size,
+    normalise,
+    read_mask,
+    read_rgb,
+    read_saliency,
+)
 from wsss.errors import WSSSError
 
 VOC_CLASSES = (
@@ -25,7 +32,8 @@ VOC_CLASSES = (
     "train", "tvmonitor",
 )  # fmt: skip
 
-TrainTransform = Callable[[NDArray[np.uint8], np.random.Generator], dict[str, Tensor]]
+# (image, generator), or with a saliency folder (image, generator, saliency map)
+TrainTransform = Callable[..., dict[str, Tensor]]
 
 
 def find_voc_root(root: Path) -> Path:
@@ -153,6 +161,9 @@ class VOCDataset(Dataset[dict[str, Any]]):
             masks of `mask_folder`, all of which are then read once, here).
         limit: keep only the first so many names of the list.
         seed: of the augmentation.
+        saliency_folder: folder of grey PNGs, relative to the root or absolute, that `transform`
+            gets as well; None: no saliency.
+        saliency_threshold: grey level above which a pixel is salient.
 
     Raises:
         WSSSError: one line that names the offending file.
@@ -170,6 +181,8 @@ class VOCDataset(Dataset[dict[str, Any]]):
         label_source: Literal["xml", "mask"] = "xml",
         limit: int | None = None,
         seed: int = 0,
+        saliency_folder: str | None = None,
+        saliency_threshold: int = 127,
     ) -> None:
         if with_mask and transform is not None:
             raise ValueError("with_mask reads masks at native size, a transform would not fit them")
@@ -181,9 +194,13 @@ class VOCDataset(Dataset[dict[str, Any]]):
         self.with_mask = with_mask
         self.mask_folder = self.root / mask_folder
         self.seed = seed
+        self.saliency_folder = self.root / saliency_folder if saliency_folder else None
+        self.saliency_threshold = saliency_threshold
         self._check_files("image", self.root / "JPEGImages", ".jpg")
         if with_mask or label_source == "mask":
             self._check_files("mask", self.mask_folder, ".png")
+        if self.saliency_folder:
+            self._check_files("saliency map", self.saliency_folder, ".png")
         if label_source == "xml":
             self._check_files("annotation", self.root / "Annotations", ".xml")
         elif label_source != "mask":
@@ -241,6 +258,13 @@ class VOCDataset(Dataset[dict[str, Any]]):
             if self.with_mask:
                 path = self.mask_folder / f"{name}.png"
                 read_mask(path, num_classes=self.num_classes, size=size)
+            if self.saliency_folder:
+                self._saliency(name, size)
+
+    def _saliency(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+        assert self.saliency_folder is not None
+        path = self.saliency_folder / f"{name}.png"
+        return read_saliency(path, threshold=self.saliency_threshold, size=size)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -253,7 +277,10 @@ class VOCDataset(Dataset[dict[str, Any]]):
         sample: dict[str, Any]
         if self.transform is not None:
             stream = np.random.SeedSequence(self.seed, spawn_key=(epoch, index))
-            sample = dict(self.transform(rgb, np.random.default_rng(stream)))
+            given = [rgb, np.random.default_rng(stream)]
+            if self.saliency_folder:
+                given.append(self._saliency(name, rgb.shape[:2]))
+            sample = dict(self.transform(*given))
         else:
             sample = {"image": normalise(rgb), "rgb": rgb}
         if self.with_mask:

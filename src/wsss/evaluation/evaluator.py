@@ -42,11 +42,11 @@ from wsss.evaluation.inference import (
     predict,
     predicted_labels,
     pseudo_label,
+    refinement,
 )
 from wsss.evaluation.metrics import ImageLevelScores
 from wsss.evaluation.protocol import Protocol
 from wsss.refine.dense_crf import CRFPool
-from wsss.refine.par import PAR
 
 NO_SEGMENTATION = "no segmentation head: segmentation is not scored"
 Batch = dict[str, Any]
@@ -136,7 +136,7 @@ class Tally(nn.Module):
                 for name in ("seg", "seg_crf", "seg_ms", "seg_ms_crf")
             }
         )
-        self.par = PAR() if protocol.refine == "par" else None
+        self.refine = refinement(protocol)
 
     @property
     def device(self) -> torch.device:
@@ -183,7 +183,7 @@ class Tally(nn.Module):
         if pseudo:
             true = cams * labels[..., None, None]
             self.pseudo.update(
-                pseudo_label(self.par, batch["rgb"], true, labels, self.protocol), target
+                pseudo_label(self.refine, batch["rgb"], true, labels, self.protocol), target
             )
 
     def _update_segmentation(

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsss.evaluation.protocol import Merge, Protocol
+from wsss.cams import normalise_maximum
+from wsss.data.images import squash_pixels
+from wsss.evaluation.protocol import Protocol, ScaleMerge
 from wsss.pseudo_labels import cam_to_label_with_ignore, refine_cam_to_label
+from wsss.refine.pamr import PAMR
 from wsss.refine.par import PAR
 
 
@@ -87,8 +90,9 @@ def _squash(images: Tensor, side: int | None) -> Tensor:
     return images if side is None else resized(images, (side, side))
 
 
-def _merge(first: Tensor, second: Tensor, how: Merge) -> Tensor:
-    return first + second if how == "sum" else torch.maximum(first, second)
+def _merge(first: Tensor, second: Tensor, how: ScaleMerge) -> Tensor:
+    """Maximum or sum; a mean is a sum until all are there."""
+    return torch.maximum(first, second) if how == "max" else first + second
 
 
 def predict(
@@ -112,11 +116,9 @@ def predict(
         return Prediction(outputs.class_logits.float(), None, None)
     single = resized(outputs.seg_logits, size)
     shared = protocol.single_resize == protocol.resize
-    images = _squash(images, protocol.resize)
     merged: Tensor | None = None
-    for scale in protocol.seg_scales if protocol.multi_scale else ():
-        height, width = (max(1, int(scale * side)) for side in images.shape[-2:])
-        scaled = resized(images, (height, width), align_corners=protocol.align_corners)
+    count = 0
+    for scale, scaled in _scaled_images(images, protocol):
         logits = single if scale == 1 and shared else _segment(module, scaled, size)
         if protocol.flip:
             mirrored = _segment(module, scaled.flip(-1), size).flip(-1)
@@ -124,9 +126,24 @@ def predict(
         if protocol.merge_of == "probabilities":
             logits = logits.softmax(1)
         merged = logits if merged is None else _merge(merged, logits, protocol.scale_merge)
+        count += 1
+    if merged is not None and protocol.scale_merge == "mean":
+        merged = merged / count
     if merged is not None and protocol.merge_of == "probabilities":
         merged = merged.log()
     return Prediction(outputs.class_logits.float(), single, merged)
+
+
+def _scaled_images(images: Tensor, protocol: Protocol) -> Iterator[tuple[float | None, Tensor]]:
+    """Inputs of multi-scale segmentation with their scales, None where a size replaces it."""
+    if protocol.seg_sizes is not None:
+        for side in protocol.seg_sizes:
+            yield None, squash_pixels(images, side)
+        return
+    images = _squash(images, protocol.resize)
+    for scale in protocol.seg_scales if protocol.multi_scale else ():
+        height, width = (max(1, int(scale * side)) for side in images.shape[-2:])
+        yield scale, resized(images, (height, width), align_corners=protocol.align_corners)
 
 
 def _segment(module: ModuleLike, images: Tensor, size: Sequence[int]) -> Tensor:
@@ -160,13 +177,20 @@ def predicted_labels(class_logits: Tensor) -> Tensor:
     return labels.scatter(1, class_logits.argmax(1, keepdim=True), 1.0)
 
 
+def refinement(protocol: Protocol) -> PAR | PAMR | None:
+    """The module that refines pseudo labels under a protocol."""
+    if protocol.refine is None:
+        return None
+    return PAMR() if protocol.refine == "pamr" else PAR()
+
+
 def pseudo_label(
-    par: PAR | None, rgb: Tensor, cams: Tensor, labels: Tensor, protocol: Protocol
+    refine: PAR | PAMR | None, rgb: Tensor, cams: Tensor, labels: Tensor, protocol: Protocol
 ) -> Tensor:
     """Pseudo labels as a method trains on them, but at mask size.
 
     Args:
-        par: Refinement; used where the protocol says so.
+        refine: What :func:`refinement` gives for the protocol.
         rgb: (B, H, W, 3) uint8 images.
         cams: (B, K, H, W) at the same size.
         labels: (B, K) image-level labels.
@@ -178,7 +202,10 @@ def pseudo_label(
     high, low = protocol.cam_high, protocol.cam_low
     if high is None or low is None:
         raise ValueError("pseudo labels need cam_high and cam_low")
-    if par is None:
+    if refine is None:
         return cam_to_label_with_ignore(cams, labels, high=high, low=low)
-    images = rgb.to(cams.device).permute(0, 3, 1, 2).float() / 255
-    return refine_cam_to_label(par, images, cams, labels, high=high, low=low)
+    images = rgb.to(cams.device).permute(0, 3, 1, 2).float()
+    if isinstance(refine, PAMR):
+        refined = normalise_maximum(refine(images, cams))
+        return cam_to_label_with_ignore(refined, labels, high=high, low=low)
+    return refine_cam_to_label(refine, images / 255, cams, labels, high=high, low=low)

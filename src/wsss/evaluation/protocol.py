@@ -12,6 +12,7 @@ from wsss.errors import WSSSError
 from wsss.refine.dense_crf import CRF_PRESETS, CRFPreset
 
 Merge = Literal["sum", "max"]
+ScaleMerge = Literal["sum", "max", "mean"]
 
 ORACLE_THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(20))
 PACKAGES = ("torch", "timm", "lightning", "torchmetrics", "albumentations", "pydensecrf2")
@@ -29,9 +30,11 @@ class Protocol:
             of native size (toco.md section 5).
         cam_resize: The same for CAMs.
         seg_scales: Scales of multi-scale segmentation.
+        seg_sizes: Instead of scales, sides of squares to which the 8-bit pixels are squashed for
+            multi-scale segmentation (GETAM: 256, 320, 480); None: ``seg_scales`` count.
         flip: Whether multi-scale segmentation adds the mirror image.
         flip_merge: How logits of an image and its mirror are merged.
-        scale_merge: How logits of the scales are merged.
+        scale_merge: How logits of the scales or sizes are merged.
         merge_of: What the scales merge: ``logits``, or ``probabilities``, whose logarithm then
             stands for the logits (clustercam.md section 5). Image and mirror merge as logits.
         align_corners: Whether images are resized to a scale with aligned corners.
@@ -41,7 +44,8 @@ class Protocol:
         cam_threshold: Declared background threshold of CAM seeds.
         cam_high: Pseudo labels are foreground above it; None: no pseudo labels are scored.
         cam_low: Pseudo labels are background up to it; 255 lies between.
-        refine: Refinement of pseudo labels, ``par`` or None.
+        refine: Refinement of pseudo labels: ``par`` (ToCo's, of scores against backgrounds),
+            ``pamr`` (GETAM's, of the maps before they are thresholded) or None.
         use_image_labels: CAM seeds get the image's true classes (GT-known); otherwise those that
             the module itself predicts.
         oracle_thresholds: Thresholds of the curve whose best value is the oracle.
@@ -51,9 +55,10 @@ class Protocol:
     single_resize: int | None = None
     cam_resize: int | None = None
     seg_scales: tuple[float, ...] = (1.0,)
+    seg_sizes: tuple[int, ...] | None = None
     flip: bool = False
     flip_merge: Merge = "sum"
-    scale_merge: Merge = "sum"
+    scale_merge: ScaleMerge = "sum"
     merge_of: Literal["logits", "probabilities"] = "logits"
     align_corners: bool = False
     crf: str | None = None
@@ -61,7 +66,7 @@ class Protocol:
     cam_threshold: float = 0.5
     cam_high: float | None = None
     cam_low: float | None = None
-    refine: Literal["par"] | None = None
+    refine: Literal["par", "pamr"] | None = None
     use_image_labels: bool = True
     oracle_thresholds: tuple[float, ...] = ORACLE_THRESHOLDS
 
@@ -69,6 +74,8 @@ class Protocol:
         # YAML gives lists; a frozen, hashable protocol needs tuples.
         for name in ("seg_scales", "oracle_thresholds"):
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        if self.seg_sizes is not None:
+            object.__setattr__(self, "seg_sizes", tuple(int(side) for side in self.seg_sizes))
         self._check_sizes()
         self._check_thresholds()
         if self.crf is not None and self.crf not in CRF_PRESETS:
@@ -79,13 +86,14 @@ class Protocol:
                 "eval.crf_prune=true uses image labels, which eval.use_image_labels=false "
                 "forbids; set one of the two"
             )
-        for name in ("flip_merge", "scale_merge"):
-            if getattr(self, name) not in ("sum", "max"):
-                raise WSSSError(f"eval.{name}={getattr(self, name)}: expected sum or max")
+        if self.flip_merge not in ("sum", "max"):
+            raise WSSSError(f"eval.flip_merge={self.flip_merge}: expected sum or max")
+        if self.scale_merge not in ("sum", "max", "mean"):
+            raise WSSSError(f"eval.scale_merge={self.scale_merge}: expected sum, max or mean")
         if self.merge_of not in ("logits", "probabilities"):
             raise WSSSError(f"eval.merge_of={self.merge_of}: expected logits or probabilities")
-        if self.refine not in ("par", None):
-            raise WSSSError(f"eval.refine={self.refine}: expected par or null")
+        if self.refine not in ("par", "pamr", None):
+            raise WSSSError(f"eval.refine={self.refine}: expected par, pamr or null")
 
     def _check_sizes(self) -> None:
         for name in ("resize", "single_resize", "cam_resize"):
@@ -94,6 +102,8 @@ class Protocol:
                 raise WSSSError(f"eval.{name}={side}: expected a positive side in pixels or null")
         if not self.seg_scales or min(self.seg_scales) <= 0:
             raise WSSSError(f"eval.seg_scales={list(self.seg_scales)}: expected positive scales")
+        if self.seg_sizes is not None and (not self.seg_sizes or min(self.seg_sizes) < 1):
+            raise WSSSError(f"eval.seg_sizes={list(self.seg_sizes)}: expected sides in pixels")
 
     def _check_thresholds(self) -> None:
         if not 0 <= self.cam_threshold <= 1:
@@ -118,7 +128,7 @@ class Protocol:
     @property
     def multi_scale(self) -> bool:
         """Whether merged segmentation differs from the plain single-scale one."""
-        return self.flip or self.seg_scales != (1.0,)
+        return self.flip or self.seg_scales != (1.0,) or self.seg_sizes is not None
 
     @property
     def curve_thresholds(self) -> tuple[float, ...]:
@@ -133,6 +143,7 @@ class Protocol:
         return replace(
             self,
             seg_scales=(1.0,),
+            seg_sizes=None,
             flip=False,
             crf=None,
             crf_prune=False,

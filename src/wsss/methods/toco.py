@@ -41,7 +41,12 @@ from wsss.cams import class_activation, multiscale_cam
 from wsss.data.images import IMAGENET_MEAN, IMAGENET_STD, denormalise
 from wsss.decoders import LargeFOV
 from wsss.errors import WSSSError
-from wsss.losses import balanced_segmentation_loss, dense_energy_loss
+from wsss.losses import (
+    balanced_segmentation_loss,
+    dense_energy_loss,
+    full_precision,
+    widened,
+)
 from wsss.methods.base import Batch, Outputs, WSSSModule
 from wsss.pseudo_labels import (
     cam_to_label_with_ignore,
@@ -85,15 +90,6 @@ class CTCHead(nn.Module):
         return self.last_layer(F.normalize(self.mlp(cls_tokens), dim=-1))
 
 
-def _full_precision(tensor: Tensor) -> torch.autocast:
-    """No autocast: bfloat16 products have too few digits for what follows them here."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def ptc_loss(tokens: Tensor, same: Tensor, different: Tensor) -> Tensor:
     """Patch token contrast: tokens of one class alike, of different classes orthogonal.
 
@@ -108,8 +104,8 @@ def ptc_loss(tokens: Tensor, same: Tensor, different: Tensor) -> Tensor:
     Returns:
         A scalar; 0.5 with zero gradient when both masks are empty (Q5).
     """
-    with _full_precision(tokens):
-        unit = F.normalize(_widened(tokens).flatten(2), dim=1, eps=1e-8)  # (B, D, N)
+    with full_precision(tokens):
+        unit = F.normalize(widened(tokens).flatten(2), dim=1, eps=1e-8)  # (B, D, N)
         similarity = (unit.transpose(1, 2) @ unit).abs()  # (B, N, N)
     alike = (similarity * same).sum() / (same.sum() + 1)
     unlike = (similarity * different).sum() / (different.sum() + 1)
@@ -135,11 +131,11 @@ def ctc_loss(student: Tensor, teacher: Tensor, flags: Tensor, temperature: float
         The mean over images, a scalar.
     """
     batch, views = flags.shape
-    with _full_precision(student):
+    with full_precision(student):
         logits = torch.einsum(
             "tbc,vbc->btv",
-            _widened(teacher).unflatten(0, (2, batch)),
-            _widened(student).unflatten(0, (views, batch)),
+            widened(teacher).unflatten(0, (2, batch)),
+            widened(student).unflatten(0, (views, batch)),
         )
     logits = logits / temperature  # (B, 2, V)
     negatives = logits.masked_fill(flags[:, None] > 0, -torch.inf)

@@ -25,7 +25,7 @@ from torch import Tensor
 from wsss.checkpoints import first_line
 from wsss.errors import WSSSError
 
-METHODS = ("toco", "clustercam")
+METHODS = ("toco", "clustercam", "getam")
 # in files with plain names: how weights are made, and how far mistakes and rounding move a result
 NOT_OUTPUTS = (
     "param_names",

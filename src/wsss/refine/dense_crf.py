@@ -27,6 +27,8 @@ class CRFPreset:
         bi_rgb: Width of the bilateral kernel in grey levels.
         bi_w: Its weight.
         iterations: Mean-field iterations.
+        bgr: Give the image with its colour channels reversed. The kernel does not know their
+            order, but the lattice that computes it does: under one label in a hundred changes.
     """
 
     name: str
@@ -36,14 +38,20 @@ class CRFPreset:
     bi_rgb: float
     bi_w: float
     iterations: int = 10
+    bgr: bool = False
 
 
-# Collected in field.md section F; `toco` and `toco_cam` also in toco.md section 5.
+# Collected in field.md section F; `toco` and `toco_cam` also in toco.md section 5, `getam` in
+# getam.md section 5.
 CRF_PRESETS: dict[str, CRFPreset] = {
     p.name: p
     for p in (
         CRFPreset("toco", pos_xy=1, pos_w=1, bi_xy=121, bi_rgb=5, bi_w=4),
         CRFPreset("toco_cam", pos_xy=3, pos_w=3, bi_xy=36, bi_rgb=3, bi_w=4),
+        CRFPreset("getam", pos_xy=3, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=4, iterations=20),
+        CRFPreset(
+            "getam_bgr", pos_xy=3, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=4, iterations=20, bgr=True
+        ),
         CRFPreset("psa", pos_xy=3, pos_w=3, bi_xy=80, bi_rgb=13, bi_w=10),
         CRFPreset("irn", pos_xy=3, pos_w=3, bi_xy=50, bi_rgb=5, bi_w=10),
         CRFPreset("afa", pos_xy=3, pos_w=3, bi_xy=64, bi_rgb=5, bi_w=4),
@@ -93,7 +101,7 @@ def dense_crf(image: Image, prob: Probabilities, preset: CRFPreset) -> Probabili
     crf.addPairwiseBilateral(
         sxy=preset.bi_xy,
         srgb=preset.bi_rgb,
-        rgbim=np.ascontiguousarray(image),
+        rgbim=np.ascontiguousarray(image[..., ::-1] if preset.bgr else image),
         compat=preset.bi_w,
     )
     posterior = np.asarray(crf.inference(preset.iterations), dtype=np.float32)

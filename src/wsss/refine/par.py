@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-_OFFSETS = tuple((dr, dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1) if (dr, dc) != (0, 0))
+from wsss.refine.neighbours import OFFSETS, diffuse, shifted
+
 _COLOUR_WIDTH = 0.3  # of a neighbourhood's standard deviation
 _POSITION_WIDTH = 0.3
 _POSITION_WEIGHT = 0.01
@@ -42,20 +42,10 @@ class PAR(nn.Module):
         self.num_iter = num_iter
         self.eps = eps
         distance = torch.tensor(
-            [d * math.hypot(dr, dc) for d in self.dilations for dr, dc in _OFFSETS]
+            [d * math.hypot(dr, dc) for d in self.dilations for dr, dc in OFFSETS]
         )
         logits = -((distance / (distance.std() + eps) / _POSITION_WIDTH) ** 2)
         self.register_buffer("position", _POSITION_WEIGHT * logits.softmax(0), persistent=False)
-
-    def _shifted(self, maps: Tensor) -> Iterator[Tensor]:
-        """Views of ``maps`` (..., H, W) shifted to each neighbour, all from one padded copy."""
-        height, width = maps.shape[-2:]
-        reach = max(self.dilations)
-        padded = F.pad(maps, (reach,) * 4, mode="replicate")
-        for d in self.dilations:
-            for dr, dc in _OFFSETS:
-                top, left = reach + d * dr, reach + d * dc
-                yield padded[..., top : top + height, left : left + width]
 
     def affinity(self, images: Tensor) -> Tensor:
         """Weight of every neighbour of every pixel.
@@ -69,7 +59,7 @@ class PAR(nn.Module):
         logits: Tensor | None = None
         # One colour channel at a time keeps the peak at a few times n x H x W.
         for channel in images.split(1, dim=1):
-            neighbours = torch.cat(list(self._shifted(channel)), dim=1)
+            neighbours = torch.cat(list(shifted(channel, self.dilations)), dim=1)
             width = neighbours.std(dim=1, keepdim=True) + self.eps
             term = ((neighbours - channel).abs_() / width / _COLOUR_WIDTH).square_()
             logits = term if logits is None else logits.add_(term)
@@ -87,16 +77,7 @@ class PAR(nn.Module):
         Returns:
             (B, C, H, W) refined masks.
         """
-        size = affinity.shape[-2:]
-        if masks.shape[-2:] != size:
-            masks = F.interpolate(masks, size=size, mode="bilinear", align_corners=True)
-        weights = affinity.unsqueeze(2).unbind(1)
-        for _ in range(self.num_iter):
-            total = torch.zeros_like(masks)
-            for weight, neighbour in zip(weights, self._shifted(masks), strict=True):
-                total.addcmul_(weight, neighbour)
-            masks = total
-        return masks
+        return diffuse(affinity, masks, self.dilations, self.num_iter)
 
     def forward(self, images: Tensor, masks: Tensor) -> Tensor:
         """Refine ``masks`` (B, C, h, w) along ``images`` (B, 3, H, W) to (B, C, H, W)."""

@@ -1,0 +1,49 @@
+"""What PAR and PAMR share: a pixel's neighbours at several distances, and diffusion along them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+OFFSETS = tuple((dr, dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1) if (dr, dc) != (0, 0))
+
+
+def shifted(maps: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
+    """Views of ``maps`` (..., H, W) shifted to each neighbour, all from one padded copy.
+
+    Eight neighbours at every dilation; the edge is replicated.
+    """
+    height, width = maps.shape[-2:]
+    reach = max(dilations)
+    padded = F.pad(maps, (reach,) * 4, mode="replicate")
+    for d in dilations:
+        for dr, dc in OFFSETS:
+            top, left = reach + d * dr, reach + d * dc
+            yield padded[..., top : top + height, left : left + width]
+
+
+def diffuse(affinity: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
+    """Replace masks ``num_iter`` times by the weighted sum over their neighbours.
+
+    Args:
+        affinity: (B, n, H, W) weights, in the order of :func:`shifted`.
+        masks: (B, C, h, w); another size is first resized bilinearly with aligned corners.
+        dilations: distances of the neighbours in pixels.
+        num_iter: number of steps.
+
+    Returns:
+        (B, C, H, W) refined masks.
+    """
+    size = affinity.shape[-2:]
+    if masks.shape[-2:] != size:
+        masks = F.interpolate(masks, size=size, mode="bilinear", align_corners=True)
+    weights = affinity.unsqueeze(2).unbind(1)
+    for _ in range(num_iter):
+        total = torch.zeros_like(masks)
+        for weight, neighbour in zip(weights, shifted(masks, dilations), strict=True):
+            total.addcmul_(weight, neighbour)
+        masks = total
+    return masks

@@ -1,0 +1,601 @@
+"""GETAM: maps against the straightforward way, labels and losses with their quirks, both phases."""
+
+import itertools
+import json
+import os
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from wsss.backbone import Backbone
+from wsss.benchmark.getam_official import OfficialGETAM, Savings
+from wsss.cli import main
+from wsss.completion import complete_labels, completion_thresholds, open_region
+from wsss.data.builtin import minivoc_root
+from wsss.errors import WSSSError
+from wsss.methods.base import Batch
+from wsss.methods.getam import (
+    GETAM,
+    StepResult,
+    class_slots,
+    saliency_loss,
+    split_cross_entropy,
+)
+from wsss.runs import build_data, build_module, compose_run
+from wsss.training import SaveOnStop
+
+SIDE = 96
+NAMES = {
+    "plain": "vit_tiny_patch16_224",
+    "distilled": "deit_tiny_distilled_patch16_224",
+    "hybrid": "vit_base_r50_s16_384",
+}
+
+
+def tiny(kind: str = "plain", depth: int = 4, method: type[GETAM] = GETAM, **changes: Any) -> GETAM:
+    torch.manual_seed(0)
+    backbone = Backbone(
+        name=NAMES[kind],
+        weights="random",
+        overrides={"embed_dim": 48, "depth": depth, "num_heads": 3, "img_size": 64},
+    )
+    settings: dict[str, Any] = {
+        "num_classes": 4,
+        "max_steps": 100,
+        "decoder_channels": 16,
+        "low_threshold": 0.5,
+        "high_threshold": 0.7,
+    }
+    return method(backbone=backbone, **{**settings, **changes}).train()
+
+
+def make_batch(seed: int = 1, *, saliency: bool = True) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    patches = torch.randn(2, 3, 6, 6, generator=generator)
+    batch: Batch = {
+        "image": nn.functional.interpolate(patches, size=(SIDE, SIDE), mode="bicubic"),
+        "labels": torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]]),
+        "box": torch.tensor([[0, SIDE, 0, SIDE], [10, 90, 0, 80]]),
+        "name": ["a", "b"],
+    }
+    if saliency:
+        grey = torch.rand(2, 1, 4, 4, generator=generator)
+        batch["saliency"] = nn.functional.interpolate(grey, size=SIDE)[:, 0] > 0.6
+    return batch
+
+
+def losses_at(module: GETAM, step: int, **batch: Any) -> StepResult:
+    torch.manual_seed(1)
+    return module.compute_losses(make_batch(**batch), step)
+
+
+# ---- the map -------------------------------------------------------------------------------------
+
+
+def straightforward_maps(module: GETAM, images: Tensor, labels: Tensor) -> Tensor:
+    """One full backward pass a pair through whole attention maps, (pairs, h, w)."""
+    depth, first = module.backbone.depth, module.backbone.num_prefix_tokens
+    maps = []
+    for image, class_index in (labels > 0).nonzero().tolist():
+        features = module.backbone(images, taps=(depth - 1,), attentions=range(depth))
+        logits = module.classify(module.level_map(features, 4))
+        attentions = [features.attentions[block] for block in range(depth)]
+        for attention in attentions:
+            attention.retain_grad()
+        logits[image, class_index].backward()
+        total = torch.zeros(features.patch_tokens.shape[1], dtype=images.dtype)
+        for attention in attentions[max(0, depth - 6) :]:
+            gradient, weights = attention.grad[image], attention[image]  # type: ignore[index]
+            term = (gradient * weights).relu().mean(0) * gradient.relu().mean(0)
+            total = total + term[0, first:].detach()
+        maps.append(total.unflatten(0, features.grid))
+    return torch.stack(maps)
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth"), [("plain", 12), ("plain", 6), ("distilled", 8), ("hybrid", 4)]
+)
+def test_slot_maps_equal_the_straightforward_way(kind: str, depth: int) -> None:
+    module = tiny(kind, depth).double()
+    images = torch.randn(3, 3, 64, 96, dtype=torch.float64)
+    labels = torch.tensor([[1.0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 1, 1]])
+    features, _, logits = module.encode_and_classify(images, levels=(4,))
+    ids, valid = class_slots(labels)
+    assert valid.tolist() == [[True] * 3, [True, False, False], [True, True, False]]
+    maps = module.maps_of_slots(features, logits, ids, valid).sum(2)
+    expected = straightforward_maps(module, images, labels)
+    assert maps[~valid].abs().max() == 0
+    assert expected.max() > 0
+    assert (maps[valid] - expected).abs().max() < 1e-10 * expected.max()
+
+
+def test_two_models_in_one_process_do_not_disturb_each_other() -> None:
+    first, second = tiny(), tiny(depth=6)
+    batch = make_batch()
+    ids, valid = class_slots(batch["labels"])
+    alone = first.cams(batch["image"], batch["labels"])
+    features, _, logits = first.encode_and_classify(batch["image"], levels=(4,))
+    second.cams(batch["image"], batch["labels"])  # between first's forward and backward
+    second.compute_losses(batch, 99).total.backward()
+    maps = first.maps_of_slots(features, logits, ids, valid).sum(2)
+    full = first._enlarged(maps, (SIDE, SIDE))
+    full = full / (full.amax((2, 3), keepdim=True) + 1e-5)
+    assert torch.equal(full[0, 0], alone[0, 0])
+    assert torch.equal(full[1, 0], alone[1, 1])
+
+
+def test_cams_are_zero_for_absent_classes_and_do_not_depend_on_the_others() -> None:
+    module = tiny().eval()
+    images = make_batch()["image"]
+    with torch.no_grad():  # as the evaluator calls it
+        few = module.cams(images, torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]]))
+        many = module.cams(images, torch.ones(2, 4))
+    assert few.shape == (2, 4, SIDE, SIDE)
+    assert not few.requires_grad
+    assert not few[0, 1:].any()
+    assert not few[1].any()
+    torch.testing.assert_close(few[0, 0], many[0, 0])
+    assert 0 <= many.min() <= many.max() <= 1
+    assert module.cams(images, torch.zeros(2, 4)).abs().max() == 0
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_gallery_shows_every_block_of_the_map() -> None:
+    module = tiny(depth=8).eval()
+    batch = make_batch()
+    with torch.no_grad():
+        maps = module.gallery_maps(batch["image"], batch["labels"])
+    assert list(maps) == [f"block {i}" for i in range(2, 8)]
+    assert all(one.shape == (2, SIDE, SIDE) for one in maps.values())
+    assert all(float(one.max()) == pytest.approx(1.0) for one in maps.values())
+
+
+@pytest.mark.parametrize(
+    ("depth", "taps"), [(12, [2, 5, 8, 11]), (6, [0, 2, 3, 5]), (4, [0, 1, 2, 3])]
+)
+def test_taps_follow_the_depth(depth: int, taps: list[int]) -> None:
+    module = tiny(depth=depth)
+    assert list(module.taps.values()) == taps
+    assert module.map_blocks == tuple(range(max(0, depth - 6), depth))
+
+
+@pytest.mark.parametrize("kind", list(NAMES))
+@pytest.mark.parametrize("size", [(64, 64), (70, 120)])
+def test_every_backbone_segments_at_any_size(kind: str, size: tuple[int, int]) -> None:
+    module = tiny(kind).eval()
+    outputs = module(torch.randn(1, 3, *size))
+    assert outputs.class_logits.shape == (1, 4)
+    assert outputs.seg_logits is not None
+    assert outputs.seg_logits.shape == (1, 5, size[0] // 16 * 16, size[1] // 16 * 16)
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(WSSSError, match="taps four blocks, and this backbone has 3"):
+        tiny(depth=3)
+    with pytest.raises(WSSSError, match="low_threshold <= high_threshold"):
+        tiny(low_threshold=0.8)
+    with pytest.raises(WSSSError, match="four positive widths"):
+        tiny(tap_channels=[8, 16])
+    with pytest.raises(WSSSError, match="quantile"):
+        tiny(quantile=1.0)
+
+
+# ---- labels --------------------------------------------------------------------------------------
+
+
+def test_threshold_is_an_entry_of_the_positive_values() -> None:
+    maps = torch.zeros(1, 3, 4, 5)
+    maps[0, 0] = torch.arange(20).view(4, 5) / 20  # 19 positive values: entry int(17.1)
+    maps[0, 1, 0, 0] = 0.5  # one positive value: entry 0, hence none
+    found = completion_thresholds(maps, 0.9)[0]
+    assert found[0].item() == pytest.approx(18 / 20)
+    assert found[1:].tolist() == [torch.inf, torch.inf]
+
+
+def test_opening_removes_what_no_square_fits_into() -> None:
+    region = torch.zeros(1, 30, 30, dtype=torch.bool)
+    region[0, 2:12, 3:13] = True  # exactly a square of 10
+    region[0, 20:25, 20:30] = True  # too narrow
+    centred = open_region(region, 10)
+    assert centred.sum() == 100
+    assert centred[0, 2:12, 3:13].all()
+    official = open_region(region, 10, centred=False)
+    assert official[0, 3:13, 4:14].all()  # a pixel to the lower right
+    assert official.sum() == 100
+    border = torch.zeros(1, 20, 20, dtype=torch.bool)
+    border[0, :5, :] = True  # beyond the border nothing objects
+    assert open_region(border, 10)[0, :4].all()
+
+
+def two_claims() -> tuple[Tensor, Tensor, Tensor]:
+    """Maps of two classes that both claim the right half, where nothing is salient."""
+    maps = torch.full((1, 2, 40, 40), 0.01)
+    maps[0, 0, :, 20:] = 0.5
+    maps[0, 1, :, 20:] = 0.4
+    maps[0, :, 0, 20:] = 0.005  # a row that no threshold passes
+    saliency = torch.zeros(1, 40, 40, dtype=torch.bool)
+    saliency[:, :, :10] = True
+    return maps, torch.tensor([[1, 3]]), saliency
+
+
+def test_contested_pixels() -> None:
+    maps, ids, saliency = two_claims()
+    maps[0, 0, :, 20:30] = 0.3  # so that the upper values are a tenth
+    official = complete_labels(maps, ids, saliency, quantile=0.4, official_compat=True)
+    ours = complete_labels(maps, ids, saliency, quantile=0.4)
+    contested = (official.label == 2) & (ours.label == 255)
+    assert contested[0, 12:28, 32:38].all()
+    assert (ours.label[0, 12:28, 2:8] == 255).all()  # salient, not activated
+    assert (ours.label[0, :, 11:18] == 0).all()
+    assert ours.saliency is not None
+    assert set(ours.saliency.unique().tolist()) <= {0, 1, 255}
+
+
+def test_padding_is_ignored_and_officially_background() -> None:
+    batch = make_batch()
+    outside = torch.ones(SIDE, SIDE, dtype=torch.bool)
+    outside[10:90, :80] = False
+    for compat in (False, True):
+        module = tiny(official_compat=compat)
+        result = module.compute_losses({**batch, "saliency": batch["saliency"] & False}, 99)
+        assert result.targets is not None
+        padding = result.targets.labels.label[1, outside]
+        assert bool((padding == 255).all()) is not compat
+        assert bool((padding == 0).any()) is compat
+
+
+def test_without_saliency_two_thresholds_decide() -> None:
+    module = tiny(low_threshold=0.2, high_threshold=0.6, opening=1)
+    refined = torch.zeros(1, 2, 8, 8)
+    refined[0, 0, :, 0:3] = 0.9
+    refined[0, 1, :, 2:4] = 0.95
+    refined[0, 0, :, 4:6] = 0.4
+    labels = torch.tensor([[0.0, 1, 0, 1]])
+    boxes = torch.tensor([[0, 8, 0, 8]])
+    made = module.make_labels(refined, torch.tensor([[1, 3]]), labels, boxes, None)
+    assert made.saliency is None
+    assert made.label[0, 0].tolist() == [2, 2, 4, 4, 255, 255, 0, 0]
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+
+def test_saliency_loss_wants_background_where_nothing_is_salient() -> None:
+    logits = torch.zeros(1, 3, 1, 3)
+    logits[0, 0] = torch.tensor([-9.0, 9.0, -9.0])  # background in the middle only
+    completed = torch.tensor([[[1, 0, 255]]], dtype=torch.uint8)
+    assert saliency_loss(logits, completed).item() < 1e-2
+    # officially the given saliency is background, and what is not salient, too
+    coded = saliency_loss(logits, completed, official_compat=True).item()
+    assert coded == pytest.approx((9 + np.log(2)) / 3, rel=1e-2)
+    only = torch.tensor([[[False, True, True]]])
+    assert saliency_loss(logits, completed, only).item() < 1e-2
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_cross_entropy_without_foreground(guard: bool) -> None:
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = split_cross_entropy(logits, torch.zeros(1, 4, 4, dtype=torch.long), guard=guard)
+    assert bool(loss.isnan()) is not guard
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_phase_one_trains_the_classifier_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tiny()
+    for part in (module.decoder, module.pamr):
+        monkeypatch.setattr(part, "forward", None)
+    result = losses_at(module, 50)
+    assert set(result.losses) == {"cls_loss"}
+    result.total.backward()
+    assert all(p.grad is None for p in module.decoder.parameters())
+    assert all(p.grad is None for p in module.reassemble["1"].parameters())
+
+
+def test_terms_of_zero_weight_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tiny(energy_weight=0.0, saliency_weight=0.0, seg_weight=0.0)
+    monkeypatch.setattr(module, "energy", None)
+    assert set(losses_at(module, 99).losses) == {"cls_loss"}
+    without = losses_at(tiny(), 99, saliency=False)
+    assert set(without.losses) == {"cls_loss", "seg_loss", "reg_loss"}
+
+
+def test_total_is_the_sum_of_the_terms_and_reaches_every_parameter() -> None:
+    module = tiny()
+    result = losses_at(module, 99)
+    assert set(result.losses) == {"cls_loss", "seg_loss", "sal_loss", "reg_loss"}
+    assert result.total.item() == pytest.approx(sum(v.item() for v in result.losses.values()))
+    result.total.backward()
+    unused = {name for name, p in module.named_parameters() if p.grad is None}
+    assert unused == {"backbone.vit.norm.weight", "backbone.vit.norm.bias"}
+
+
+def test_mixed_precision_keeps_the_maps_in_full_precision() -> None:
+    module = tiny()
+    exact = losses_at(module, 99)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = losses_at(module, 99)
+    assert exact.targets is not None
+    assert mixed.targets is not None
+    assert mixed.targets.maps.dtype == mixed.targets.refined.dtype == torch.float32
+    close = torch.corrcoef(torch.stack([exact.targets.maps.ravel(), mixed.targets.maps.ravel()]))
+    assert close[0, 1] > 0.98
+    for name, loss in exact.losses.items():
+        assert mixed.losses[name].item() == pytest.approx(loss.item(), rel=0.1), name
+    mixed.total.backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+def test_one_forward_pass_a_step() -> None:
+    module, passes = tiny(), []
+    module.backbone.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    losses_at(module, 0)
+    losses_at(module, 99)
+    assert passes == [2, 2]
+
+
+def test_image_without_any_label_gives_background() -> None:
+    module, batch = tiny(), make_batch(saliency=False)
+    result = module.compute_losses({**batch, "labels": torch.zeros(2, 4)}, 99)
+    assert result.targets is not None
+    assert set(result.targets.labels.label.unique().tolist()) <= {0, 255}
+    assert result.total.isfinite()
+
+
+@pytest.mark.parametrize("official_compat", [False, True])
+def test_a_few_steps_lower_the_loss(official_compat: bool) -> None:
+    module = tiny(official_compat=official_compat, energy_weight=0.0)
+    optimizer = module.optimizer([{"params": list(module.parameters()), "lr": 0.05}])
+    first = losses_at(module, 99)
+    for _ in range(8):
+        optimizer.zero_grad()
+        losses_at(module, 99).total.backward()
+        optimizer.step()
+    last = losses_at(module, 99)
+    assert last.losses["cls_loss"].item() < first.losses["cls_loss"].item()
+    assert last.losses["seg_loss"].item() < first.losses["seg_loss"].item()
+
+
+# ---- schedule and optimiser ----------------------------------------------------------------------
+
+
+def test_schedule_of_voc() -> None:
+    module = tiny(max_steps=52900)
+    assert sum(not module.in_phase_two(t) for t in range(52901)) == 26451
+    rate = [module.lr * module.lr_multiplier(t) for t in (0, 26450, 26451, 52899, 52900)]
+    assert rate == pytest.approx([0.04, 0.0214354693, 0.00214347399, 2.24362302e-7, 2.24362302e-7])
+    assert tiny(max_steps=52900, step_decay=True).lr_scale(35266) == pytest.approx(0.01)
+
+
+def test_weight_decay_is_officially_a_momentum() -> None:
+    for compat, momentum, decay in ((True, 5e-4, 0), (False, 0.0, 5e-4)):
+        module = tiny(official_compat=compat)
+        settings = module.optimizer(module.param_groups()).defaults
+        assert (settings["momentum"], settings["weight_decay"]) == (momentum, decay)
+
+
+def test_every_parameter_is_trained() -> None:
+    module = tiny()
+    (group,) = module.param_groups()
+    assert {id(p) for p in group["params"]} == {id(p) for p in module.parameters()}
+    assert all(p.requires_grad for p in module.parameters())
+
+
+# ---- the official way of computing ---------------------------------------------------------------
+
+SAVINGS = [field.name for field in fields(Savings)]
+
+
+def step_of(module: GETAM, step: int = 99) -> tuple[StepResult, dict[str, Tensor]]:
+    result = losses_at(module, step)
+    result.total.backward()
+    return result, {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+
+
+def official(on: dict[str, bool], **settings: Any) -> OfficialGETAM:
+    module = tiny(method=OfficialGETAM, depth=8, **settings)
+    assert isinstance(module, OfficialGETAM)
+    module.use_savings(Savings(**on))
+    return module
+
+
+@pytest.mark.parametrize("official_compat", [False, True])
+@pytest.mark.parametrize("off", ["every", *SAVINGS])
+def test_the_official_way_gives_the_same_step(off: str, official_compat: bool) -> None:
+    settings = {"official_compat": official_compat}
+    expected, expected_grads = step_of(tiny(depth=8, **settings))
+    on = {name: off not in ("every", name) for name in SAVINGS}
+    result, grads = step_of(official(on, **settings))
+    assert expected.targets is not None
+    assert result.targets is not None
+    torch.testing.assert_close(result.targets.maps, expected.targets.maps, rtol=1e-4, atol=1e-9)
+    differing = result.targets.labels.label != expected.targets.labels.label
+    assert differing.sum() <= 2  # a pixel beside a threshold
+    assert result.losses.keys() == expected.losses.keys()
+    for name, loss in expected.losses.items():
+        assert result.losses[name].item() == pytest.approx(loss.item(), rel=1e-3), name
+    assert grads.keys() == expected_grads.keys()
+
+
+def test_the_official_way_does_all_the_work_of_the_page() -> None:
+    passes: list[int] = []
+    ours, theirs = tiny(), official(dict.fromkeys(SAVINGS, False))
+    for module in (ours, theirs):
+        module.backbone.register_forward_pre_hook(lambda _, inputs: passes.append(1))
+        losses_at(module, 99)
+    assert len(passes) == 1 + 2
+
+
+# ---- training: ranks, resume, records ------------------------------------------------------------
+
+
+class Samples(torch.utils.data.Dataset[dict[str, Any]]):
+    """Eight samples of one batch's kind."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        batch = make_batch(index, saliency=False)
+        return {name: value[index % 2] for name, value in batch.items()}
+
+
+class Weights(Callback):
+    """All parameters after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        flat = [p.detach().flatten() for p in pl_module.parameters()]
+        self.seen.append(torch.cat(flat).clone())
+
+
+def train_rank(rank: int, port: int, out: str) -> None:
+    """One of two processes of a DDP run over both phases."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "NODE_RANK": "0",
+        "LOCAL_RANK": str(rank),
+    }
+    torch.set_num_threads(1)
+    weights = Weights()
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_find_unused_parameters_true",
+        max_steps=6,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[weights],
+    )
+    module = tiny(max_steps=6, energy_weight=0.0)
+    trainer.fit(module, DataLoader(Samples(), batch_size=1))
+    torch.save(weights.seen, Path(out) / f"rank{rank}.pt")
+
+
+@pytest.mark.slow
+def test_both_ranks_have_the_same_weights_in_both_phases(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(train_rank, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert len(first) == len(second) == 6
+    module = tiny(max_steps=6)
+    assert [module.in_phase_two(t) for t in range(6)] == [False] * 4 + [True] * 2
+    for step, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(a, b), f"step {step}"
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(first))
+
+
+TINY = [
+    "method=getam",
+    "data=minivoc",
+    "backbone.weights=random",
+    "+backbone.overrides.embed_dim=48",
+    "backbone.overrides.depth=4",
+    "budget.crop_size=64",
+    "budget.local_size=16",
+    "budget.global_batch_size=4",
+    "budget.eval_every=100",
+    "data.limit=8",
+    "data.num_workers=0",
+    "data.test_splits=[]",
+    "method.decoder_channels=16",
+    "eval.seg_sizes=[64]",
+    "eval.crf=null",
+]
+
+
+class StopAfter(SaveOnStop):
+    """Ctrl-C during a given step."""
+
+    def __init__(self, path: Path, steps: int) -> None:
+        super().__init__(path)
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
+        self.asked = trainer.global_step == self.steps < trainer.max_steps
+        super().on_train_batch_end(trainer, pl_module, *batch)
+
+
+def fit(path: Path, *, stop: int = 6) -> dict[str, Tensor]:
+    """Train to step ``stop`` of 6, from a checkpoint if there is one; the weights then."""
+    config = compose_run([*TINY, "budget.max_steps=6"])
+    lightning.seed_everything(0, verbose=False)
+    data = build_data(config)
+    data.setup("fit")
+    module = build_module(config, data.num_classes)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=6,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[StopAfter(path, stop)],
+    )
+    checkpoint = str(path) if path.is_file() else None
+    with nullcontext() if stop == 6 else pytest.raises(SystemExit):
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    assert trainer.global_step == stop
+    return module.state_dict()
+
+
+@pytest.mark.slow
+def test_a_run_resumed_over_the_boundary_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """Steps 0 to 3 are the first phase; both sides of the boundary, and the boundary itself."""
+    straight = fit(tmp_path / "straight.ckpt")
+    for stop in (3, 4, 5):
+        path = tmp_path / f"{stop}.ckpt"
+        fit(path, stop=stop)
+        resumed = fit(path)
+        for name, value in straight.items():
+            assert torch.equal(value, resumed[name]), (stop, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_saliency", [False, True])
+def test_a_run_records_whether_it_used_saliency(tmp_path: Path, with_saliency: bool) -> None:
+    folder = tmp_path / "saliency"
+    folder.mkdir()
+    lists = minivoc_root() / "VOC2012" / "ImageSets" / "Segmentation"
+    for name in (lists / "train.txt").read_text().split()[:8]:
+        grey = np.zeros((160, 160), np.uint8)
+        grey[40:120, 40:120] = 200
+        Image.fromarray(grey).save(folder / f"{name}.png")
+    chosen = [f"data.saliency_folder={folder}"] if with_saliency else []
+    steps = ["budget.max_steps=2", "gallery=2", "method.phase_one=0", "trainer.log_every_n_steps=1"]
+    runs = tmp_path / "runs"
+    try:
+        status = main(["train", *TINY, *steps, *chosen, f"runs_dir={runs}"])
+    except SystemExit as leave:
+        status = int(leave.code or 0)
+    assert status == 0
+    (path,) = runs.rglob("results.json")
+    protocol = json.loads(path.read_text())["splits"]["val"]["protocol"]
+    expected = "image labels and saliency maps (above 127)" if with_saliency else "image labels"
+    assert protocol["supervision"] == expected
+    assert protocol["seg_sizes"] == [64]
+    (metrics,) = runs.rglob("metrics.csv")
+    assert ("train/sal_loss" in metrics.read_text()) is with_saliency

@@ -42,6 +42,9 @@ class WSSSModule(LightningModule):
         max_steps: optimiser steps of the whole run, the length of every schedule.
     """
 
+    #: What a method learns from; results are compared within one such league.
+    supervision = "image labels"
+
     #: Opens a named phase of the step; the benchmark puts a stopwatch here.
     phase: Callable[[str], AbstractContextManager[Any]] = staticmethod(record_function)
 

@@ -3,36 +3,47 @@
 Schema 1::
 
     {"schema": 1, "method", "data", "seed", "config_hash", "status": "finished" | ...,
-     "splits": {split: {<metrics>, "per_class": {...}, "confusion": {...}, "protocol": {...}}}}
+     "config": {...}, "cost": {...},
+     "splits": {split: {<metrics>, "maps": {kind: {...}}, "per_class": {...}, "confusion": {...},
+                        "protocol": {...}, "cost": {...}}}}
+
+``images.npz`` beside it holds the confusion cells of every image.
 
 Metrics are numbers, or null where a number does not exist (a model without a segmentation head, a
 class that the split never shows).
 """
 
 import contextlib
+import io
 import json
 import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from wsss.errors import WSSSError
 
 RESULTS_FILE = "results.json"
+CELLS_FILE = "images.npz"
 SCHEMA = 1
 
 #: (heading, key, whether it is a percentage), in the order of the table.
 ROWS = (
     ("CAM seed mIoU, image labels given", "seed_miou", True),
     ("CAM seed mIoU, predicted labels", "seed_miou_predicted_labels", True),
+    ("CAM seed mIoU, given, holdout's threshold", "seed_miou_holdout", True),
+    ("  holdout's threshold", "seed_threshold_holdout", False),
     ("CAM seed mIoU, given, oracle threshold", "seed_miou_oracle", True),
     ("  oracle threshold", "seed_threshold_oracle", False),
+    ("CAM pixel mAP, image labels given", "seed_pixel_map", True),
     ("pseudo label mIoU, 255 as background", "pseudo_label_miou_ignored_as_background", True),
     ("pseudo label mIoU, 255 excluded", "pseudo_label_miou_excluded", True),
     ("  pseudo label coverage", "pseudo_label_coverage", True),
@@ -44,11 +55,38 @@ ROWS = (
     ("image F1", "image_f1", True),
 )
 
+#: kind of label map -> its name in tables
+MAP_NAMES = {
+    "seed": "CAM seed",
+    "pseudo_label": "pseudo label (255 as background)",
+    "seg": "segmentation",
+    "seg_crf": "segmentation + CRF",
+    "seg_ms": "segmentation, multi-scale",
+    "seg_ms_crf": "segmentation, multi-scale + CRF",
+}
+
+#: (heading, path in an entry of ``maps``) of the table of label maps
+MAP_COLUMNS = (
+    ("mIoU", ("miou",)),
+    ("prec.", ("precision",)),
+    ("recall", ("recall",)),
+    ("FP/GT", ("over",)),
+    ("FN/GT", ("under",)),
+    ("per image", ("image_miou",)),
+    ("boundary", ("boundary_iou",)),
+    ("trimap 3", ("trimap_iou", "3")),
+    ("5", ("trimap_iou", "5")),
+    ("10 px", ("trimap_iou", "10")),
+    ("small", ("size_iou", "small")),
+    ("medium", ("size_iou", "medium")),
+    ("large", ("size_iou", "large")),
+)
+
 #: (heading, key in ``per_class``) of the per-class table; results.json holds more columns.
 CLASS_COLUMNS = (
     ("seed", "seed_iou"),
     ("oracle", "seed_iou_oracle"),
-    ("pseudo", "pseudo_label_iou_ignored_as_background"),
+    ("pseudo", "pseudo_label_iou"),
     ("seg", "seg_iou"),
     ("seg+CRF", "seg_crf_iou"),
     ("MS", "seg_ms_iou"),
@@ -68,11 +106,16 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     text = _compact_lists(
         json.dumps(_plain({"schema": SCHEMA, **results}), indent=2, allow_nan=False)
     )
+    write_atomically(path, f"{text}\n".encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the old one or the new one; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private; results are to be shared
@@ -81,6 +124,44 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def write_cells(path: Path, cells: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the confusion cells of every image (`wsss.evaluation.per_image`), compressed.
+
+    Args:
+        path: Target, usually ``run folder / CELLS_FILE``.
+        cells: split -> ``names`` (list of all image names) and kind of label map -> (n, 3) cells.
+    """
+    arrays: dict[str, Any] = {}
+    for split, kinds in cells.items():
+        for kind, values in kinds.items():
+            arrays[f"{split}/{kind}"] = (
+                np.array(values) if kind == "names" else values.astype(np.int32)
+            )
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_cells(path: Path, split: str) -> dict[str, Any]:
+    """Reads what :func:`write_cells` wrote for one split: ``names`` and kind -> int64 cells.
+
+    Raises:
+        WSSSError: If the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            found = {
+                key.removeprefix(f"{split}/"): content[key]
+                for key in content.files
+                if key.startswith(f"{split}/")
+            }
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise WSSSError(
+            f"{path}: the counts of single images cannot be read ({error}); run `wsss eval`"
+        ) from error
+    return {k: v.tolist() if k == "names" else v.astype(np.int64) for k, v in found.items()}
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -124,10 +205,37 @@ def print_table(
             table.add_row(heading, *(_cell(value, percent) for value in values))
     console.print(table)
     for split, metrics in splits.items():
+        if metrics.get("maps"):
+            console.print(maps_table(metrics["maps"], title=f"{split}: label maps (%)"))
         for note in metrics.get("notes", []):
             console.print(f"{split}: {note}")
         if per_class:
             console.print(per_class_table(metrics, title=f"{split}, per class (%)"))
+
+
+def maps_table(maps: Mapping[str, Mapping[str, Any]], *, title: str | None = None) -> Table:
+    """What kinds of label maps are worth beside their mIoU, one kind a row.
+
+    Args:
+        maps: ``maps`` of one entry of ``splits``.
+        title: Heading.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("map")
+    for heading, _ in MAP_COLUMNS:
+        table.add_column(heading, justify="right")
+    for kind, values in maps.items():
+        cells = [_cell(look_up(values, path), True) for _, path in MAP_COLUMNS]
+        table.add_row(MAP_NAMES.get(kind, kind), *cells)
+    return table
+
+
+def look_up(values: Mapping[str, Any], path: Sequence[str]) -> Any:
+    """The value at a path of nested mappings, None where a step is missing."""
+    found: Any = values
+    for step in path:
+        found = found.get(step) if isinstance(found, Mapping) else None
+    return found
 
 
 def per_class_table(metrics: Mapping[str, Any], *, title: str | None = None) -> Table:

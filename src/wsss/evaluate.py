@@ -99,8 +99,7 @@ def _evaluate_run(chosen: EvalArguments, overrides: list[str]) -> int:
         step=run.step,
         device=choose_device(chosen.device),
         cost=run.cost,
-        # readings belong to the run, wherever their numbers go
-        ledger=run.folder if run.folder.is_dir() else folder,
+        run=Path(chosen.run),
         purpose="wsss eval",
     )
     return 0
@@ -121,7 +120,8 @@ def evaluate_folder(chosen: EvalArguments, overrides: list[str]) -> int:
     data, protocol = build_data(config), Protocol(**config["eval"])
     source = Path(chosen.cams or chosen.masks or "")
     results = results_header(chosen.name or source.resolve().name, data, config)
-    results |= {"cost": None, "source": {"cams" if chosen.cams else "masks": str(source)}}
+    kind = "cams" if chosen.cams else "masks"
+    results |= {"cost": None, "source": {kind: str(source), "first_class": chosen.first_class}}
     declared = {item.partition("=")[0].removeprefix("eval.") for item in overrides}
     cells: dict[str, dict[str, Any]] = {}
     out = Path(chosen.out) if chosen.out else None

@@ -32,7 +32,7 @@ def evaluate_and_report(
     device: torch.device,
     logger: Any = None,
     cost: dict[str, Any] | None = None,
-    ledger: Path | None = None,
+    run: Path | None = None,
     purpose: str = "report",
 ) -> dict[str, Any]:
     """Evaluate on every split, store numbers with their protocol, print and draw.
@@ -48,15 +48,17 @@ def evaluate_and_report(
         device: where to run.
         logger: W&B logger that gets tables and gallery too, or None.
         cost: what training cost (:func:`wsss.costs.training_cost`), where that is known.
-        ledger: run folder in whose ledger the readings are entered; default ``folder``.
+        run: run folder or checkpoint that is evaluated; default ``folder``. Readings are entered in
+            the ledger of a run folder, wherever their numbers go.
         purpose: of these readings.
 
     Returns:
         The content of ``results.json``.
     """
-    results = results_header(type(module).__name__, data, config) | {"cost": cost}
+    results = results_header(type(module).__name__, data, config)
+    results |= {"run": str(run or folder), "cost": cost}
     cells: dict[str, dict[str, Any]] = {}
-    ledger = ledger or folder
+    ledger = run if run and run.is_dir() else folder
     first = _is_first()
     if first:
         make_writable(folder)

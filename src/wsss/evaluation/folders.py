@@ -128,7 +128,7 @@ def read_class_maps(path: Path, *, num_classes: int, first_class: int = 0) -> ND
         raise WSSSError(
             f"{path}: values from {low:.3g} to {high:.3g}; expected class maps normalised to 0..1"
         )
-    return np.clip(result, 0, 1, dtype=np.float32)
+    return result.clip(0, 1)
 
 
 def _load(path: Path) -> Any:
@@ -183,7 +183,7 @@ def _floats(values: Any, path: Path) -> NDArray[np.float32]:
     """float32 values; uint8 is scaled to [0, 1]."""
     array = np.asarray(values)
     if array.dtype == np.uint8:
-        return array.astype(np.float32) / 255
+        return np.divide(array, 255, dtype=np.float32)
     if array.dtype.kind not in "fiu":
         raise WSSSError(f"{path}: values of type {array.dtype}; expected numbers")
     return array.astype(np.float32)

@@ -54,7 +54,7 @@ class BenchmarkConfig:
     """
 
     part: str = "step"
-    method: str | None = None
+    method: str = ""
     crf: str = "toco"
     backbone: str = "vit_base"
     image_size: int = 448

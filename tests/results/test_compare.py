@@ -138,9 +138,7 @@ def test_bootstrap_agrees_with_drawing_images_by_hand(tmp_path: Path) -> None:
         generator.integers(1, size=(size, 1))
         for weight in weights:
             chosen = np.repeat(np.arange(IMAGES), weight)
-            one, other = (
-                plain_miou([label_maps(s, 0.7)[i] for i in chosen]) for s in range(2)
-            )
+            one, other = (plain_miou([label_maps(s, 0.7)[i] for i in chosen]) for s in range(2))
             expected.append(one - other)
     np.testing.assert_allclose(draws.drawn["x"] - draws.drawn["y"], expected, atol=1e-12)
     difference = draws.difference("x", "y")

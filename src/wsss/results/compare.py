@@ -18,8 +18,8 @@ from wsss.results.bootstrap import Difference, Draws, draw
 from wsss.results.grids import FORMATS, Cell, Grid, print_grids
 from wsss.results.store import (
     CELLS_FILE,
-    MAP_COLUMNS,
     MAP_NAMES,
+    MAP_ROWS,
     RESULTS_FILE,
     ROWS,
     look_up,
@@ -527,19 +527,11 @@ def _details(c: Comparison) -> Grid:
     """Precision, boundaries, sizes of the primary kind of label map."""
     kind = MIOUS[c.primary][0]
     grid = Grid(f"{MAP_NAMES[kind]} in detail (%)", ["", *c.groups])
-    for heading, path in MAP_COLUMNS:
+    for heading, path in MAP_ROWS:
         values = [
             [look_up(e.metrics["maps"].get(kind, {}), path) for e in es] for es in c.groups.values()
         ]
-        name = heading if heading not in ("5", "10 px") else f"trimap {heading}"
-        grid.rows.append((name, [Cell(mean_and_deviation(v, True)) for v in values]))
-    shares = [
-        [look_up(e.metrics["maps"].get(kind, {}), ("hallucinated",)) for e in es]
-        for es in c.groups.values()
-    ]
-    grid.rows.append(
-        ("predicted where the class is absent", [Cell(mean_and_deviation(v, True)) for v in shares])
-    )
+        grid.rows.append((heading, [Cell(mean_and_deviation(v, True)) for v in values]))
     return grid
 
 

@@ -65,32 +65,39 @@ MAP_NAMES = {
     "seg_ms_crf": "segmentation, multi-scale + CRF",
 }
 
+#: the same where there is little room
+SHORT_NAMES = {
+    "seed": "seed",
+    "pseudo_label": "pseudo",
+    "seg": "seg",
+    "seg_crf": "seg+CRF",
+    "seg_ms": "MS",
+    "seg_ms_crf": "MS+CRF",
+}
+
 #: (heading, path in an entry of ``maps``) of the table of label maps
-MAP_COLUMNS = (
+MAP_ROWS = (
     ("mIoU", ("miou",)),
-    ("prec.", ("precision",)),
+    ("precision", ("precision",)),
     ("recall", ("recall",)),
-    ("FP/GT", ("over",)),
-    ("FN/GT", ("under",)),
-    ("per image", ("image_miou",)),
-    ("boundary", ("boundary_iou",)),
-    ("trimap 3", ("trimap_iou", "3")),
-    ("5", ("trimap_iou", "5")),
-    ("10 px", ("trimap_iou", "10")),
-    ("small", ("size_iou", "small")),
-    ("medium", ("size_iou", "medium")),
-    ("large", ("size_iou", "large")),
+    ("over-activation, FP / truth", ("over",)),
+    ("under-activation, FN / truth", ("under",)),
+    ("mean of the images' mIoU", ("image_miou",)),
+    ("Boundary IoU", ("boundary_iou",)),
+    ("mIoU within 3 px of an edge", ("trimap_iou", "3")),
+    ("mIoU within 5 px of an edge", ("trimap_iou", "5")),
+    ("mIoU within 10 px of an edge", ("trimap_iou", "10")),
+    ("IoU of small objects", ("size_iou", "small")),
+    ("IoU of medium objects", ("size_iou", "medium")),
+    ("IoU of large objects", ("size_iou", "large")),
+    ("predicted where the class is absent", ("hallucinated",)),
 )
 
 #: (heading, key in ``per_class``) of the per-class table; results.json holds more columns.
 CLASS_COLUMNS = (
     ("seed", "seed_iou"),
     ("oracle", "seed_iou_oracle"),
-    ("pseudo", "pseudo_label_iou"),
-    ("seg", "seg_iou"),
-    ("seg+CRF", "seg_crf_iou"),
-    ("MS", "seg_ms_iou"),
-    ("MS+CRF", "seg_ms_crf_iou"),
+    *((short, f"{kind}_iou") for kind, short in SHORT_NAMES.items() if kind != "seed"),
     ("AP", "image_ap"),
 )
 
@@ -214,19 +221,19 @@ def print_table(
 
 
 def maps_table(maps: Mapping[str, Mapping[str, Any]], *, title: str | None = None) -> Table:
-    """What kinds of label maps are worth beside their mIoU, one kind a row.
+    """What kinds of label maps are worth beside their mIoU, one kind a column.
 
     Args:
         maps: ``maps`` of one entry of ``splits``.
         title: Heading.
     """
     table = Table(title=title, title_justify="left")
-    table.add_column("map")
-    for heading, _ in MAP_COLUMNS:
-        table.add_column(heading, justify="right")
-    for kind, values in maps.items():
-        cells = [_cell(look_up(values, path), True) for _, path in MAP_COLUMNS]
-        table.add_row(MAP_NAMES.get(kind, kind), *cells)
+    table.add_column("")
+    for kind in maps:
+        table.add_column(SHORT_NAMES[kind], justify="right")
+    for heading, path in MAP_ROWS:
+        cells = [_cell(look_up(values, path), True) for values in maps.values()]
+        table.add_row(heading, *cells)
     return table
 
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from torch import nn
 
 from wsss import benchmark
-from wsss.benchmark import crf
 from wsss.backbone import Backbone
+from wsss.benchmark import crf
 from wsss.benchmark.report import show, summarise
 from wsss.benchmark.runner import Side, Stopwatch, make_batch, peak_memory
 from wsss.benchmark.toco_official import OfficialToCo, Savings, looped_ctc_loss

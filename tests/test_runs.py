@@ -148,7 +148,7 @@ def test_report_draws_a_run_again_from_its_checkpoint(finished: Path, tmp_path: 
     assert _wsss("report", *arguments) == 0
     page = (tmp_path / "index.html").read_text()
     assert page.count("data:image/jpeg") == 3 * 4, "image, truth, map and CAM of three images"
-    assert "ToCo: losses" in page
+    assert "validation during training: CAM seed" in page
     assert "watching training" in page
 
 

@@ -12,7 +12,7 @@ from wsss.data.builtin import minivoc_root
 from wsss.results.report import pick_images
 from wsss.results.svg import Series, bar_chart, line_chart, scatter, ticks
 
-VOID = {"meta", "img", "path", "circle", "rect", "br"}
+VOID = {"meta", "img", "br"}
 
 
 class Balanced(HTMLParser):

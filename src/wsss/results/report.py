@@ -87,6 +87,7 @@ def _section(c: Comparison, gallery: int) -> str:
     grids = tables(c)
     charts = [*_seed_charts(c), _class_bars(c), *_shape_charts(c), *_cost_charts(c)]
     curves = [_training_curves(name, es, k) for k, (name, es) in enumerate(c.groups.items())]
+    curves += _validation_curves(c)
     parts = [
         f"<h2>Supervision: {html.escape(c.league)}</h2>",
         _legend(list(c.groups)),
@@ -177,13 +178,13 @@ def _shape_charts(c: Comparison) -> list[str]:
         ),
         (
             "mIoU near boundaries",
-            "pixels within",
+            "pixels within; B-IoU: Boundary IoU",
             (
                 ("3 px", ("trimap_iou", "3")),
                 ("5 px", ("trimap_iou", "5")),
                 ("10 px", ("trimap_iou", "10")),
-                ("everywhere", ("miou",)),
-                ("Boundary IoU", ("boundary_iou",)),
+                ("all", ("miou",)),
+                ("B-IoU", ("boundary_iou",)),
             ),
         ),
     ):
@@ -238,16 +239,43 @@ def _costed(c: Comparison, name: str, k: int, costs: Sequence[float | None]) -> 
     return Series(name, k, [(_mean(costs), float(np.mean(scores)))], spread=spread)
 
 
-def _training_curves(name: str, members: Sequence[Entry], colour: int) -> str:
-    """Named losses of a group's first run."""
-    folder = members[0].home
-    losses: dict[str, list[tuple[float, float]]] = {}
-    for path in sorted(folder.glob("logs/version_*/metrics.csv")):
+def _logged(entry: Entry) -> dict[str, list[tuple[float, float]]]:
+    """Everything a run logged: name -> (step, value)."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for path in sorted(entry.home.glob("logs/version_*/metrics.csv")):
         with path.open(newline="") as stream:
             for row in csv.DictReader(stream):
                 for key, value in row.items():
-                    if key.startswith("train/") and key.endswith("loss") and value:
-                        losses.setdefault(key, []).append((float(row["step"]), float(value)))
+                    if "/" in key and value:
+                        found.setdefault(key, []).append((float(row["step"]), float(value)))
+    return found
+
+
+def _validation_curves(c: Comparison) -> list[str]:
+    """Validations during training of each group's first run; they are no results."""
+    logged = {name: _logged(members[0]) for name, members in c.groups.items()}
+    return [
+        line_chart(
+            f"validation during training: {label}",
+            [
+                Series(name, k, [(step, 100 * value) for step, value in found.get(key, [])])
+                for k, (name, found) in enumerate(logged.items())
+            ],
+            x_label="step",
+            y_label="mIoU (%)",
+            dots=True,
+        )
+        for key, label in (("val/seed_miou", "CAM seed"), ("val/seg_miou", "segmentation"))
+    ]
+
+
+def _training_curves(name: str, members: Sequence[Entry], colour: int) -> str:
+    """Named losses of a group's first run."""
+    losses = {
+        key: points
+        for key, points in _logged(members[0]).items()
+        if key.startswith("train/") and key.endswith("loss")
+    }
     series = [
         Series(key.removeprefix("train/"), colour if key == "train/loss" else k, points)
         for k, (key, points) in enumerate(sorted(losses.items()))

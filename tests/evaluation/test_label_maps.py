@@ -99,7 +99,7 @@ def scenes() -> list[tuple[np.ndarray, np.ndarray]]:
 def result(scenes: list[tuple[np.ndarray, np.ndarray]]) -> tuple[dict, dict]:
     counts = LabelMapCounts(num_classes=C)
     for index, (truth, guess) in enumerate(scenes):
-        counts.count(torch.from_numpy(guess), Regions.of(torch.from_numpy(truth), C), index)
+        counts.update(torch.from_numpy(guess), Regions.of(torch.from_numpy(truth), C), index)
     return label_map_scores(counts.compute())
 
 
@@ -205,9 +205,9 @@ def test_abstentions_are_kept_apart_in_the_cells_and_background_elsewhere() -> N
     filled = np.where(holes == 255, 0, holes).astype(np.uint8)
     regions = Regions.of(torch.from_numpy(truth), C)
     abstaining = LabelMapCounts(num_classes=C, allow_ignored_prediction=True)
-    abstaining.count(torch.from_numpy(holes), regions, 7)
+    abstaining.update(torch.from_numpy(holes), regions, 7)
     plain = LabelMapCounts(num_classes=C)
-    plain.count(torch.from_numpy(filled), regions, 7)
+    plain.update(torch.from_numpy(filled), regions, 7)
     one, other = label_map_scores(abstaining.compute()), label_map_scores(plain.compute())
     np.testing.assert_equal(one, other)
     cells = abstaining.compute().cells.numpy()
@@ -221,7 +221,11 @@ def test_abstentions_are_kept_apart_in_the_cells_and_background_elsewhere() -> N
 def test_wrong_ids_are_named() -> None:
     regions = Regions.of(torch.zeros(8, 8, dtype=torch.long), 2)
     with pytest.raises(WSSSError, match="class id 5"):
-        LabelMapCounts(num_classes=2).count(torch.full((8, 8), 5), regions, 0)
+        LabelMapCounts(num_classes=2).update(torch.full((8, 8), 5), regions, 0)
+    with pytest.raises(WSSSError, match="class id 255"):
+        LabelMapCounts(num_classes=2).update(torch.full((8, 8), 255), regions, 0)
+    with pytest.raises(WSSSError, match="differ in size"):
+        LabelMapCounts(num_classes=2).update(torch.zeros(4, 4), regions, 0)
     with pytest.raises(WSSSError, match="no label map"):
         label_map_scores(LabelMapCounts(num_classes=2).compute())
 

@@ -49,7 +49,7 @@ def make_run(
     """Writes a run whose seeds and segmentations are the label maps of that quality."""
     counts = LabelMapCounts(num_classes=3)
     for index, (truth, guess) in enumerate(label_maps(seed if draw is None else draw, quality)):
-        counts.count(
+        counts.update(
             torch.from_numpy(guess.astype(np.uint8)), Regions.of(torch.from_numpy(truth), 3), index
         )
     totals = counts.compute()

@@ -165,7 +165,7 @@ class CRFQueue:
 
     def _count_oldest(self) -> None:
         future, regions, index, counts = self.waiting.popleft()
-        counts.count(torch.from_numpy(future.result()), regions, index)
+        counts.update(torch.from_numpy(future.result()), regions, index)
 
 
 class Tally(nn.Module):
@@ -283,7 +283,7 @@ class Tally(nn.Module):
         """Counts label maps (B, H, W) under one of the names ``LABEL_MAPS``."""
         with self.watch("counting"):
             for b, one in enumerate(pred.cpu()):
-                self.counts(name).count(one, truth.regions[b], truth.indices[b])
+                self.counts(name).update(one, truth.regions[b], truth.indices[b])
 
     def count_segmentation(
         self, prediction: Prediction, truth: Truth, labels: Tensor, crf: CRFQueue | None

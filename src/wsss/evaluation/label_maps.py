@@ -80,9 +80,11 @@ class Regions:
     Attributes:
         target: (H, W) class ids and 255.
         valid: (H, W), not void.
+        truth: (n,) int64 class ids of the valid pixels.
         reach: Width d of the boundary band in pixels.
         band: (H, W), within d of the contour of its own region.
-        trimap: (H, W) number of trimaps, narrowest first, that do not hold the pixel.
+        near: Which of the n valid pixels lie in some trimap.
+        ring: (n',) number of trimaps, narrowest first, that do not hold these pixels.
         slot: (C,) row of ``size`` for every class.
         size: (S, H, W) size of the nearest object of a class; row 0 is all ``NO_SIZE``.
         size_truth: (4, C) int64 foreground pixels of every size and class.
@@ -90,9 +92,11 @@ class Regions:
 
     target: LabelMap
     valid: Mask
+    truth: NDArray[np.int64]
     reach: int
     band: Mask
-    trimap: LabelMap
+    near: NDArray[np.intp]
+    ring: NDArray[np.int64]
     slot: NDArray[np.intp]
     size: LabelMap
     size_truth: NDArray[np.int64]
@@ -109,9 +113,11 @@ class Regions:
         height, width = target.shape
         valid: Mask = target != IGNORE_INDEX
         reach = max(1, round(BOUNDARY_RATIO * float(np.hypot(height, width))))
-        trimap = np.zeros(target.shape, np.uint8)
+        ring = np.zeros(target.shape, np.uint8)
         for pixels in TRIMAP_WIDTHS:
-            trimap += ~_label_changes(target, pixels)
+            ring += ~_label_changes(target, pixels)
+        ring = ring[valid]
+        near = np.flatnonzero(ring < len(TRIMAP_WIDTHS))
         slot, size = _size_of_nearest_object(target, num_classes)
         foreground = valid & (target > 0)
         classes = target[foreground].astype(np.intp)
@@ -120,9 +126,11 @@ class Regions:
         return cls(
             target=target,
             valid=valid,
+            truth=target[valid].astype(np.int64),
             reach=reach,
             band=_contour_band(target, reach),
-            trimap=trimap,
+            near=near,
+            ring=ring[near].astype(np.int64),
             slot=slot,
             size=size,
             size_truth=truth.reshape(NO_SIZE + 1, num_classes),
@@ -198,7 +206,7 @@ class LabelMapCounts(ConfusionMatrix):
         # a rank without images must still contribute rows of the right width, see ImageLevelScores
         self.cells.append(torch.empty(0, 3, dtype=torch.int64, device=self.device))
 
-    def count(self, pred: Tensor, regions: Regions, index: int) -> None:
+    def update(self, pred: Tensor, regions: Regions, index: int) -> None:  # type: ignore[override]
         """Counts one image.
 
         Args:
@@ -209,14 +217,36 @@ class LabelMapCounts(ConfusionMatrix):
         Raises:
             WSSSError: If the shapes differ or an id is neither a class nor an allowed 255.
         """
-        pred = pred.cpu()
-        self.update(pred, torch.from_numpy(regions.target))  # also checks ids and shapes
-        labels: LabelMap = pred.numpy().astype(np.uint8)
+        labels = self._checked(pred, regions)
         settled = np.where(labels == IGNORE_INDEX, 0, labels).astype(np.uint8)
-        self.cells.append(self._cells(labels, regions, index).to(self.device))
-        self.trimap += self._on_device(self._trimap(settled, regions))
+        cells = self._cells(labels[regions.valid], regions)
+        self.matrix += self._on_device(cells[:, : self.num_classes])
+        self.abstained += self._on_device(cells[:, self.num_classes])
+        cell = np.flatnonzero(cells)
+        rows = np.stack([np.full_like(cell, index), cell, cells.ravel()[cell]], axis=1)
+        self.cells.append(self._on_device(rows))
+        self.trimap += self._on_device(self._trimap(settled[regions.valid], regions))
         self.boundary += self._on_device(self._boundary(settled, regions))
         self.size += self._on_device(self._size(settled, regions))
+
+    def _checked(self, pred: Tensor, regions: Regions) -> LabelMap:
+        """The prediction as uint8; ids are checked where they count."""
+        if pred.shape != regions.target.shape:
+            raise WSSSError(
+                f"prediction {tuple(pred.shape)} and ground truth {regions.target.shape} differ in "
+                "size; resize the prediction to the mask first"
+            )
+        ids = pred.cpu().numpy()
+        wrong = (ids < 0) | (ids >= self.num_classes)
+        if wrong.any():
+            if self.allow_ignored_prediction:
+                wrong &= ids != IGNORE_INDEX
+            if (wrong & regions.valid).any():
+                raise WSSSError(
+                    f"prediction holds class id {int(ids[wrong & regions.valid][0])}, expected "
+                    f"0..{self.num_classes - 1}; the model and the data disagree on the classes"
+                )
+        return ids.astype(np.uint8)
 
     def compute(self) -> LabelMapTotals:  # type: ignore[override]
         """Returns the counts summed over images (and ranks, where several run)."""
@@ -229,20 +259,18 @@ class LabelMapCounts(ConfusionMatrix):
     def _on_device(self, counts: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(counts).to(self.device)
 
-    def _cells(self, labels: LabelMap, regions: Regions, index: int) -> Tensor:
+    def _cells(self, guess: LabelMap, regions: Regions) -> NDArray[np.int64]:
+        """(C, C + 1) confusion of the valid pixels, abstentions last."""
         columns = self.num_classes + 1
-        guess = labels[regions.valid].astype(np.int64)
-        guess[guess == IGNORE_INDEX] = self.num_classes
-        cell = np.bincount(regions.target[regions.valid].astype(np.int64) * columns + guess)
-        hit = np.flatnonzero(cell)
-        return torch.from_numpy(np.stack([np.full_like(hit, index), hit, cell[hit]], axis=1))
+        column = np.where(guess == IGNORE_INDEX, self.num_classes, guess)
+        cell = np.bincount(regions.truth * columns + column, minlength=columns * self.num_classes)
+        return cell.reshape(self.num_classes, columns)
 
-    def _trimap(self, settled: LabelMap, regions: Regions) -> NDArray[np.int64]:
+    def _trimap(self, guess: LabelMap, regions: Regions) -> NDArray[np.int64]:
+        """(W, C, C) confusion inside each trimap, of the valid pixels."""
         classes, widths = self.num_classes, len(TRIMAP_WIDTHS)
-        inside = regions.valid & (regions.trimap < widths)
-        cell = (
-            regions.trimap[inside].astype(np.int64) * classes + regions.target[inside]
-        ) * classes + settled[inside]
+        cell = (regions.ring * classes + regions.truth[regions.near]) * classes
+        cell += guess[regions.near]
         rings = np.bincount(cell, minlength=widths * classes**2).reshape(widths, classes, classes)
         # a wider trimap holds the narrower ones
         return rings.cumsum(axis=0)

@@ -14,6 +14,7 @@ from torch import nn
 
 from wsss import benchmark
 from wsss.backbone import Backbone
+from wsss.benchmark import crf
 from wsss.benchmark.clustercam_official import OfficialClusterCAM
 from wsss.benchmark.clustercam_official import Savings as ClusterSavings
 from wsss.benchmark.report import show, summarise
@@ -381,3 +382,19 @@ def test_command_measures_both_sides(tmp_path: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     for text in ("pseudo labels", "images/s", "peak memory", "times the time of ours"):
         assert text in printed
+
+
+def test_crfs_are_compared_by_labels_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(crf, "VOC_SIZE", (60, 80))  # the real size is for a quiet machine
+    out = tmp_path / "crf.json"
+    arguments = ["part=crf", "repeats=1", "warmup=0", "num_classes=5", "device=cpu", "crf=psa"]
+    assert main(["benchmark", *arguments, f"out={out}"]) == 0
+    rows = json.loads(out.read_text())["crfs"]
+    assert [(row["image"], row["classes"]) for row in rows] == [("MiniVOC", 9), ("500 x 375", 6)]
+    for row in rows:
+        assert row["agreement"] >= 0.995
+        assert row["ours_seconds"] > 0
+        assert row["pydensecrf_seconds"] > 0
+    assert "same labels" in capsys.readouterr().out

@@ -20,6 +20,8 @@ from wsss.cli import main
 from wsss.data.builtin import minivoc_root
 from wsss.data.images import voc_palette
 from wsss.errors import WSSSError
+from wsss.evaluation.ledger import readings
+from wsss.results.store import read_cells
 from wsss.runs import load_run
 
 # a network and pictures small enough for a second a step
@@ -76,9 +78,78 @@ def test_run_folder_holds_everything(finished: Path) -> None:
     assert len(metrics["protocol"]["list_sha256"]) == 64
     assert list((finished / "gallery").glob("*.png"))
     assert (finished / "checkpoints" / "last.ckpt").is_file()
+    assert metrics["seed_miou_holdout"] in metrics["seed_curve"]["miou"]
+    assert metrics["protocol"]["holdout"]["source"] == "train"
+    assert set(metrics["maps"]) == {
+        "seed",
+        "pseudo_label",
+        "seg",
+        "seg_crf",
+        "seg_ms",
+        "seg_ms_crf",
+    }
+    assert results["cost"]["train_wall_hours"] > 0
+    assert results["cost"]["train_gpu_hours"] is None or results["cost"]["num_devices"] == 1
     with (finished / "logs" / "version_0" / "metrics.csv").open() as stream:
         columns = next(csv.reader(stream))
     assert {"val/seg_miou", "val/seed_miou"} <= set(columns)
+
+
+def test_every_reading_of_ground_truth_is_in_the_ledger(finished: Path) -> None:
+    entries = [(e["split"], e["purpose"], e["step"]) for e in readings(finished)[:4]]
+    assert entries == [
+        ("val", "watching training", 2),
+        ("val", "watching training", 4),
+        ("holdout", "choosing a threshold", 4),
+        ("val", "report", 4),
+    ]
+
+
+def test_cells_of_single_images_add_up_to_the_confusion(finished: Path) -> None:
+    metrics = json.loads((finished / "results.json").read_text())["splits"]["val"]
+    found = read_cells(finished / "images.npz", "val")
+    assert len(found["names"]) == 8
+    for kind, matrix in metrics["confusion"].items():
+        if kind == "pseudo_label_abstained":
+            continue
+        total = np.zeros((9, 10), np.int64)
+        np.add.at(total, np.divmod(found[kind][:, 1], 10), found[kind][:, 2])
+        assert total[:, :9].tolist() == matrix
+        assert sorted(set(found[kind][:, 0].tolist())) == list(range(8))
+
+
+def test_the_holdout_is_evaluated_like_a_split_and_val_is_left_alone(
+    finished: Path, tmp_path: Path
+) -> None:
+    before = [e["split"] for e in readings(finished)].count("val")
+    arguments = [f"run={finished}", f"out={tmp_path}", "splits=[holdout]", "eval.crf=null"]
+    assert _wsss("eval", *arguments, "gallery=0") == 0
+    card = json.loads((tmp_path / "results.json").read_text())["splits"]["holdout"]["protocol"]
+    assert card["split"] == "holdout"
+    assert card["list_sha256"] == card["holdout"]["list_sha256"]
+    assert [e["split"] for e in readings(finished)].count("val") == before
+    undeclared = [*arguments, "eval.holdout_per_class=0"]
+    assert _wsss("eval", *undeclared) == 2
+
+
+def test_our_own_crf_gives_the_same_numbers(finished: Path, tmp_path: Path) -> None:
+    arguments = [f"run={finished}", f"out={tmp_path}", "eval.crf_backend=torch", "gallery=0"]
+    assert _wsss("eval", *arguments) == 0
+    ours = json.loads((tmp_path / "results.json").read_text())["splits"]["val"]
+    theirs = json.loads((finished / "results.json").read_text())["splits"]["val"]
+    for kind in ("seg_crf", "seg_ms_crf"):
+        moved = np.abs(np.subtract(ours["confusion"][kind], theirs["confusion"][kind])).sum()
+        assert moved / 2 <= 0.005 * np.sum(ours["confusion"][kind])
+    assert ours["protocol"]["crf_backend"] == "torch"
+
+
+def test_report_draws_a_run_again_from_its_checkpoint(finished: Path, tmp_path: Path) -> None:
+    arguments = [str(finished), f"out={tmp_path}", "gallery=1", "resamples=20"]
+    assert _wsss("report", *arguments) == 0
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/jpeg") == 3 * 4, "image, truth, map and CAM of three images"
+    assert "validation during training: CAM seed" in page
+    assert "watching training" in page
 
 
 def test_finished_run_is_not_run_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
@@ -51,3 +52,32 @@ def parse_arguments(
     if missing:
         raise WSSSError(f"{missing[0]} is missing; give it on the command line: {missing[0]}=...")
     return OmegaConf.to_object(merged), others  # type: ignore[return-value]
+
+
+def split_arguments(schema: type[T], arguments: Sequence[str]) -> tuple[list[Path], T]:
+    """Split run folders from ``KEY=VALUE``, which may also be written ``--key value``.
+
+    Raises:
+        WSSSError: No run, or an unknown key.
+    """
+    paths, settings = [], []
+    pending: str | None = None
+    for argument in arguments:
+        if pending is not None:
+            settings.append(f"{pending}={argument}")
+            pending = None
+        elif argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            if equals:
+                settings.append(f"{key}={value}")
+            else:
+                pending = key
+        elif "=" in argument and not Path(argument).exists():
+            settings.append(argument)
+        else:
+            paths.append(Path(argument))
+    if pending is not None:
+        raise WSSSError(f"--{pending}: a value is missing")
+    if not paths:
+        raise WSSSError("no run is given; expected run folders, or a folder that holds some")
+    return paths, parse_arguments(schema, settings)[0]

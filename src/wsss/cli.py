@@ -34,6 +34,18 @@ def _eval(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def _compare(arguments: list[str]) -> int:
+    from wsss.results.compare import main
+
+    return main(arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    from wsss.results.report import main
+
+    return main(arguments)
+
+
 def _predict(arguments: list[str]) -> int:
     from wsss.predict import main
 
@@ -90,17 +102,59 @@ Examples:
         _train,
     ),
     "eval": Verb(
-        "eval run=RUN_DIR|CKPT [splits=[val]] [eval.KEY=VALUE] [data.KEY=VALUE] [out=FOLDER]",
-        "evaluate a run: CAM seeds, pseudo labels, segmentation with and without CRF",
+        "eval run=RUN_DIR|CKPT|cams=FOLDER|masks=FOLDER [splits=[val]] [KEY=VALUE] [out=FOLDER]",
+        "evaluate a run, or a folder of maps that somebody else made",
         """\
 run is a run folder (its last checkpoint is read) or a checkpoint file, also a converted one.
-Writes results.json and the gallery into the run folder (below eval/ where splits or the protocol
-are not the run's own), or into out=FOLDER.
+Writes results.json, images.npz and the gallery into the run folder (below eval/ where splits or
+the protocol are not the run's own), or into out=FOLDER. Every reading of a split's ground truth is
+entered in the run's ledger.jsonl.
+  splits=[holdout] eval.holdout_per_class=5   a declared holdout of the training data, on which
+                                              thresholds and CRFs may be chosen
+
+cams=FOLDER holds NAME.npy or NAME.npz: {keys, high_res|cam} as IRN and CLIP-ES write them,
+{class: map} as PSA and MCTformer do, or arrays (K, h, w); pickles are read without running code.
+masks=FOLDER holds NAME.png or NAME.npy of class ids, 255 where undecided. Both take data=NAME,
+data.KEY=VALUE, name=METHOD, supervision=LEAGUE, seed=N; masks also kind=pseudo_label|seg|...;
+eval.seg_scales and the like are taken down as declared. out=FOLDER stores for compare and report.
 
 Examples:
   wsss eval run=runs/default/toco-minivoc-s0-1a2b3c4d
-  wsss eval run=official.ckpt data.root=/data/VOCdevkit eval.crf=null""",
+  wsss eval run=official.ckpt data.root=/data/VOCdevkit eval.crf=null
+  wsss eval cams=irn/cam data=voc data.root=/data/VOCdevkit splits=[train] name=IRN out=evals/irn
+  wsss eval masks=irn/sem_seg data=voc data.root=/data/VOCdevkit splits=[train] name=IRN""",
         _eval,
+    ),
+    "compare": Verb(
+        "compare RUNS... [by=method] [baseline=GROUP] [metric=KEY] [out=FILE.md|.csv|.tex|.html]",
+        "runs side by side: mean and deviation over seeds, intervals, what may not be ranked",
+        """\
+RUNS are run folders, evaluations (out= of wsss eval), or folders that hold some. --key value is
+the same as key=value.
+  by=method       or study, run, or a key such as method.ptc_weight; a group's runs are its seeds
+  baseline=GROUP  to which differences are taken; default the best
+  split=val  metrics=[seed_miou,...]  metric=seed_miou (of the per-class table)  resamples=2000
+  allow=[iterations]   training conditions that may differ among ranked runs
+  unranked=true        list runs of different protocols without ranking them
+Differences come with a paired bootstrap over images; ties are not set in bold. Supervision leagues
+are kept apart.
+
+Examples:
+  wsss compare runs/toco-minivoc runs/getam-minivoc --baseline toco
+  wsss compare runs by=study metrics=[seed_miou] out=table.md""",
+        _compare,
+    ),
+    "report": Verb(
+        "report RUNS... out=FOLDER [gallery=3] [arguments of compare]",
+        "one self-contained HTML page about runs: tables, charts, the same images side by side",
+        """\
+Writes FOLDER/index.html (opens without a network) and the tables as .md, .csv and .tex. The
+pictures are computed again from checkpoints and data; gallery=N is the number of images of each
+kind (best, median, worst, largest disagreement), 0 leaves them out.
+
+Example:
+  wsss report runs/toco-minivoc runs/getam-minivoc out=report""",
+        _report,
     ),
     "predict": Verb(
         "predict run=RUN_DIR|CKPT images=FOLDER out=FOLDER [eval.KEY=VALUE]",
@@ -140,8 +194,8 @@ Examples:
         _convert,
     ),
     "benchmark": Verb(
-        "benchmark method=METHOD [KEY=VALUE ...]",
-        "time a training step by phases, beside the official way of computing",
+        "benchmark method=METHOD|part=crf [KEY=VALUE ...]",
+        "time a training step by phases, or our dense CRF beside pydensecrf",
         """\
   method=toco, clustercam or getam; each has its own backbone and image_size, others can be set
   batch_size=2  repeats=3  warmup=1  device=auto
@@ -151,10 +205,13 @@ Examples:
   ablate=true     also once per saving, with that one alone switched off
   out=FILE.json   write the figures
 Weights are random, which changes no time; each side runs in a process of its own.
+  part=crf        seconds an image and agreeing labels of the two dense CRFs, on a MiniVOC image
+                  and one of 500 x 375 px with num_classes=20; crf=toco names the preset
 
 Examples:
   wsss benchmark method=toco
-  wsss benchmark method=clustercam stage=before""",
+  wsss benchmark method=clustercam stage=before
+  wsss benchmark part=crf device=cuda""",
         _benchmark,
     ),
 }

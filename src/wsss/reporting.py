@@ -1,7 +1,7 @@
 """What a run leaves behind: ``results.json``, the table, the gallery, the same on W&B."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from wsss.config import config_hash
 from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import evaluate
+from wsss.evaluation.holdout import HOLDOUT, Holdout, choose_threshold
+from wsss.evaluation.ledger import enter
 from wsss.evaluation.protocol import Protocol, protocol_card
 from wsss.gallery import write_gallery
 from wsss.methods.base import WSSSModule
-from wsss.results.store import RESULTS_FILE, print_table, write_results
+from wsss.results.store import CELLS_FILE, RESULTS_FILE, print_table, write_cells, write_results
 from wsss.tracking import log_results
 
 
@@ -29,6 +31,9 @@ def evaluate_and_report(
     step: int,
     device: torch.device,
     logger: Any = None,
+    cost: dict[str, Any] | None = None,
+    run: Path | None = None,
+    purpose: str = "report",
 ) -> dict[str, Any]:
     """Evaluate on every split, store numbers with their protocol, print and draw.
 
@@ -37,67 +42,133 @@ def evaluate_and_report(
         data: its data.
         protocol: how numbers are taken.
         config: resolved configuration of the run.
-        folder: where ``results.json`` and ``gallery/`` go.
-        splits: lists to evaluate.
+        folder: where ``results.json``, ``images.npz`` and ``gallery/`` go.
+        splits: lists to evaluate; ``holdout`` is the declared holdout of the training data.
         step: optimiser steps behind the weights.
         device: where to run.
         logger: W&B logger that gets tables and gallery too, or None.
+        cost: what training cost (:func:`wsss.costs.training_cost`), where that is known.
+        run: run folder or checkpoint that is evaluated; default ``folder``. Readings are entered in
+            the ledger of a run folder, wherever their numbers go.
+        purpose: of these readings.
 
     Returns:
         The content of ``results.json``.
     """
-    results: dict[str, Any] = {
-        "method": type(module).__name__,
-        "data": data.name,
-        "seed": config["seed"],
-        "config_hash": config_hash(config),
-        "status": "finished",
-        "splits": {},
-    }
+    results = results_header(type(module).__name__, data, config)
+    results |= {"run": str(run or folder), "cost": cost}
+    cells: dict[str, dict[str, Any]] = {}
+    ledger = run if run and run.is_dir() else folder
     first = _is_first()
     if first:
         make_writable(folder)
+    holdout = Holdout(data, protocol) if protocol.holdout_per_class else None
+    chosen = choose_threshold(module, holdout, protocol, device=device) if holdout else None
+    if first and chosen:
+        enter(ledger, split=HOLDOUT, purpose="choosing a threshold", step=step)
     for split in splits:
+        dataset, loader, list_hash = _split(split, data, holdout)
         metrics = evaluate(
             module,
-            data.eval_dataloader(split),
+            loader,
             protocol,
             data.class_names,
             device=device,
             description=f"evaluating {split}" if first else None,
         )
+        cells[split] = {"names": dataset.names, **metrics.pop("cells")}
         metrics["protocol"] = protocol_card(
             protocol=protocol,
             split=split,
-            list_hash=data.list_hash(split),
+            list_hash=list_hash,
             num_images=int(metrics["num_images"]),
             backbone=module.backbone.weights_info.as_dict(),
             crop_size=config["budget"]["crop_size"],
             iterations=step,
             global_batch_size=config["budget"]["global_batch_size"],
             seed=config["seed"],
-            supervision=data.supervision,
+            supervision=league(module, data),
         ) | {"label_source": data.label_source}
+        if chosen:
+            apply_threshold(metrics, chosen)
+        if first:
+            metrics["readings"] = enter(
+                ledger, split=split, purpose=purpose, step=step, list_sha256=list_hash
+            )
         results["splits"][split] = metrics
     if not first:
         return results
     if config["gallery"] > 0:
         write_gallery(
             module,
-            data.eval_dataset(splits[0]),
+            _split(splits[0], data, holdout)[0],
             folder / "gallery",
             data.class_names,
             n=config["gallery"],
             protocol=protocol,
         )
-    write_results(folder / RESULTS_FILE, results)
-    print_table(results)
-    print(f"{folder / RESULTS_FILE}")
+    store_and_show(results, cells, folder)
     if config["gallery"] > 0:
         print(f"{folder / 'gallery'}")
     if logger is not None:
         log_results(logger, results, folder / "gallery")
     return results
+
+
+def results_header(method: str, data: WSSSDataModule, config: dict[str, Any]) -> dict[str, Any]:
+    """What ``results.json`` says before its splits."""
+    return {
+        "method": method,
+        "data": data.name,
+        "seed": config["seed"],
+        "study": config["study"],
+        "config_hash": config_hash(config),
+        "config": config,
+        "status": "finished",
+        "splits": {},
+    }
+
+
+def store_and_show(results: dict[str, Any], cells: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Write results and each image's counts, print the tables."""
+    write_cells(folder / CELLS_FILE, cells)
+    write_results(folder / RESULTS_FILE, results)
+    print_table(results)
+    print(f"{folder / RESULTS_FILE}")
+
+
+def _split(
+    name: str, data: WSSSDataModule, holdout: Holdout | None
+) -> tuple[Any, Iterable[dict[str, Any]], str]:
+    """Data set, loader and list hash of a split, or of the holdout under its name.
+
+    Raises:
+        WSSSError: the holdout is asked for and not declared.
+    """
+    if name != HOLDOUT:
+        return data.eval_dataset(name), data.eval_dataloader(name), data.list_hash(name)
+    if holdout is None:
+        raise WSSSError(
+            "splits=[holdout]: no holdout is declared; give eval.holdout_per_class=5 (and "
+            "eval.holdout_split where the training list has no masks)"
+        )
+    return holdout, holdout.loader(), holdout.list_hash
+
+
+def apply_threshold(metrics: dict[str, Any], chosen: dict[str, Any]) -> None:
+    """Add the seed score at a threshold that a holdout chose; the curve holds it already."""
+    position = metrics["seed_curve"]["thresholds"].index(chosen["threshold"])
+    metrics["seed_miou_holdout"] = metrics["seed_curve"]["miou"][position]
+    metrics["seed_threshold_holdout"] = chosen["threshold"]
+    metrics["protocol"]["holdout"] = {k: v for k, v in chosen.items() if k != "curve"}
+
+
+def league(module: WSSSModule, data: WSSSDataModule) -> str:
+    """The supervision league: what training sees, and what the encoder was trained with."""
+    info = module.backbone.weights_info.as_dict()
+    if "clip" in f"{info.get('name')} {info.get('pretraining')}".lower():
+        return f"{data.supervision} + CLIP"
+    return data.supervision
 
 
 def _is_first() -> bool:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from wsss.backbone import Backbone, WeightsInfo
 from wsss.checkpoints import first_line, fit_positions, load_state_dict_strictly
 from wsss.config import check_config, compose_config, config_hash, nearest_key, plain
+from wsss.costs import CostMeter, training_cost
 from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.protocol import Protocol
@@ -83,6 +84,7 @@ class LoadedRun:
         config: resolved configuration.
         folder: where results belong.
         step: optimiser steps of the checkpoint.
+        cost: what training it cost, where the checkpoint says so.
     """
 
     module: WSSSModule
@@ -91,6 +93,7 @@ class LoadedRun:
     config: dict[str, Any]
     folder: Path
     step: int
+    cost: dict[str, Any] | None
 
 
 def load_run(run: Path, overrides: list[str]) -> LoadedRun:
@@ -120,6 +123,7 @@ def load_run(run: Path, overrides: list[str]) -> LoadedRun:
     restore_state(module, state, str(path))
     module.backbone.weights_info = WeightsInfo(**meta["backbone"])
     folder = run if run.is_dir() else run.with_suffix("")
+    meter = checkpoint.get("callbacks", {}).get(CostMeter.state_key)
     return LoadedRun(
         module.eval(),
         data,
@@ -127,6 +131,7 @@ def load_run(run: Path, overrides: list[str]) -> LoadedRun:
         config,
         folder,
         int(checkpoint.get("global_step", 0)),
+        training_cost(meter) if meter else None,
     )
 
 

@@ -30,9 +30,11 @@ from wsss.config import (
     sweep_jobs,
     with_search_path,
 )
+from wsss.costs import CostMeter, training_cost
 from wsss.data.datamodule import WSSSDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import Evaluator
+from wsss.evaluation.holdout import Holdout
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
 from wsss.reporting import evaluate_and_report, make_writable
@@ -118,6 +120,9 @@ def train(config: dict[str, Any]) -> Path:
         return folder
     data.setup("fit")
     data.check_contents()  # bad data is told before anything is written
+    protocol = Protocol(**config["eval"])
+    if protocol.holdout_per_class:
+        Holdout(data, protocol)
     module = build_module(config, data.num_classes)
     if module.backbone.patch_size > config["budget"]["crop_size"]:
         raise WSSSError(
@@ -187,6 +192,7 @@ def _fit_and_report(
         step=trainer.global_step,
         device=trainer.strategy.root_device,
         logger=_wandb(trainer),
+        cost=_cost(trainer),
     )
 
 
@@ -204,7 +210,13 @@ def build_trainer(
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         ),
-        Evaluator(protocol=protocol, class_names=data.class_names),
+        Evaluator(
+            protocol=protocol,
+            class_names=data.class_names,
+            split=data.val_split,
+            ledger=folder,
+        ),
+        CostMeter(),
         NamedLosses(),
     ]
     # a resumed run gets a folder of its own: CSVLogger would delete the first one's file
@@ -345,6 +357,12 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+
+
+def _cost(trainer: lightning.Trainer) -> dict[str, Any] | None:
+    """What training cost, over all sessions of the run."""
+    meter = next((c for c in trainer.callbacks if isinstance(c, CostMeter)), None)  # type: ignore[attr-defined]
+    return training_cost(meter.state_dict()) if meter and meter.sessions else None
 
 
 def _wandb(trainer: lightning.Trainer) -> Logger | None:

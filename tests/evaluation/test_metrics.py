@@ -8,7 +8,11 @@ from torchmetrics.functional.classification import (
 )
 
 from wsss.errors import WSSSError
-from wsss.evaluation.metrics import ImageLevelScores, average_precision
+from wsss.evaluation.metrics import (
+    ImageLevelScores,
+    PixelAveragePrecision,
+    average_precision,
+)
 
 
 def test_average_precision_by_hand() -> None:
@@ -60,3 +64,23 @@ def test_reset_forgets_and_shapes_are_checked() -> None:
     assert metric.compute().num_images == 1
     with pytest.raises(WSSSError, match="must both be"):
         metric.update(torch.ones(1, 3), torch.ones(1, 3))
+
+
+def test_pixel_average_precision_equals_sorting_all_pixels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cam = torch.rand(4, 3, 10, 12, generator=generator)
+    target = torch.randint(0, 3, (4, 10, 12), generator=generator)  # class 3 never occurs
+    target[:, 2] = 255
+    active = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 1, 0], [1, 1, 1]])
+    cam *= active[:, :, None, None]
+    metric = PixelAveragePrecision(num_classes=3)
+    metric.update(cam[:3], active[:3], target[:3])
+    metric.update(cam[3:], active[3:], target[3:])
+    valid = target != 255
+    steps = (cam * 1000).floor().permute(1, 0, 2, 3)[:, valid]
+    labels = torch.stack([target[valid] == k + 1 for k in range(3)])
+    expected = average_precision(steps.T, labels.T.float())
+    found = metric.compute()
+    assert found[:2].tolist() == pytest.approx(expected[:2].tolist(), abs=1e-12)
+    assert found[2].isnan()
+    assert metric.histogram.sum() == 3 * valid.sum()

@@ -1,4 +1,4 @@
-"""``wsss benchmark``: a training step by phases, beside the official way of computing it.
+"""``wsss benchmark``: a training step by phases beside the official way; dense CRFs side by side.
 
 Each side runs in a fresh process of its own, one after the other, so that peak memory belongs to
 that side alone. Weights are random: time does not depend on them.
@@ -14,13 +14,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
 from rich.console import Console
 
 from wsss.arguments import parse_arguments
+from wsss.benchmark.crf import compare_crfs, show_crfs
 from wsss.benchmark.report import show, summarise
 from wsss.benchmark.runner import Side, run_side, saving_names
 from wsss.errors import WSSSError
+from wsss.refine.dense_crf import CRF_PRESETS
+from wsss.results.store import write_atomically
 
 #: method -> class that computes its step the official way
 OFFICIAL = {
@@ -39,7 +41,9 @@ class BenchmarkConfig:
     """Arguments of ``wsss benchmark``, as KEY=VALUE.
 
     Attributes:
-        method: a method of ``conf/method``.
+        part: ``step``, a training step, or ``crf``, our dense CRF beside pydensecrf.
+        method: a method of ``conf/method``; only for a step.
+        crf: preset of the dense CRF; only for ``part=crf``.
         backbone: an encoder of ``conf/backbone``, with random weights here; null: the method's own.
         image_size: side of the images in pixels; null: the method's own.
         batch_size: images a step.
@@ -56,7 +60,9 @@ class BenchmarkConfig:
         out: JSON file to write.
     """
 
-    method: str = MISSING
+    part: str = "step"
+    method: str = ""
+    crf: str = "toco"
     backbone: str | None = None
     image_size: int | None = None
     batch_size: int = 2
@@ -74,7 +80,8 @@ class BenchmarkConfig:
 
 
 CHOICES = {
-    "method": tuple(OFFICIAL),
+    "part": ("step", "crf"),
+    "crf": tuple(CRF_PRESETS),
     "device": ("auto", "cpu", "cuda"),
     "stage": ("after", "before"),
     "dtype": ("float32", "bfloat16"),
@@ -102,16 +109,18 @@ def main(arguments: list[str]) -> int:
     if out and not os.access(out.parent, os.W_OK):
         raise WSSSError(f"out={out}: the folder {out.parent} is missing or not writable")
     console = Console()
-    results = []
-    for side in sides(config):
-        console.print(f"[dim]running {side.name} ...[/dim]")
-        results.append(_in_fresh_process(config, side))
-    summary = summarise(asdict(config), results)
-    show(summary, console)
+    if config.part == "crf":
+        summary = compare_crfs(asdict(config))
+        show_crfs(summary, console)
+    else:
+        results = []
+        for side in sides(config):
+            console.print(f"[dim]running {side.name} ...[/dim]")
+            results.append(_in_fresh_process(config, side))
+        summary = summarise(asdict(config), results)
+        show(summary, console)
     if out:
-        temporary = out.with_name(f".{out.name}.tmp")
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(temporary, out)
+        write_atomically(out, f"{json.dumps(summary, indent=2)}\n".encode())
         console.print(f"figures in {out}")
     return 0
 
@@ -126,12 +135,16 @@ def parse(arguments: Sequence[str]) -> BenchmarkConfig:
     for key, choices in CHOICES.items():
         if getattr(config, key) not in choices:
             raise WSSSError(f"{key}={getattr(config, key)}: expected {' or '.join(choices)}")
+    if config.part == "step" and config.method not in OFFICIAL:
+        given = f"method={config.method}" if config.method else "method is missing"
+        raise WSSSError(f"{given}: expected {' or '.join(OFFICIAL)}")
     for key, least in LEAST.items():
         value = getattr(config, key)
         if value is not None and value < least:
             raise WSSSError(f"{key}={value}: must be at least {least}")
-    config.backbone = config.backbone or BACKBONES[config.method]
-    config.image_size = config.image_size or IMAGE_SIZES[config.method]
+    if config.part == "step":
+        config.backbone = config.backbone or BACKBONES[config.method]
+        config.image_size = config.image_size or IMAGE_SIZES[config.method]
     return config
 
 

@@ -107,8 +107,12 @@ def coverage(counts: Counts) -> float:
     return labelled / total if total else float("nan")
 
 
-def _valid_target(target: Tensor, num_classes: int) -> Tensor:
-    """Boolean mask of the pixels that count; raises on ids that are neither a class nor 255."""
+def check_target(target: Tensor, num_classes: int) -> Tensor:
+    """Boolean mask of the pixels that count.
+
+    Raises:
+        WSSSError: If an id is neither a class nor 255.
+    """
     valid = target != IGNORE_INDEX
     wrong = valid & ((target < 0) | (target >= num_classes))
     if wrong.any():
@@ -165,7 +169,7 @@ class ConfusionMatrix(Metric):
         """
         _same_shape(pred, target)
         pred, target = pred.to(self.device).long(), target.to(self.device).long()
-        valid = _valid_target(target, self.num_classes)
+        valid = check_target(target, self.num_classes)
         pred, target = pred[valid], target[valid]
         abstain = pred == IGNORE_INDEX
         wrong = (pred < 0) | (pred >= self.num_classes)
@@ -239,7 +243,7 @@ class ThresholdConfusion(Metric):
         if value.isnan().any():
             raise WSSSError("a CAM holds NaN: the model has diverged or its weights are damaged")
         target = target.to(self.device).long()
-        valid = _valid_target(target, self.num_classes)
+        valid = check_target(target, self.num_classes)
         # right=False: the bucket is the number of thresholds strictly below the value, so that
         # `value > threshold[j]` is exactly `bucket > j`, equality included.
         boundaries = torch.tensor(self.thresholds, dtype=value.dtype, device=self.device)

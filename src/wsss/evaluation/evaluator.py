@@ -12,24 +12,28 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from typing import Protocol as Interface
 
 import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from wsss.costs import Stopwatch, device_name
 from wsss.errors import WSSSError
 from wsss.evaluation.confusion import (
-    ConfusionMatrix,
-    Scores,
     ThresholdConfusion,
+    check_target,
     coverage,
     score_pseudo_labels,
     scores,
@@ -44,12 +48,68 @@ from wsss.evaluation.inference import (
     pseudo_label,
     refinement,
 )
-from wsss.evaluation.metrics import ImageLevelScores
+from wsss.evaluation.label_maps import LabelMapCounts, Regions, label_map_scores
+from wsss.evaluation.ledger import enter
+from wsss.evaluation.metrics import ImageLevelScores, PixelAveragePrecision
 from wsss.evaluation.protocol import Protocol
+from wsss.pseudo_labels import cam_to_label
 from wsss.refine.dense_crf import CRFPool
+from wsss.refine.mean_field import MeanFieldPool
 
 NO_SEGMENTATION = "no segmentation head: segmentation is not scored"
 Batch = dict[str, Any]
+
+#: kind of label map -> key of its mIoU; abstentions of pseudo labels count as background there
+LABEL_MAPS = {
+    "seed": "seed_miou",
+    "pseudo_label": "pseudo_label_miou_ignored_as_background",
+    "seg": "seg_miou",
+    "seg_crf": "seg_miou_crf",
+    "seg_ms": "seg_miou_ms",
+    "seg_ms_crf": "seg_miou_ms_crf",
+}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Ground truth of a batch, analysed once for all that is counted on it.
+
+    Attributes:
+        mask: (B, H, W) class ids and 255.
+        rgb: (B, H, W, 3) uint8.
+        regions: Of each mask.
+        indices: Numbers of the images in their split.
+    """
+
+    mask: Tensor
+    rgb: Tensor
+    regions: list[Regions]
+    indices: list[int]
+
+    @classmethod
+    def of(cls, batch: Batch, num_classes: int) -> Self:
+        """The ground truth of an evaluation batch.
+
+        Raises:
+            WSSSError: If a mask holds ids outside 0..``num_classes`` - 1 and 255.
+        """
+        check_target(batch["mask"], num_classes)
+        regions = [Regions.of(mask, num_classes) for mask in batch["mask"]]
+        return cls(batch["mask"], batch["rgb"], regions, batch["index"].tolist())
+
+
+class CRFPoolLike(Interface):
+    """Where images go for a dense CRF: worker processes, or our own on this device."""
+
+    jobs: int
+
+    def submit(
+        self,
+        image: NDArray[np.uint8],
+        prob: NDArray[np.float32],
+        present: Sequence[int] | None = None,
+    ) -> Future[NDArray[np.uint8]]:
+        """Queue one image: (H, W, 3), (C, H, W) and the class ids to keep -> (H, W) labels."""
 
 
 class CRFQueue:
@@ -59,42 +119,44 @@ class CRFQueue:
     not grow with the data set.
 
     Args:
-        pool: An entered pool of worker processes.
+        pool: An entered pool.
         per_job: Images that may wait for each worker.
     """
 
-    def __init__(self, pool: CRFPool, *, per_job: int = 2) -> None:
+    def __init__(self, pool: CRFPoolLike, *, per_job: int = 2) -> None:
         self.pool = pool
         self.limit = per_job * pool.jobs
-        self.waiting: deque[tuple[Future[Any], Tensor, ConfusionMatrix]] = deque()
+        self.waiting: deque[tuple[Future[NDArray[np.uint8]], Regions, int, LabelMapCounts]] = (
+            deque()
+        )
 
     def submit(
         self,
         logits: Tensor,
         rgb: Tensor,
-        target: Tensor,
+        regions: Sequence[Regions],
+        indices: Sequence[int],
         labels: Tensor | None,
-        confusion: ConfusionMatrix,
+        counts: LabelMapCounts,
     ) -> None:
         """Queues a batch; counts finished images first where the queue is full.
 
         Args:
             logits: (B, C, H, W), already merged over scales and flip.
             rgb: (B, H, W, 3) uint8.
-            target: (B, H, W) ground truth.
+            regions: Of the B ground truths.
+            indices: Numbers of the B images in their split.
             labels: (B, K) image labels to prune by, or None.
-            confusion: Where to count.
+            counts: Where to count.
         """
         prob = logits.softmax(1).cpu().numpy()
         images = rgb.cpu().numpy()
-        for index in range(len(prob)):
+        for b in range(len(prob)):
             while len(self.waiting) >= self.limit:
                 self._count_oldest()
-            present = None
-            if labels is not None:
-                present = (labels[index].nonzero().flatten() + 1).tolist()
-            future = self.pool.submit(images[index], prob[index], present)
-            self.waiting.append((future, target[index].cpu(), confusion))
+            present = None if labels is None else (labels[b].nonzero().flatten() + 1).tolist()
+            future = self.pool.submit(images[b], prob[b], present)
+            self.waiting.append((future, regions[b], indices[b], counts))
 
     def drain(self) -> None:
         """Counts everything that is still waiting."""
@@ -102,8 +164,8 @@ class CRFQueue:
             self._count_oldest()
 
     def _count_oldest(self) -> None:
-        future, target, confusion = self.waiting.popleft()
-        confusion.update(torch.from_numpy(future.result().astype(np.int64)), target)
+        future, regions, index, counts = self.waiting.popleft()
+        counts.update(torch.from_numpy(future.result()), regions, index)
 
 
 class Tally(nn.Module):
@@ -129,14 +191,17 @@ class Tally(nn.Module):
         self.seed_predicted = ThresholdConfusion(
             num_classes=num_classes, thresholds=(protocol.cam_threshold,)
         )
-        self.pseudo = ConfusionMatrix(num_classes=num_classes, allow_ignored_prediction=True)
-        self.segmentation = nn.ModuleDict(
+        self.seed_pixels = PixelAveragePrecision(num_classes=num_classes - 1)
+        self.maps = nn.ModuleDict(
             {
-                name: ConfusionMatrix(num_classes=num_classes)
-                for name in ("seg", "seg_crf", "seg_ms", "seg_ms_crf")
+                name: LabelMapCounts(
+                    num_classes=num_classes, allow_ignored_prediction=name == "pseudo_label"
+                )
+                for name in LABEL_MAPS
             }
         )
         self.refine = refinement(protocol)
+        self.watch = Stopwatch(torch.device("cpu"))
 
     @property
     def device(self) -> torch.device:
@@ -145,6 +210,7 @@ class Tally(nn.Module):
 
     def reset(self) -> None:
         """Forgets all counts."""
+        self.watch = Stopwatch(self.device)
         for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()
@@ -155,7 +221,7 @@ class Tally(nn.Module):
         Args:
             module: The method, in eval mode, without gradients.
             batch: ``image`` (B, 3, H, W) normalised, ``rgb`` (B, H, W, 3) uint8, ``mask``
-                (B, H, W), ``labels`` (B, K).
+                (B, H, W), ``labels`` (B, K), ``index`` (B,).
             crf: Where images go for the dense CRF, or None.
 
         Raises:
@@ -164,61 +230,94 @@ class Tally(nn.Module):
         images = batch["image"].to(self.device)
         target, labels = batch["mask"].to(self.device), batch["labels"].to(self.device)
         size = target.shape[-2:]
-        prediction = predict(module, images, size, self.protocol)
+        with self.watch("segmentation"):
+            prediction = predict(module, images, size, self.protocol)
         self.image_level.update(prediction.class_logits, labels)
-        self._update_segmentation(prediction, batch["rgb"], target, labels, crf)
         guessed = predicted_labels(prediction.class_logits).to(labels)
+        with self.watch("counting"):
+            truth = Truth.of(batch, self.num_classes)
+        self.count_segmentation(prediction, truth, labels, crf)
         allowed = labels if self.protocol.use_image_labels else guessed
-        pseudo = self.protocol.cam_high is not None
         # a class's map does not depend on the others', so one call serves every set of labels
         wanted = allowed
         if self.both_labels:
             wanted = torch.maximum(wanted, guessed)
-        if pseudo:
+        if self.protocol.cam_high is not None:
             wanted = torch.maximum(wanted, labels)
-        cams = localise(module, images, wanted, size, self.protocol)
-        self.seed.update(cams * allowed[..., None, None], target)
+        with self.watch("cams"):
+            cams = localise(module, images, wanted, size, self.protocol)
+        self.count_cams(cams, allowed, labels, truth)
         if self.both_labels:
-            self.seed_predicted.update(cams * guessed[..., None, None], target)
-        if pseudo:
-            true = cams * labels[..., None, None]
-            self.pseudo.update(
-                pseudo_label(self.refine, batch["rgb"], true, labels, self.protocol), target
-            )
+            with self.watch("counting"):
+                self.seed_predicted.update(cams * guessed[..., None, None], target)
 
-    def _update_segmentation(
-        self,
-        prediction: Prediction,
-        rgb: Tensor,
-        target: Tensor,
-        labels: Tensor,
-        crf: CRFQueue | None,
+    @property
+    def num_classes(self) -> int:
+        """C, with the background."""
+        return len(self.class_names) + 1
+
+    def count_cams(self, cams: Tensor, allowed: Tensor, labels: Tensor, truth: Truth) -> None:
+        """Counts class maps: the threshold curve, pixel AP, seeds and pseudo labels.
+
+        Args:
+            cams: (B, K, H, W) in [0, 1] at mask size.
+            allowed: (B, K), classes that seeds may show.
+            labels: (B, K) image labels, by which pseudo labels are made.
+            truth: Of the same images.
+        """
+        target = truth.mask.to(cams.device)
+        with self.watch("counting"):
+            seeds = cams * allowed[..., None, None]
+            self.seed.update(seeds, target)
+            self.seed_pixels.update(seeds, allowed, target)
+            declared = cam_to_label(seeds, allowed, bg_threshold=self.protocol.cam_threshold)
+            self.count_labels("seed", declared, truth)
+        if self.protocol.cam_high is None:
+            return
+        with self.watch("pseudo_labels"):
+            true = cams * labels[..., None, None]
+            pseudo = pseudo_label(self.refine, truth.rgb, true, labels, self.protocol)
+        self.count_labels("pseudo_label", pseudo, truth)
+
+    def count_labels(self, name: str, pred: Tensor, truth: Truth) -> None:
+        """Counts label maps (B, H, W) under one of the names ``LABEL_MAPS``."""
+        with self.watch("counting"):
+            for b, one in enumerate(pred.cpu()):
+                self.counts(name).update(one, truth.regions[b], truth.indices[b])
+
+    def count_segmentation(
+        self, prediction: Prediction, truth: Truth, labels: Tensor, crf: CRFQueue | None
     ) -> None:
+        """Counts segmentations, and queues them for the CRF."""
         for name, logits in (("seg", prediction.single), ("seg_ms", prediction.merged)):
             if logits is None:
                 continue
-            if logits.shape[1] != len(self.class_names) + 1:
+            if logits.shape[1] != self.num_classes:
                 raise WSSSError(
                     f"segmentation logits hold {logits.shape[1]} classes, expected "
-                    f"{len(self.class_names) + 1} (background and the data's classes)"
+                    f"{self.num_classes} (background and the data's classes)"
                 )
-            self._confusion(name).update(logits.argmax(1), target)
+            self.count_labels(name, logits.argmax(1), truth)
             if crf is not None:
                 prune = labels if self.protocol.crf_prune else None
-                crf.submit(logits, rgb, target, prune, self._confusion(f"{name}_crf"))
+                counts = self.counts(f"{name}_crf")
+                with self.watch("crf"):
+                    crf.submit(logits, truth.rgb, truth.regions, truth.indices, prune, counts)
 
-    def _confusion(self, name: str) -> ConfusionMatrix:
-        confusion = self.segmentation[name]
-        assert isinstance(confusion, ConfusionMatrix)
-        return confusion
+    def counts(self, name: str) -> LabelMapCounts:
+        """The counts of one kind of label map."""
+        counts = self.maps[name]
+        assert isinstance(counts, LabelMapCounts)
+        return counts
 
     def compute(self) -> dict[str, Any]:
         """All numbers, summed over ranks where several run.
 
         Returns:
-            Flat metrics (fractions, None where a number does not exist), ``seed_curve``,
-            ``per_class`` (columns of equal length, background first), ``confusion`` (nested lists,
-            rows are ground truth) and ``notes``.
+            Flat metrics (fractions, None where a number does not exist), ``seed_curve``, ``maps``
+            (:func:`label_map_scores` by kind of label map), ``per_class`` (columns of equal length,
+            background first), ``confusion`` (nested lists, rows are ground truth), ``cells``
+            (arrays, see `wsss.evaluation.per_image`) and ``notes``.
         """
         # A metric without images is expected: no segmentation head, or a rank without a share.
         with warnings.catch_warnings():
@@ -226,34 +325,38 @@ class Tally(nn.Module):
             return self._compute()
 
     def _compute(self) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        columns: dict[str, Sequence[Any]] = {"class": ["background", *self.class_names]}
-        confusion: dict[str, Any] = {}
-        self._seeds(result, columns, confusion)
-        self._pseudo_labels(result, columns, confusion)
-        self._segmentations(result, columns, confusion)
+        result: dict[str, Any] = {"maps": {}}
+        columns: dict[str, Any] = {"class": ["background", *self.class_names]}
+        result |= {"per_class": columns, "confusion": {}, "cells": {}}
         image = self.image_level.compute()
+        self._seeds(result)
+        for name in LABEL_MAPS:
+            self._label_maps(name, result)
+        scored = bool(image.num_images)
         result |= {
             "num_images": image.num_images,
-            "image_map": image.mean_average_precision,
-            "image_f1": image.f1,
-            "image_f1_images": image.f1_images,
+            "image_map": image.mean_average_precision if scored else None,
+            "image_f1": image.f1 if scored else None,
+            "image_f1_images": image.f1_images if scored else None,
         }
         columns["image_ap"] = [math.nan, *image.average_precision]
-        notes = [] if result["seg_miou"] is not None else [NO_SEGMENTATION]
-        return result | {"per_class": columns, "confusion": confusion, "notes": notes}
+        result["notes"] = [] if result["seg_miou"] is not None else [NO_SEGMENTATION]
+        return result
 
-    def _seeds(self, result: dict[str, Any], columns: dict[str, Any], confusion: Any) -> None:
+    def _seeds(self, result: dict[str, Any]) -> None:
         thresholds = self.protocol.curve_thresholds
         matrices = self.seed.compute().cpu()
+        predicted: float | None = None
+        if self.both_labels:
+            predicted = scores(self.seed_predicted.compute()[0]).miou
+        if not matrices[0].sum():  # label maps alone were counted
+            return
         curve = [scores(matrix) for matrix in matrices]
         declared = thresholds.index(self.protocol.cam_threshold)
         values = [score.miou for score in curve]
         # the lowest of equally good thresholds; NaN only where the split has no labelled pixel
         oracle = values.index(max(values))
-        predicted: float | None = None
-        if self.both_labels:
-            predicted = scores(self.seed_predicted.compute()[0]).miou
+        pixel_ap = self.seed_pixels.compute()
         result |= {
             "seed_miou": curve[declared].miou,
             "seed_threshold": thresholds[declared],
@@ -262,46 +365,38 @@ class Tally(nn.Module):
             "seed_miou_oracle": curve[oracle].miou,
             "seed_threshold_oracle": thresholds[oracle],
             "seed_miou_predicted_labels": predicted,
-            "seed_curve": {"thresholds": list(thresholds), "miou": values},
+            "seed_pixel_map": _mean(pixel_ap),
+            "seed_curve": {
+                "thresholds": list(thresholds),
+                "miou": values,
+                "precision": [_mean(score.precision) for score in curve],
+                "recall": [_mean(score.recall) for score in curve],
+            },
         }
-        columns["seed_iou"] = curve[declared].iou.tolist()
-        columns["seed_precision"] = curve[declared].precision.tolist()
-        columns["seed_recall"] = curve[declared].recall.tolist()
-        columns["seed_over"] = curve[declared].over.tolist()
-        columns["seed_iou_oracle"] = curve[oracle].iou.tolist()
-        confusion["seed"] = matrices[declared].tolist()
+        result["per_class"]["seed_iou_oracle"] = curve[oracle].iou.tolist()
+        result["per_class"]["seed_pixel_ap"] = [math.nan, *pixel_ap.tolist()]
 
-    def _pseudo_labels(
-        self, result: dict[str, Any], columns: dict[str, Any], confusion: Any
-    ) -> None:
-        keys = ("ignored_as_background", "excluded")
-        if self.protocol.cam_high is None:
-            result |= dict.fromkeys([f"pseudo_label_miou_{key}" for key in keys])
-            result["pseudo_label_coverage"] = None
+    def _label_maps(self, name: str, result: dict[str, Any]) -> None:
+        """Numbers of one kind of label map; None where there is none."""
+        totals = self.counts(name).compute()
+        abstains = name == "pseudo_label"
+        result[LABEL_MAPS[name]] = None
+        if abstains:
+            result |= {"pseudo_label_miou_excluded": None, "pseudo_label_coverage": None}
+        if not len(totals.cells):
             return
-        counts = self.pseudo.compute()
-        for key in keys:
-            score = score_pseudo_labels(counts, key)  # type: ignore[arg-type]
-            result[f"pseudo_label_miou_{key}"] = score.miou
-            columns[f"pseudo_label_iou_{key}"] = score.iou.tolist()
-        result["pseudo_label_coverage"] = coverage(counts)
-        confusion["pseudo_label"] = counts.matrix.tolist()
-        confusion["pseudo_label_abstained"] = counts.abstained.tolist()
-
-    def _segmentations(
-        self, result: dict[str, Any], columns: dict[str, Any], confusion: Any
-    ) -> None:
-        for name in self.segmentation:
-            matrix = self._confusion(name).compute().matrix
-            prefix, _, suffix = name.partition("_")
-            key = f"{prefix}_miou_{suffix}" if suffix else f"{prefix}_miou"
-            if matrix.sum() == 0:
-                result[key] = None
-                continue
-            score: Scores = scores(matrix)
-            result[key] = score.miou
-            columns[f"{name}_iou"] = score.iou.tolist()
-            confusion[name] = matrix.tolist()
+        values, columns = label_map_scores(totals)
+        result["maps"][name] = values
+        result[LABEL_MAPS[name]] = values["miou"]
+        result["per_class"] |= {f"{name}_{key}": column for key, column in columns.items()}
+        result["confusion"][name] = totals.counts.matrix.tolist()
+        result["cells"][name] = totals.cells.numpy()
+        if abstains:
+            excluded = score_pseudo_labels(totals.counts, "excluded")
+            result["pseudo_label_miou_excluded"] = excluded.miou
+            result["pseudo_label_coverage"] = coverage(totals.counts)
+            result["per_class"]["pseudo_label_iou_excluded"] = excluded.iou.tolist()
+            result["confusion"]["pseudo_label_abstained"] = totals.counts.abstained.tolist()
 
 
 def _mean(values: Tensor) -> float:
@@ -334,29 +429,54 @@ def evaluate(
         description: Title of a progress bar, or None for no bar.
 
     Returns:
-        The metrics of :meth:`Tally.compute`, with ``seconds``.
+        The metrics of :meth:`Tally.compute`, with ``cost`` of this process: seconds, seconds an
+        image, seconds by phase.
 
     Raises:
         WSSSError: If there is no image, or the module and the data disagree.
     """
     if device is None:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    device = torch.device(device)
     started = time.perf_counter()
     module.to(device)
     tally = Tally(protocol=protocol, class_names=class_names, full=True).to(device)
-    preset = protocol.crf_preset
-    pool = nullcontext(None) if preset is None else CRFPool(preset, jobs=crf_jobs)
+    tally.reset()
     batches = dataloader if description is None else track(dataloader, description=description)
-    with evaluating(module), pool as entered:
-        queue = None if entered is None else CRFQueue(entered)
+    own = 0
+    with evaluating(module), _crf_pool(protocol, device, crf_jobs) as pool:
+        queue = None if pool is None else CRFQueue(pool)
         for batch in batches:
             tally.update(module, batch, queue)  # type: ignore[arg-type]
+            own += len(batch["index"])
         if queue is not None:
-            queue.drain()
+            with tally.watch("crf"):
+                queue.drain()
+    seconds = time.perf_counter() - started
     result = tally.compute()
     if result["num_images"] == 0:
         raise WSSSError("evaluation got no image; check the split's list")
-    return result | {"seconds": time.perf_counter() - started}
+    return result | {
+        "cost": {
+            "seconds": seconds,
+            "seconds_per_image": seconds / max(own, 1),
+            "phases": {name: value / max(own, 1) for name, value in tally.watch.seconds.items()},
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+        }
+    }
+
+
+def _crf_pool(
+    protocol: Protocol, device: torch.device, jobs: int | None
+) -> AbstractContextManager[CRFPoolLike | None]:
+    """What computes the protocol's CRF, as a context."""
+    preset = protocol.crf_preset
+    if preset is None:
+        return nullcontext(None)
+    if protocol.crf_backend == "torch":
+        return MeanFieldPool(preset, device=device)
+    return CRFPool(preset, jobs=jobs)
 
 
 class Evaluator(Callback):
@@ -368,6 +488,8 @@ class Evaluator(Callback):
     Args:
         protocol: The run's protocol.
         class_names: The K foreground classes.
+        split: Name of the validation split, for the ledger.
+        ledger: Run folder in whose ledger every reading is entered, or None.
 
     Attributes:
         last: All metrics of the latest validation.
@@ -383,9 +505,18 @@ class Evaluator(Callback):
         ("image_f1", "image F1"),
     )
 
-    def __init__(self, *, protocol: Protocol, class_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        *,
+        protocol: Protocol,
+        class_names: Sequence[str],
+        split: str = "val",
+        ledger: Path | None = None,
+    ) -> None:
         super().__init__()
         self.tally = Tally(protocol=protocol.during_training(), class_names=class_names)
+        self.split = split
+        self.ledger = ledger
         self.last: dict[str, Any] = {}
         self.history: list[tuple[int, dict[str, Any]]] = []
 
@@ -416,6 +547,14 @@ class Evaluator(Callback):
             return
         self.last = self.tally.compute()
         self.history.append((trainer.global_step, self.last))
+        if self.ledger is not None and trainer.is_global_zero:
+            enter(
+                self.ledger,
+                split=self.split,
+                purpose="watching training",
+                step=trainer.global_step,
+                num_images=self.last["num_images"],
+            )
         for key, _ in self.LOGGED:
             if self.last[key] is not None:
                 # the value is the same on every rank already; sync_dist only quiets Lightning

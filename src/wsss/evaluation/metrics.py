@@ -1,4 +1,4 @@
-"""Image-level classification scores (mAP and F1), exact for any number of ranks."""
+"""Ranking scores of images and of pixels (mAP, F1), exact for any number of ranks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from wsss.errors import WSSSError
+from wsss.evaluation.confusion import IGNORE_INDEX
 
 
 class ImageScores(NamedTuple):
@@ -133,3 +134,58 @@ class ImageLevelScores(Metric):
             f1_images=f1_per_axis(predicted, labels, 1).nanmean().item(),
             num_images=len(logits),
         )
+
+
+class PixelAveragePrecision(Metric):
+    """Average precision of class maps over all pixels: the quality of seeds without a threshold.
+
+    A pixel's score is its map value in steps of 1/``LEVELS`` (rounded down); pixels of equal score
+    enter together. Two histograms a class hold all there is to know, so maps are read once.
+
+    Args:
+        num_classes: Number of foreground classes K.
+    """
+
+    LEVELS = 1000
+
+    full_state_update = False
+    histogram: Tensor
+
+    def __init__(self, *, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        shape = (num_classes, 2, self.LEVELS + 1)
+        self.add_state("histogram", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, cam: Tensor, active: Tensor, target: Tensor) -> None:
+        """Counts a batch.
+
+        Args:
+            cam: (B, K, H, W) values in [0, 1]; maps that are not active are zero.
+            active: (B, K), non-zero where there is a map.
+            target: (B, H, W) class ids or 255.
+        """
+        steps = self.LEVELS + 1
+        for maps, allowed, truth in zip(cam, active > 0, target.to(cam.device), strict=True):
+            valid = truth != IGNORE_INDEX
+            truth = truth[valid]
+            # a class without a map scores zero everywhere, which needs no pass over its pixels
+            held = torch.bincount(truth, minlength=self.num_classes + 1)[1:]
+            self.histogram[:, 1, 0] += torch.where(allowed, 0, held).to(self.device)
+            self.histogram[:, 0, 0] += torch.where(allowed, 0, len(truth) - held).to(self.device)
+            for k in allowed.nonzero().flatten().tolist():
+                level = (maps[k][valid] * self.LEVELS).long().clamp(0, self.LEVELS)
+                cell = (truth == k + 1).long() * steps + level
+                counts = torch.bincount(cell, minlength=2 * steps)
+                self.histogram[k] += counts.view(2, steps).to(self.device)
+
+    def compute(self) -> Tensor:
+        """Returns (K,) float64; NaN for a class that the ground truth never shows."""
+        # descending scores; the formula of `average_precision` on groups of equal score
+        histogram = self.histogram.cpu().flip(-1)
+        gained = histogram[:, 1].double()
+        hits, taken = gained.cumsum(-1), histogram.sum(1).double().cumsum(-1)
+        positives = hits[:, -1:]
+        precision = hits / taken.clamp(min=1)
+        found = (gained / positives.clamp(min=1) * precision).sum(-1)
+        return torch.where(positives[:, 0] > 0, found, torch.nan)

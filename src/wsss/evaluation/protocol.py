@@ -1,7 +1,7 @@
 """What has to be said beside a number for it to mean something (design.md, "A number")."""
 
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 import wsss
 from wsss.errors import WSSSError
+from wsss.evaluation.label_maps import DEFINITIONS
 from wsss.refine.dense_crf import CRF_PRESETS, CRFPreset
 
 Merge = Literal["sum", "max"]
@@ -41,6 +42,8 @@ class Protocol:
         crf: Name of a dense CRF preset, or None for no CRF.
         crf_prune: Let only background and the image's labelled classes into the CRF. It uses
             image labels, so it is refused unless ``use_image_labels`` is set.
+        crf_backend: ``pydensecrf``, in worker processes on the CPU, or ``torch``, our own on the
+            evaluation's device (`wsss.refine.mean_field`; ``wsss benchmark part=crf`` compares).
         cam_threshold: Declared background threshold of CAM seeds.
         cam_high: Pseudo labels are foreground above it; None: no pseudo labels are scored.
         cam_low: Pseudo labels are background up to it; 255 lies between.
@@ -49,6 +52,9 @@ class Protocol:
         use_image_labels: CAM seeds get the image's true classes (GT-known); otherwise those that
             the module itself predicts.
         oracle_thresholds: Thresholds of the curve whose best value is the oracle.
+        holdout_per_class: Images a class of a holdout of the training data, whose masks choose a
+            further CAM threshold; 0: none is chosen. Masks are then read: a declared budget.
+        holdout_split: List that the holdout is taken from; None: the training list.
     """
 
     resize: int | None = None
@@ -63,12 +69,15 @@ class Protocol:
     align_corners: bool = False
     crf: str | None = None
     crf_prune: bool = False
+    crf_backend: Literal["pydensecrf", "torch"] = "pydensecrf"
     cam_threshold: float = 0.5
     cam_high: float | None = None
     cam_low: float | None = None
     refine: Literal["par", "pamr"] | None = None
     use_image_labels: bool = True
     oracle_thresholds: tuple[float, ...] = ORACLE_THRESHOLDS
+    holdout_per_class: int = 0
+    holdout_split: str | None = None
 
     def __post_init__(self) -> None:
         # YAML gives lists; a frozen, hashable protocol needs tuples.
@@ -94,6 +103,12 @@ class Protocol:
             raise WSSSError(f"eval.merge_of={self.merge_of}: expected logits or probabilities")
         if self.refine not in ("par", "pamr", None):
             raise WSSSError(f"eval.refine={self.refine}: expected par, pamr or null")
+        if self.crf_backend not in ("pydensecrf", "torch"):
+            raise WSSSError(f"eval.crf_backend={self.crf_backend}: expected pydensecrf or torch")
+        if self.holdout_per_class < 0:
+            raise WSSSError(
+                f"eval.holdout_per_class={self.holdout_per_class}: expected 0 or more images"
+            )
 
     def _check_sizes(self) -> None:
         for name in ("resize", "single_resize", "cam_resize"):
@@ -149,6 +164,7 @@ class Protocol:
             crf_prune=False,
             cam_high=None,
             cam_low=None,
+            holdout_per_class=0,
         )
 
 
@@ -230,6 +246,7 @@ def protocol_card(
         "crf": None if preset is None else asdict(preset),
         "cam_threshold_source": "declared in the configuration",
         "oracle_threshold_source": "ground truth of this split",
+        "label_map_definitions": DEFINITIONS,
         "pseudo_labels_use_image_labels": True,
         "segmentation_uses_image_labels": protocol.crf_prune,
         "metric": "dataset-level confusion matrix, mean IoU over classes in the ground truth",
@@ -243,3 +260,48 @@ def protocol_card(
         "commit": git_commit(),
         "versions": package_versions(),
     }
+
+
+#: settings that only whoever made the maps knows; a folder's card has them where they are declared
+MADE_ELSEWHERE = (
+    "resize", "single_resize", "cam_resize", "seg_scales", "seg_sizes", "flip", "flip_merge",
+    "scale_merge", "merge_of", "align_corners", "crf", "crf_prune", "crf_backend",
+)  # fmt: skip
+
+
+def folder_card(
+    *,
+    protocol: Protocol,
+    declared: Collection[str],
+    split: str,
+    list_hash: str,
+    num_images: int,
+    supervision: str,
+    seed: int,
+) -> dict[str, Any]:
+    """The card of maps that somebody else made: what is not known is null.
+
+    Args:
+        protocol: Thresholds that were applied here; other settings count only where declared.
+        declared: Names of the settings that the user stated.
+        split: Name of the evaluated split.
+        list_hash: SHA-256 of its list.
+        num_images: Number of images that were counted.
+        supervision: League of the training signal, as stated.
+        seed: Seed of the maps, as stated.
+    """
+    card = protocol_card(
+        protocol=protocol,
+        split=split,
+        list_hash=list_hash,
+        num_images=num_images,
+        backbone={},
+        crop_size=0,
+        iterations=0,
+        global_batch_size=0,
+        seed=seed,
+        supervision=supervision,
+    )
+    unknown = [name for name in MADE_ELSEWHERE if name not in declared]
+    unknown += ["backbone", "crop_size", "iterations", "global_batch_size", "selection"]
+    return card | dict.fromkeys(unknown) | {"maps": "made elsewhere"}

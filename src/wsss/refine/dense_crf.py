@@ -41,8 +41,8 @@ class CRFPreset:
     bgr: bool = False
 
 
-# Collected in field.md section F; `toco` and `toco_cam` also in toco.md section 5, `getam` in
-# getam.md section 5.
+# Collected in field.md section F; `toco` and `toco_cam` also in toco.md section 5, `clustercam` and
+# `getam` in the tests' sections of their pages, `tkp_pcl` in its refinement of ViT-PCM.
 CRF_PRESETS: dict[str, CRFPreset] = {
     p.name: p
     for p in (
@@ -57,6 +57,8 @@ CRF_PRESETS: dict[str, CRFPreset] = {
         CRFPreset("afa", pos_xy=3, pos_w=3, bi_xy=64, bi_rgb=5, bi_w=4),
         CRFPreset("clip_es", pos_xy=1, pos_w=3, bi_xy=67, bi_rgb=3, bi_w=4),
         CRFPreset("mctformer", pos_xy=4, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=3),
+        CRFPreset("clustercam", pos_xy=4, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=3),
+        CRFPreset("tkp_pcl", pos_xy=1, pos_w=3, bi_xy=67, bi_rgb=3, bi_w=4),
         CRFPreset("weaktr", pos_xy=3, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=3),
         CRFPreset("fma", pos_xy=2, pos_w=2, bi_xy=65, bi_rgb=3, bi_w=4),
     )
@@ -64,6 +66,7 @@ CRF_PRESETS: dict[str, CRFPreset] = {
 
 Image = npt.NDArray[np.uint8]
 Probabilities = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.uint8]
 
 
 def dense_crf(image: Image, prob: Probabilities, preset: CRFPreset) -> Probabilities:
@@ -124,17 +127,22 @@ def dense_crf_pruned(
     Returns:
         (C, H, W) float32 posterior, zero for the classes left out.
     """
-    kept = [0, *sorted(set(present) - {0})]
-    chosen = prob[kept]
-    chosen = chosen / np.maximum(chosen.sum(axis=0, keepdims=True), 1e-12)
+    kept, chosen = prune(prob, present)
     posterior = np.zeros(prob.shape, dtype=np.float32)
     posterior[kept] = dense_crf(image, chosen, preset)
     return posterior
 
 
+def prune(prob: Probabilities, present: Sequence[int]) -> tuple[list[int], Probabilities]:
+    """The background and the present classes of (C, H, W) probabilities, renormalised."""
+    kept = [0, *sorted(set(present) - {0})]
+    chosen = prob[kept]
+    return kept, chosen / np.maximum(chosen.sum(axis=0, keepdims=True), 1e-12)
+
+
 def _crf_label(
     image: Image, prob: Probabilities, preset: CRFPreset, present: Sequence[int] | None
-) -> npt.NDArray[np.uint8]:
+) -> Labels:
     """The (H, W) uint8 argmax of the CRF, at module level so that a worker can import it."""
     if present is None:
         posterior = dense_crf(image, prob, preset)
@@ -179,7 +187,7 @@ class CRFPool:
 
     def submit(
         self, image: Image, prob: Probabilities, present: Sequence[int] | None = None
-    ) -> Future[npt.NDArray[np.uint8]]:
+    ) -> Future[Labels]:
         """Queue one image.
 
         Args:

@@ -3,36 +3,47 @@
 Schema 1::
 
     {"schema": 1, "method", "data", "seed", "config_hash", "status": "finished" | ...,
-     "splits": {split: {<metrics>, "per_class": {...}, "confusion": {...}, "protocol": {...}}}}
+     "config": {...}, "cost": {...},
+     "splits": {split: {<metrics>, "maps": {kind: {...}}, "per_class": {...}, "confusion": {...},
+                        "protocol": {...}, "cost": {...}}}}
+
+``images.npz`` beside it holds the confusion cells of every image.
 
 Metrics are numbers, or null where a number does not exist (a model without a segmentation head, a
 class that the split never shows).
 """
 
 import contextlib
+import io
 import json
 import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from wsss.errors import WSSSError
 
 RESULTS_FILE = "results.json"
+CELLS_FILE = "images.npz"
 SCHEMA = 1
 
 #: (heading, key, whether it is a percentage), in the order of the table.
 ROWS = (
     ("CAM seed mIoU, image labels given", "seed_miou", True),
     ("CAM seed mIoU, predicted labels", "seed_miou_predicted_labels", True),
+    ("CAM seed mIoU, given, holdout's threshold", "seed_miou_holdout", True),
+    ("  holdout's threshold", "seed_threshold_holdout", False),
     ("CAM seed mIoU, given, oracle threshold", "seed_miou_oracle", True),
     ("  oracle threshold", "seed_threshold_oracle", False),
+    ("CAM pixel mAP, image labels given", "seed_pixel_map", True),
     ("pseudo label mIoU, 255 as background", "pseudo_label_miou_ignored_as_background", True),
     ("pseudo label mIoU, 255 excluded", "pseudo_label_miou_excluded", True),
     ("  pseudo label coverage", "pseudo_label_coverage", True),
@@ -44,15 +55,49 @@ ROWS = (
     ("image F1", "image_f1", True),
 )
 
+#: kind of label map -> its name in tables
+MAP_NAMES = {
+    "seed": "CAM seed",
+    "pseudo_label": "pseudo label (255 as background)",
+    "seg": "segmentation",
+    "seg_crf": "segmentation + CRF",
+    "seg_ms": "segmentation, multi-scale",
+    "seg_ms_crf": "segmentation, multi-scale + CRF",
+}
+
+#: the same where there is little room
+SHORT_NAMES = {
+    "seed": "seed",
+    "pseudo_label": "pseudo",
+    "seg": "seg",
+    "seg_crf": "seg+CRF",
+    "seg_ms": "MS",
+    "seg_ms_crf": "MS+CRF",
+}
+
+#: (heading, path in an entry of ``maps``) of the table of label maps
+MAP_ROWS = (
+    ("mIoU", ("miou",)),
+    ("precision", ("precision",)),
+    ("recall", ("recall",)),
+    ("over-activation, FP / truth", ("over",)),
+    ("under-activation, FN / truth", ("under",)),
+    ("mean of the images' mIoU", ("image_miou",)),
+    ("Boundary IoU", ("boundary_iou",)),
+    ("mIoU within 3 px of an edge", ("trimap_iou", "3")),
+    ("mIoU within 5 px of an edge", ("trimap_iou", "5")),
+    ("mIoU within 10 px of an edge", ("trimap_iou", "10")),
+    ("IoU of small objects", ("size_iou", "small")),
+    ("IoU of medium objects", ("size_iou", "medium")),
+    ("IoU of large objects", ("size_iou", "large")),
+    ("predicted where the class is absent", ("hallucinated",)),
+)
+
 #: (heading, key in ``per_class``) of the per-class table; results.json holds more columns.
 CLASS_COLUMNS = (
     ("seed", "seed_iou"),
     ("oracle", "seed_iou_oracle"),
-    ("pseudo", "pseudo_label_iou_ignored_as_background"),
-    ("seg", "seg_iou"),
-    ("seg+CRF", "seg_crf_iou"),
-    ("MS", "seg_ms_iou"),
-    ("MS+CRF", "seg_ms_crf_iou"),
+    *((short, f"{kind}_iou") for kind, short in SHORT_NAMES.items() if kind != "seed"),
     ("AP", "image_ap"),
 )
 
@@ -68,11 +113,16 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     text = _compact_lists(
         json.dumps(_plain({"schema": SCHEMA, **results}), indent=2, allow_nan=False)
     )
+    write_atomically(path, f"{text}\n".encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the old one or the new one; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private; results are to be shared
@@ -81,6 +131,44 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def write_cells(path: Path, cells: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the confusion cells of every image (`wsss.evaluation.per_image`), compressed.
+
+    Args:
+        path: Target, usually ``run folder / CELLS_FILE``.
+        cells: split -> ``names`` (list of all image names) and kind of label map -> (n, 3) cells.
+    """
+    arrays: dict[str, Any] = {}
+    for split, kinds in cells.items():
+        for kind, values in kinds.items():
+            arrays[f"{split}/{kind}"] = (
+                np.array(values) if kind == "names" else values.astype(np.int32)
+            )
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_cells(path: Path, split: str) -> dict[str, Any]:
+    """Reads what :func:`write_cells` wrote for one split: ``names`` and kind -> int64 cells.
+
+    Raises:
+        WSSSError: If the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            found = {
+                key.removeprefix(f"{split}/"): content[key]
+                for key in content.files
+                if key.startswith(f"{split}/")
+            }
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise WSSSError(
+            f"{path}: the counts of single images cannot be read ({error}); run `wsss eval`"
+        ) from error
+    return {k: v.tolist() if k == "names" else v.astype(np.int64) for k, v in found.items()}
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -124,10 +212,37 @@ def print_table(
             table.add_row(heading, *(_cell(value, percent) for value in values))
     console.print(table)
     for split, metrics in splits.items():
+        if metrics.get("maps"):
+            console.print(maps_table(metrics["maps"], title=f"{split}: label maps (%)"))
         for note in metrics.get("notes", []):
             console.print(f"{split}: {note}")
         if per_class:
             console.print(per_class_table(metrics, title=f"{split}, per class (%)"))
+
+
+def maps_table(maps: Mapping[str, Mapping[str, Any]], *, title: str | None = None) -> Table:
+    """What kinds of label maps are worth beside their mIoU, one kind a column.
+
+    Args:
+        maps: ``maps`` of one entry of ``splits``.
+        title: Heading.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for kind in maps:
+        table.add_column(SHORT_NAMES[kind], justify="right")
+    for heading, path in MAP_ROWS:
+        cells = [_cell(look_up(values, path), True) for values in maps.values()]
+        table.add_row(heading, *cells)
+    return table
+
+
+def look_up(values: Mapping[str, Any], path: Sequence[str]) -> Any:
+    """The value at a path of nested mappings, None where a step is missing."""
+    found: Any = values
+    for step in path:
+        found = found.get(step) if isinstance(found, Mapping) else None
+    return found
 
 
 def per_class_table(metrics: Mapping[str, Any], *, title: str | None = None) -> Table:

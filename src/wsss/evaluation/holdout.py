@@ -1,0 +1,135 @@
+"""A declared holdout of the training data, on which thresholds and CRFs may be chosen.
+
+Thresholds searched on the reported split are oracles. The honest way, taken over from weakly
+supervised localisation, is a small number of images a class whose masks are declared to be used:
+a budget that everybody can have (field.md D).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from wsss.data.datamodule import WSSSDataModule
+from wsss.evaluation.confusion import ThresholdConfusion, scores
+from wsss.evaluation.inference import evaluating, localise, predict, predicted_labels
+from wsss.evaluation.protocol import Protocol
+
+#: name under which the holdout is evaluated like a split: ``wsss eval splits=[holdout]``
+HOLDOUT = "holdout"
+
+
+def choose_names(
+    names: Sequence[str], labels: NDArray[np.float32], per_class: int
+) -> NDArray[np.int64]:
+    """Indices of a holdout that depends on names and labels alone, not on a run's seed.
+
+    Names are ordered by their hash; each class in turn takes images until it has ``per_class``,
+    counting those that other classes took (fewer where a class has fewer).
+
+    Args:
+        names: The M image names.
+        labels: (M, K) image-level labels.
+        per_class: Images a class.
+
+    Returns:
+        Ascending indices.
+    """
+    order = np.array(sorted(range(len(names)), key=lambda i: _digest(names[i])))
+    chosen = np.zeros(len(names), bool)
+    for k in range(labels.shape[1]):
+        missing = per_class - int((labels[chosen, k] > 0).sum())
+        free = order[(labels[order, k] > 0) & ~chosen[order]]
+        chosen[free[: max(missing, 0)]] = True
+    return np.flatnonzero(chosen)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Holdout(Dataset[dict[str, Any]]):
+    """The holdout of a data module as an evaluation data set.
+
+    Args:
+        data: The data module.
+        protocol: Its ``holdout_per_class`` and ``holdout_split``.
+
+    Raises:
+        WSSSError: If the list or the masks of its images are missing.
+    """
+
+    def __init__(self, data: WSSSDataModule, protocol: Protocol) -> None:
+        self.source = protocol.holdout_split or data.train_split
+        dataset = data.eval_dataset(self.source)
+        indices = choose_names(dataset.names, dataset.labels, protocol.holdout_per_class)
+        self.names = [dataset.names[i] for i in indices]
+        self.labels = dataset.labels[indices]
+        self._subset = Subset(dataset, indices.tolist())
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self._subset[index], "index": index}
+
+    @property
+    def list_hash(self) -> str:
+        """SHA-256 of the names, one a line, as of a split's list."""
+        return _digest("".join(f"{name}\n" for name in self.names))
+
+    def loader(self) -> DataLoader[dict[str, Any]]:
+        """This process's share, one image a batch."""
+        rank, processes = 0, 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        own = range(rank, len(self), processes)
+        return DataLoader(Subset(self, list(own)), batch_size=1)
+
+
+def choose_threshold(
+    module: nn.Module, holdout: Holdout, protocol: Protocol, *, device: torch.device
+) -> dict[str, Any]:
+    """The CAM threshold of the best seed mIoU on the holdout.
+
+    Args:
+        module: The method.
+        holdout: Images and masks to choose on.
+        protocol: Candidate thresholds and the size at which CAMs are computed.
+        device: Where to run.
+
+    Returns:
+        ``threshold`` (the lowest of equally good ones), its ``miou`` and the whole curve, with
+        what identifies the holdout.
+    """
+    thresholds = protocol.curve_thresholds
+    counts = ThresholdConfusion(num_classes=holdout.labels.shape[1] + 1, thresholds=thresholds)
+    counts.to(device)
+    module.to(device)
+    with evaluating(module):
+        for batch in holdout.loader():
+            images, target = batch["image"].to(device), batch["mask"].to(device)
+            labels, size = batch["labels"].to(device), target.shape[-2:]
+            if not protocol.use_image_labels:
+                plain = predict(module, images, size, protocol.during_training())  # type: ignore[arg-type]
+                labels = predicted_labels(plain.class_logits).to(labels)
+            counts.update(localise(module, images, labels, size, protocol), target)  # type: ignore[arg-type]
+    values = [scores(matrix).miou for matrix in counts.compute()]
+    best = values.index(max(values))
+    return {
+        "threshold": thresholds[best],
+        "miou": values[best],
+        "thresholds": list(thresholds),
+        "curve": values,
+        "source": holdout.source,
+        "per_class": protocol.holdout_per_class,
+        "num_images": len(holdout),
+        "list_sha256": holdout.list_hash,
+    }

@@ -1,0 +1,187 @@
+"""Maps in the layouts that other repositories write, by hand; scored through the command line."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wsss.cli import main
+from wsss.data.builtin import minivoc_root
+from wsss.errors import WSSSError
+from wsss.evaluation.folders import read_class_maps, read_label_map
+
+K = 8
+MINIVOC = minivoc_root() / "VOC2012"
+NAMES = (MINIVOC / "ImageSets" / "Segmentation" / "val.txt").read_text().split()[:4]
+SMALL = ["data=minivoc", "data.limit=4"]
+
+
+def truth(name: str) -> np.ndarray:
+    return np.array(Image.open(MINIVOC / "SegmentationClass" / f"{name}.png"))
+
+
+def maps_of(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Classes (from 0) and soft, partly wrong maps of one image, rounded to what uint8 holds."""
+    mask = truth(name)
+    classes = np.unique(mask[(mask > 0) & (mask < 255)]).astype(np.int64) - 1
+    rng = np.random.default_rng(len(name) + int(name[-2:]))
+    soft = [np.roll(mask == c + 1, 6, 1) * 0.5 + rng.random(mask.shape) * 0.5 for c in classes]
+    return classes, np.round(np.stack(soft) * 255).astype(np.float32) / 255
+
+
+def irn(path: Path, classes: np.ndarray, maps: np.ndarray) -> None:
+    tensors = {"keys": torch.from_numpy(classes), "cam": torch.from_numpy(maps[:, ::4, ::4].copy())}
+    np.save(path, {**tensors, "high_res": maps}, allow_pickle=True)
+
+
+def seam(path: Path, classes: np.ndarray, maps: np.ndarray) -> None:
+    by_class = {int(c): m for c, m in zip(classes, maps, strict=True)}
+    np.save(path, by_class, allow_pickle=True)  # type: ignore[arg-type]
+
+
+def arrays(path: Path, classes: np.ndarray, maps: np.ndarray) -> None:
+    np.savez(path.with_suffix(".npz"), keys=classes, cam=maps)
+
+
+def dense(path: Path, classes: np.ndarray, maps: np.ndarray) -> None:
+    everything = np.zeros((K, *maps.shape[1:]), np.uint8)
+    everything[classes] = np.round(maps * 255)
+    np.save(path, everything)
+
+
+def with_background(path: Path, classes: np.ndarray, maps: np.ndarray) -> None:
+    everything = np.zeros((K + 1, *maps.shape[1:]), np.float32)
+    everything[0] = 0.3
+    everything[classes + 1] = maps
+    np.save(path, everything)
+
+
+@pytest.mark.parametrize("write", [irn, seam, arrays, dense, with_background])
+def test_every_layout_gives_the_same_maps(write, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    classes, maps = maps_of(NAMES[0])
+    write(tmp_path / "a.npy", classes, maps)
+    (path,) = tmp_path.iterdir()
+    found = read_class_maps(path, num_classes=K)
+    np.testing.assert_allclose(found[classes], maps, atol=1e-6)
+    assert not found[[k for k in range(K) if k not in classes]].any()
+
+
+def test_classes_may_count_from_one(tmp_path: Path) -> None:
+    classes, maps = maps_of(NAMES[0])
+    seam(tmp_path / "a.npy", classes + 1, maps)
+    found = read_class_maps(tmp_path / "a.npy", num_classes=K, first_class=1)
+    np.testing.assert_allclose(found[classes], maps)
+
+
+class Malice:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch executed",)
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save(tmp_path / "evil.npy", {"keys": Malice()}, allow_pickle=True)  # type: ignore[arg-type]
+    with pytest.raises(WSSSError, match=r"evil\.npy.*wants to call .*system"):
+        read_class_maps(tmp_path / "evil.npy", num_classes=K)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"keys": np.array([0]), "maps": np.full((1, 4, 4), 3.0)}, "values from 0 to 3"),
+        ({"keys": np.array([0]), "maps": np.full((1, 4, 4), np.nan)}, "normalised"),
+        ({"keys": np.array([9]), "maps": np.zeros((1, 4, 4))}, "class 9"),
+        ({"keys": np.array([0, 1]), "maps": np.zeros((1, 4, 4))}, "2 classes but maps"),
+        ({"keys": np.array([0]), "other": np.zeros((1, 4, 4))}, "holds keys but none of"),
+        (np.zeros((3, 4, 4)), "expected \\(8, h, w\\)"),
+    ],
+)
+def test_maps_that_do_not_fit_are_named(content: object, message: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "bad.npy", content, allow_pickle=True)  # type: ignore[arg-type]
+    with pytest.raises(WSSSError, match=message) as caught:
+        read_class_maps(tmp_path / "bad.npy", num_classes=K)
+    assert "bad.npy" in str(caught.value)
+
+
+def test_truncated_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "cut.npy"
+    path.write_bytes(pickle.dumps({"keys": [1]})[:5])
+    with pytest.raises(WSSSError, match=r"cut\.npy"):
+        read_class_maps(path, num_classes=K)
+
+
+def test_label_maps_as_png_and_npy(tmp_path: Path) -> None:
+    labels = np.array([[0, 8], [255, 1]], np.uint8)
+    Image.fromarray(labels).save(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", labels.astype(np.int64))
+    for suffix in ("png", "npy"):
+        found = read_label_map(tmp_path / f"a.{suffix}", num_classes=K, size=(2, 2))
+        np.testing.assert_array_equal(found, labels)
+    for bad, message in ((labels[:1], "array"), (labels + np.int64(2), "class id")):
+        np.save(tmp_path / "b.npy", bad)
+        with pytest.raises(WSSSError, match=message):
+            read_label_map(tmp_path / "b.npy", num_classes=K, size=(2, 2))
+
+
+def test_a_folder_of_cams_is_scored_like_numpy_says(tmp_path: Path) -> None:
+    folder, out = tmp_path / "cams", tmp_path / "out"
+    folder.mkdir()
+    matrix = np.zeros((K + 1, K + 1), np.int64)
+    for name in NAMES:
+        classes, maps = maps_of(name)
+        irn(folder / f"{name}.npy", classes, maps)
+        label = np.where(maps.max(0) > np.float32(0.45), classes[maps.argmax(0)] + 1, 0)
+        valid = truth(name) != 255
+        np.add.at(matrix, (truth(name)[valid], label[valid]), 1)
+    arguments = [f"cams={folder}", *SMALL, "eval.cam_threshold=0.45", f"out={out}", "name=IRN"]
+    assert main(["eval", *arguments]) == 0
+    results = json.loads((out / "results.json").read_text())
+    metrics = results["splits"]["val"]
+    hit, union = matrix.diagonal(), matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    occurs = matrix.sum(1) > 0
+    assert metrics["confusion"]["seed"] == matrix.tolist()
+    assert metrics["seed_miou"] == pytest.approx((hit / np.maximum(union, 1))[occurs].mean())
+    assert results["method"] == "IRN"
+    card = metrics["protocol"]
+    assert card["seg_scales"] is None, "what is not known is not claimed"
+    assert card["cam_threshold"] == 0.45
+    assert metrics["readings"] == 1
+
+
+def test_a_folder_of_masks_is_scored_and_may_abstain(tmp_path: Path) -> None:
+    folder, out = tmp_path / "masks", tmp_path / "out"
+    folder.mkdir()
+    for name in NAMES:
+        mask = truth(name)
+        mask[:40] = 255
+        Image.fromarray(mask).save(folder / f"{name}.png")
+    arguments = [f"masks={folder}", *SMALL, "eval.crf=psa", f"out={out}"]
+    assert main(["eval", *arguments]) == 0
+    metrics = json.loads((out / "results.json").read_text())["splits"]["val"]
+    assert metrics["pseudo_label_miou_excluded"] == 1.0
+    assert metrics["pseudo_label_miou_ignored_as_background"] < 1.0
+    assert metrics["pseudo_label_coverage"] == pytest.approx(0.75, abs=0.01)
+    assert metrics["protocol"]["crf"]["name"] == "psa", "stated by the user"
+    assert metrics["protocol"]["flip"] is None
+
+
+def test_an_incomplete_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(truth(NAMES[0])).save(tmp_path / f"{NAMES[0]}.png")
+    assert main(["eval", f"masks={tmp_path}", *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert f"3 of the split's 4 images have no file, the first is {NAMES[1]}" in error
+
+
+def test_one_source_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", f"masks={tmp_path}", f"cams={tmp_path}", *SMALL]) == 2
+    assert "one of run=" in capsys.readouterr().err

@@ -1,0 +1,207 @@
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs_on_disk import IMAGES, label_maps, make_run
+
+from wsss.cli import main
+from wsss.errors import WSSSError
+from wsss.evaluation.per_image import mean_iou
+from wsss.results.bootstrap import draw
+from wsss.results.compare import CompareArguments, compare, find_results, tables
+from wsss.results.grids import Cell, Grid, html_tables, latex, markdown
+from wsss.results.store import RESULTS_FILE, read_cells
+
+
+def plain_miou(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    truth, guess = (np.stack(maps) for maps in zip(*pairs, strict=True))
+    ious = [
+        ((truth == c) & (guess == c)).sum() / ((truth == c) | (guess == c)).sum()
+        for c in range(3)
+        if (truth == c).any()
+    ]
+    return float(np.mean(ious))
+
+
+def grid_of(paths: list[Path], **options: object) -> list[Grid]:
+    (comparison,) = compare(paths, CompareArguments(resamples=300, **options))  # type: ignore[arg-type]
+    return tables(comparison)
+
+
+def row(grid: Grid, name: str) -> list[Cell]:
+    return next(cells for heading, cells in grid.rows if heading == name)
+
+
+@pytest.fixture
+def three_seeds(tmp_path: Path) -> list[Path]:
+    return [
+        make_run(tmp_path / f"{method}-{seed}", method=method, seed=seed, quality=quality)
+        for method, quality in (("ToCo", 0.7), ("GETAM", 0.85))
+        for seed in range(3)
+    ]
+
+
+def test_mean_and_deviation_over_seeds_and_a_clear_winner_in_bold(three_seeds: list[Path]) -> None:
+    numbers, differences, _, classes = grid_of(three_seeds)
+    assert numbers.header == ["metric", "ToCo (n=3)", "GETAM (n=3)"]
+    values = [100 * plain_miou(label_maps(seed, 0.7)) for seed in range(3)]
+    toco, getam = row(numbers, "CAM seed mIoU, image labels given")
+    assert toco.text == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    assert (toco.bold, getam.bold) == (False, True)
+    assert not any(cell.bold for cell in row(numbers, "image mAP")), "nothing to draw from"
+    assert row(differences, "CAM seed mIoU, image labels given")[1].text == "reference"
+    assert row(differences, "CAM seed mIoU, image labels given")[0].text.startswith("-")
+    assert len(classes.rows) == 3
+
+
+def test_ties_are_not_bold_and_one_seed_is_said(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "a", method="A", quality=0.7, draw=0),
+        make_run(tmp_path / "b", method="B", quality=0.7, draw=1),
+    ]
+    numbers, differences, *_ = grid_of(runs, baseline="a")
+    cells = row(numbers, "CAM seed mIoU, image labels given")
+    assert not any(cell.bold for cell in cells)
+    assert row(differences, "CAM seed mIoU, image labels given")[1].text.endswith("tie")
+    assert any("one seed only: A, B" in note for note in numbers.notes)
+
+
+@pytest.mark.parametrize(
+    ("card", "named"),
+    [
+        ({"seg_scales": [1.0, 1.5]}, "seg_scales: [1.0] of A / [1.0, 1.5] of B"),
+        ({"crf": {"name": "psa"}}, "crf: toco of A / psa of B"),
+        ({"crf": None}, "crf: toco of A / null of B"),
+        ({"list_sha256": "c" * 64}, "list_sha256"),
+        ({"backbone": {"name": "dino", "state_sha256": "d" * 64}}, "vit (bbbbbbbb) of A / dino"),
+        ({"iterations": 20000}, "iterations: 400 of A / 20000 of B"),
+    ],
+)
+def test_other_protocols_are_refused_by_name(tmp_path: Path, card: dict, named: str) -> None:
+    runs = [make_run(tmp_path / "a", method="A"), make_run(tmp_path / "b", method="B", **card)]
+    with pytest.raises(WSSSError, match="not ranked") as caught:
+        grid_of(runs)
+    assert named in str(caught.value)
+    numbers, *rest = grid_of(runs, unranked=True)
+    assert not any(cell.bold for _, cells in numbers.rows for cell in cells)
+    assert len(rest) == 2, "no differences of runs that are not ranked"
+    assert any(next(iter(card)) in note for note in numbers.notes)
+
+
+def test_a_difference_that_a_metric_does_not_touch_is_no_obstacle(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "a", method="A"),
+        make_run(tmp_path / "b", method="B", crf={"name": "psa"}, seg_scales=[0.5]),
+    ]
+    assert grid_of(runs, metrics=["seed_miou"])
+    training = [make_run(tmp_path / "c", method="C", crop_size=448), runs[0]]
+    numbers, *_ = grid_of(training, allow=["crop_size"])
+    assert any(note.startswith("differs: crop_size") for note in numbers.notes)
+    with pytest.raises(WSSSError, match="allow=crf"):
+        grid_of(runs, allow=["crf"])
+
+
+def test_leagues_are_kept_apart(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "a", method="A"),
+        make_run(tmp_path / "b", method="B", supervision="image labels + saliency", crf=None),
+    ]
+    found = compare(runs, CompareArguments(resamples=10))
+    assert [c.league for c in found] == ["image labels", "image labels + saliency"]
+
+
+def test_runs_of_a_group_differ_in_their_seed_alone(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    with pytest.raises(WSSSError, match="seed 0 twice"):
+        grid_of(runs)
+    other = make_run(tmp_path / "c", seed=1)
+    text = (other / RESULTS_FILE).read_text().replace('"weight": 0.2', '"weight": 0.5')
+    (other / RESULTS_FILE).write_text(text)
+    with pytest.raises(WSSSError, match=r"by=method\.weight"):
+        grid_of([runs[0], other])
+    numbers, *_ = grid_of([runs[0], other], by="method.weight")
+    assert numbers.header[1:] == ["weight=0.2 (n=1)", "weight=0.5 (n=1)"]
+
+
+def test_bootstrap_agrees_with_drawing_images_by_hand(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / str(s), seed=s) for s in range(2)]
+    (comparison,) = compare(folders, CompareArguments(resamples=10))
+    counts = [entry.counts("seed_miou") for entry in comparison.groups["ToCo"]]
+    draws = draw({"x": counts[:1], "y": counts[1:]}, resamples=60, seed=3)
+    generator = np.random.default_rng(3)
+    expected = []
+    for size in (50, 10):
+        weights = generator.multinomial(IMAGES, np.full(IMAGES, 1 / IMAGES), size=size)
+        generator.integers(1, size=(size, 1))
+        generator.integers(1, size=(size, 1))
+        for weight in weights:
+            chosen = np.repeat(np.arange(IMAGES), weight)
+            one, other = (plain_miou([label_maps(s, 0.7)[i] for i in chosen]) for s in range(2))
+            expected.append(one - other)
+    np.testing.assert_allclose(draws.drawn["x"] - draws.drawn["y"], expected, atol=1e-12)
+    difference = draws.difference("x", "y")
+    assert difference.value == pytest.approx(
+        float(mean_iou(counts[0].sum(0)) - mean_iou(counts[1].sum(0)))
+    )
+    assert difference.low == pytest.approx(np.percentile(expected, 2.5))
+
+
+def test_seeds_widen_the_interval() -> None:
+    rng = np.random.default_rng(0)
+    base = np.full((200, 2, 3), 100) - np.array([30, 0, 0]) + rng.integers(0, 5, (200, 2, 3))
+    worse = base - np.array([20, 0, 0])
+    narrow = draw({"a": [base], "b": [base]}, resamples=200).drawn["a"]
+    wide = draw({"a": [base, worse], "b": [base]}, resamples=200).drawn["a"]
+    assert np.std(wide) > 5 * np.std(narrow)
+
+
+def test_every_format_through_the_command(three_seeds: list[Path], tmp_path: Path) -> None:
+    for suffix in ("md", "csv", "tex", "html"):
+        out = tmp_path / "tables" / f"t.{suffix}"
+        arguments = [str(p) for p in three_seeds]
+        options = ["--by", "method", "--baseline=toco", f"out={out}", "resamples=100"]
+        assert main(["compare", *arguments, *options]) == 0
+        assert "GETAM" in out.read_text()
+    rows = list(csv.DictReader((tmp_path / "tables" / "t.csv").open()))
+    assert {"table", "row", "column", "value", "bold"} == set(rows[0])
+
+
+def test_text_is_escaped() -> None:
+    grid = Grid("a & b", ["x|y", "A_1"], [("50%", [Cell("1 ± 2", True)])], ["<note>"])
+    assert r"\&" in latex([grid])
+    assert r"\textbf{1 $\pm$ 2}" in latex([grid])
+    assert "x\\|y" in markdown([grid])
+    assert "&lt;note&gt;" in html_tables([grid])
+
+
+def test_folders_are_searched_without_a_runs_other_evaluations(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "study" / "run")
+    make_run(run / "eval" / "abc")
+    assert find_results([tmp_path]) == [run]
+    assert find_results([run, run / RESULTS_FILE]) == [run]
+    assert find_results([run / "eval" / "abc"]) == [run / "eval" / "abc"]
+    with pytest.raises(WSSSError, match="no results"):
+        find_results([tmp_path / "nothing"])
+
+
+def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    for options, message in (
+        ({"split": "test"}, "has no split test"),
+        ({"metrics": ["seed_moiu"]}, "no run has seed_moiu"),
+        ({"metric": "image_map"}, "expected a mIoU"),
+        ({"baseline": "afa"}, "there are ToCo"),
+        ({"by": "method.wieght"}, "no such key"),
+    ):
+        with pytest.raises(WSSSError, match=message):
+            grid_of([run], **options)
+    results = json.loads((run / RESULTS_FILE).read_text())
+    del results["splits"]["val"]["maps"]
+    (run / RESULTS_FILE).write_text(json.dumps(results))
+    with pytest.raises(WSSSError, match="older version"):
+        grid_of([run])
+    (run / "images.npz").write_bytes(b"no")
+    with pytest.raises(WSSSError, match=r"images\.npz"):
+        read_cells(run / "images.npz", "val")

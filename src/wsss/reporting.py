@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from wsss.config import config_hash
-from wsss.data.datamodule import WSSSDataModule
+from wsss.data.datamodule import ImageDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.protocol import Protocol, protocol_card
@@ -20,7 +20,7 @@ from wsss.tracking import log_results
 
 def evaluate_and_report(
     module: WSSSModule,
-    data: WSSSDataModule,
+    data: ImageDataModule,
     protocol: Protocol,
     *,
     config: dict[str, Any],

@@ -30,7 +30,7 @@ from wsss.config import (
     sweep_jobs,
     with_search_path,
 )
-from wsss.data.datamodule import WSSSDataModule
+from wsss.data.datamodule import ImageDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import Evaluator
 from wsss.evaluation.protocol import Protocol
@@ -132,7 +132,7 @@ def train(config: dict[str, Any]) -> Path:
     return folder
 
 
-def _is_finished(folder: Path, data: WSSSDataModule) -> bool:
+def _is_finished(folder: Path, data: ImageDataModule) -> bool:
     """Whether the folder holds this run's results, which are then printed.
 
     Raises:
@@ -155,7 +155,7 @@ def _is_finished(folder: Path, data: WSSSDataModule) -> bool:
 
 
 def _fit_and_report(
-    config: dict[str, Any], folder: Path, data: WSSSDataModule, module: WSSSModule
+    config: dict[str, Any], folder: Path, data: ImageDataModule, module: WSSSModule
 ) -> None:
     """Train from the last checkpoint, if there is one, then evaluate."""
     protocol = Protocol(**config["eval"])
@@ -191,7 +191,7 @@ def _fit_and_report(
 
 
 def build_trainer(
-    config: dict[str, Any], folder: Path, data: WSSSDataModule, protocol: Protocol
+    config: dict[str, Any], folder: Path, data: ImageDataModule, protocol: Protocol
 ) -> lightning.Trainer:
     """The Trainer of a configuration with the callbacks that every run has."""
     every = config["budget"]["eval_every"]
@@ -219,6 +219,7 @@ def build_trainer(
         val_check_interval=every * config["trainer"]["accumulate_grad_batches"],
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the data module's own samplers share images out
         enable_model_summary=False,
         plugins=[AtomicCheckpointIO()],
     )

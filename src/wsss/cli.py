@@ -63,6 +63,27 @@ def _benchmark(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def _data(arguments: list[str]) -> int:
+    what, *rest = arguments or [""]
+    if what == "check":
+        from wsss.data.doctor import main
+
+        return main(rest)
+    if what == "prepare" and rest and rest[0] in ("voc", "coco"):
+        if rest[0] == "voc":
+            from wsss.data.prepare_voc import main
+        else:
+            from wsss.data.prepare_coco import main
+        return main(rest[1:])
+    raise WSSSError("usage: wsss data prepare voc|coco root=... or wsss data check data=...")
+
+
+def _submit(arguments: list[str]) -> int:
+    from wsss.submit import main
+
+    return main(arguments)
+
+
 def _exactly(usage: str, arguments: list[str], count: int) -> list[str]:
     if len(arguments) != count:
         raise WSSSError(f"usage: wsss {usage}")
@@ -70,12 +91,35 @@ def _exactly(usage: str, arguments: list[str], count: int) -> list[str]:
 
 
 VERBS = {
+    "data": Verb(
+        "data prepare voc|coco root=FOLDER [KEY=VALUE ...]  |  data check data=NAME [root=...]",
+        "make masks, lists and labels from what was downloaded; look a data set over",
+        """\
+prepare voc   SegmentationClassAug from SBD's .mat files and VOC's PNGs, train_aug.txt, labels.
+  sbd=FOLDER (searched beside root) or none    labels=xml|mask    jobs=N
+prepare coco  index masks, lists and labels from instances_{train,val}2014.json.
+  annotations=FILE    overlap=smallest|last (which instance is on top)
+  crowd=paint|ignore|skip (as its class, as 255, not at all)    jobs=N
+Both also take an export of labelme or CVAT in these styles and write wsss/labels.csv for
+data=table. What is there stays; a stopped call goes on where it was.
+
+check         counts, missing files, broken images, ids, modes and sizes of masks, labels against
+masks, images in two splits, hashes; exit status 1 if a run would stumble. --fast looks into 100
+images a split.
+
+Examples:
+  wsss data prepare voc root=/data/VOCdevkit
+  wsss data prepare coco root=/data/coco
+  wsss data check data=voc root=/data/VOCdevkit
+  wsss data check data=table root=photos csv=labels.csv --fast""",
+        _data,
+    ),
     "train": Verb(
         "train [KEY=VALUE ...] [-m] [--cfg job]",
         "train a method, evaluate it, write table and gallery into a run folder",
         """\
 Hydra composes the run from groups; any value can be set on the line:
-  method=toco                data=minivoc|voc           backbone=vit_pico|deit_base|vit_base|...
+  method=toco                data=minivoc|voc|coco|table           backbone=vit_pico|deit_base|vit_base|...
   trainer=auto|cpu|gpu|ddp   logger=csv|wandb           +experiments=toco/minivoc
   seed=0  study=NAME  runs_dir=runs  budget.max_steps=600  method.ptc_weight=0 ...
 --cfg job prints the composed configuration; -m sweeps over comma-separated values.

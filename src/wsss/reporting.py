@@ -77,6 +77,8 @@ def evaluate_and_report(
             global_batch_size=config["budget"]["global_batch_size"],
             seed=config["seed"],
         ) | {"label_source": data.label_source}
+        dataset = data.eval_dataset(split)
+        metrics["data_sha256"] = {"labels": dataset.label_sha256(), "masks": dataset.mask_sha256()}
         results["splits"][split] = metrics
     if not first:
         return results

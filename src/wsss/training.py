@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import json
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ from wsss.config import (
     with_search_path,
 )
 from wsss.data.datamodule import ImageDataModule
+from wsss.data.images import write_atomically
 from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import Evaluator
 from wsss.evaluation.protocol import Protocol
@@ -39,6 +41,8 @@ from wsss.reporting import evaluate_and_report, make_writable
 from wsss.results.store import RESULTS_FILE, print_table, read_results
 from wsss.runs import LAST_CHECKPOINT, build, build_data, build_module, run_folder, write_config
 from wsss.tracking import make_wandb_logger
+
+DATA_FILE = "data.json"  # in the run folder: hashes of what it was trained and evaluated on
 
 
 def main(arguments: list[str]) -> int:
@@ -110,10 +114,12 @@ def train(config: dict[str, Any]) -> Path:
         WSSSError: bad configuration or data, before anything is written.
         SystemExit: 130 after Ctrl-C, with a checkpoint that resumes.
     """
-    folder = run_folder(config)
     _quiet()
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     data = build_data(config)
+    # a table may name its classes only in its file, which `wsss predict` need not have
+    config["data"]["class_names"] = list(data.class_names)
+    folder = run_folder(config)
     if _is_finished(folder, data):
         return folder
     data.setup("fit")
@@ -127,6 +133,9 @@ def train(config: dict[str, Any]) -> Path:
     make_writable(folder)
     with holding(folder):
         write_config(folder, config)
+        if _is_first_process():
+            text = json.dumps(data.fingerprint(), indent=2)
+            write_atomically(folder / DATA_FILE, f"{text}\n".encode())
         print(f"run folder: {folder}")
         _fit_and_report(config, folder, data, module)
     return folder
@@ -225,6 +234,11 @@ def build_trainer(
     )
 
 
+def _is_first_process() -> bool:
+    """Whether this is no further process of a DDP run."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
     """Hold a run folder for this process; the system lets go when the process ends.
@@ -232,7 +246,7 @@ def holding(folder: Path) -> Iterator[None]:
     Raises:
         WSSSError: another process trains there.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process of a DDP run holds it
+    if not _is_first_process():  # which holds it for all
         yield
         return
     with (folder / ".lock").open("w") as lock:

@@ -176,6 +176,25 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Returns the sha256 of the split's names in use, one a line, in their order."""
         return hash_names([sample.name for sample in self.samples(split)])
 
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Returns, for every split in use, what says that two runs had the same data.
+
+        Number of images and sha256 of list, labels and masks' ids; masks of the training split
+        are not opened, so theirs is None.
+        """
+        splits = dict.fromkeys([self.train_split, self.val_split, *self.test_splits])
+        datasets = {split: self.eval_dataset(split) for split in splits if split != self.train_split}
+        datasets = {self.train_split: self._make_train_dataset(), **datasets}
+        return {
+            split: {
+                "images": len(dataset),
+                "list_sha256": hash_names(dataset.names),
+                "labels_sha256": dataset.label_sha256(),
+                "masks_sha256": dataset.mask_sha256(),
+            }
+            for split, dataset in datasets.items()
+        }
+
     def setup(self, stage: str) -> None:
         """Builds the data sets of a stage, so that bad data is named before anything else runs."""
         if stage == "fit":

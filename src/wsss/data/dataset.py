@@ -134,7 +134,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def label_sha256(self) -> str:
         """Returns a hash of names and labels."""
         return _hash_lines(
-            " ".join([name, *(self.class_names[k] for k in np.flatnonzero(row))])
+            label_line(name, row, self.class_names)
             for name, row in zip(self.names, self.labels, strict=True)
         )
 
@@ -154,6 +154,11 @@ def mask_digest(mask: NDArray[np.uint8]) -> str:
     """Returns the sha256 of a mask's shape and ids."""
     header = f"{mask.shape[0]}x{mask.shape[1]}\n".encode()
     return hashlib.sha256(header + mask.tobytes()).hexdigest()
+
+
+def label_line(name: str, labels: NDArray[np.float32], class_names: Sequence[str]) -> str:
+    """Returns a name with its classes, as hashes of labels are taken of it."""
+    return " ".join([name, *(class_names[k] for k in np.flatnonzero(labels))])
 
 
 def _hash_lines(lines: Any) -> str:

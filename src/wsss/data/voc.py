@@ -157,6 +157,34 @@ def voc_samples(root: Path, split: str, mask_folder: str) -> list[Sample]:
     ]
 
 
+def _label_origin(sample: Sample, root: Path, source: LabelSource) -> Path:
+    if source == "xml":
+        return root / "Annotations" / f"{sample.name}.xml"
+    assert sample.mask is not None
+    return sample.mask
+
+
+def derive_labels(
+    sample: Sample, root: Path, class_names: Sequence[str], source: LabelSource
+) -> NDArray[np.float32]:
+    """Returns the labels (K,) of an image from its annotation or its mask.
+
+    Raises:
+        WSSSError: the file cannot be read, names an unknown class, or none at all.
+    """
+    path = _label_origin(sample, root, source)
+    if source == "xml":
+        labels = labels_from_xml(path, class_names)
+    else:
+        labels = labels_from_mask(read_mask(path, num_classes=len(class_names)), len(class_names))
+    if not labels.any():
+        raise WSSSError(
+            f"{path} gives image {sample.name!r} no label; expected an object of one of the "
+            f"{len(class_names)} classes, correct it or remove the image from the list"
+        )
+    return labels
+
+
 class VOCLabels:
     """Image-level labels of a VOC tree, image by image.
 
@@ -181,7 +209,7 @@ class VOCLabels:
         """Returns the files from which labels will be read, the table aside."""
         if self.prepared is not None:
             return []
-        return [self._origin(sample) for sample in samples]
+        return [_label_origin(sample, self.root, self.source) for sample in samples]
 
     def __call__(self, sample: Sample) -> NDArray[np.float32]:
         """Returns the labels (K,) of an image.
@@ -190,34 +218,13 @@ class VOCLabels:
             WSSSError: nothing to read them from, an unknown class, or no label at all.
         """
         if self.prepared is None:
-            return self.derived(sample)
+            return derive_labels(sample, self.root, self.class_names, self.source)
         if sample.name not in self.prepared:
             raise WSSSError(
                 f"{self.path} has no row of {sample.name!r}; run `wsss data prepare voc` again, or "
                 "remove the file"
             )
         return multi_hot(self.prepared[sample.name], self.class_names)
-
-    def derived(self, sample: Sample) -> NDArray[np.float32]:
-        """The same from the annotation or mask itself."""
-        path = self._origin(sample)
-        if self.source == "xml":
-            labels = labels_from_xml(path, self.class_names)
-        else:
-            mask = read_mask(path, num_classes=len(self.class_names))
-            labels = labels_from_mask(mask, len(self.class_names))
-        if not labels.any():
-            raise WSSSError(
-                f"{path} gives image {sample.name!r} no label; expected an object of one of the "
-                f"{len(self.class_names)} classes, correct it or remove the image from the list"
-            )
-        return labels
-
-    def _origin(self, sample: Sample) -> Path:
-        if self.source == "xml":
-            return self.root / "Annotations" / f"{sample.name}.xml"
-        assert sample.mask is not None
-        return sample.mask
 
 
 class VOCDataset(ImageDataset):

@@ -27,6 +27,7 @@ from torchmetrics import Metric
 
 from wsss.errors import WSSSError
 from wsss.evaluation.confusion import (
+    IGNORE_INDEX,
     ConfusionMatrix,
     Scores,
     ThresholdConfusion,
@@ -49,6 +50,7 @@ from wsss.refine.dense_crf import CRFPool
 from wsss.refine.par import PAR
 
 NO_SEGMENTATION = "no segmentation head: segmentation is not scored"
+NO_MASKS = "no masks: only image-level scores"
 Batch = dict[str, Any]
 
 
@@ -166,6 +168,8 @@ class Tally(nn.Module):
         size = target.shape[-2:]
         prediction = predict(module, images, size, self.protocol)
         self.image_level.update(prediction.class_logits, labels)
+        if bool((target == IGNORE_INDEX).all()):  # images without masks: nothing more to compare
+            return
         self._update_segmentation(prediction, batch["rgb"], target, labels, crf)
         guessed = predicted_labels(prediction.class_logits).to(labels)
         allowed = labels if self.protocol.use_image_labels else guessed
@@ -240,7 +244,11 @@ class Tally(nn.Module):
             "image_f1_images": image.f1_images,
         }
         columns["image_ap"] = [math.nan, *image.average_precision]
+        # NaN where no pixel of the split has a ground truth
+        result = {key: None if _is_nan(value) else value for key, value in result.items()}
         notes = [] if result["seg_miou"] is not None else [NO_SEGMENTATION]
+        if result["seed_miou"] is None:
+            notes = [NO_MASKS]
         return result | {"per_class": columns, "confusion": confusion, "notes": notes}
 
     def _seeds(self, result: dict[str, Any], columns: dict[str, Any], confusion: Any) -> None:
@@ -302,6 +310,10 @@ class Tally(nn.Module):
             result[key] = score.miou
             columns[f"{name}_iou"] = score.iou.tolist()
             confusion[name] = matrix.tolist()
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _mean(values: Tensor) -> float:

@@ -157,6 +157,18 @@ Example:
   wsss predict run=runs/default/toco-minivoc-s0-1a2b3c4d images=photos out=masks""",
         _predict,
     ),
+    "submit": Verb(
+        "submit run=RUN_DIR|CKPT [data.root=VOC2012] [split=test] [out=FOLDER] [eval.KEY=VALUE]",
+        "masks of VOC's test images in the archive that its evaluation server takes",
+        """\
+Writes results/VOC2012/Segmentation/comp6_test_cls/NAME.png (index PNGs of the images' own sizes)
+and comp6_test_cls.tar.gz below out (the run folder's submission/), and reads the archive back.
+competition=comp5 is for models that saw nothing but VOC. A stopped call goes on where it was.
+
+Example:
+  wsss submit run=runs/toco/toco-voc-s0-1a2b3c4d data.root=/data/VOCdevkit""",
+        _submit,
+    ),
     "parity": Verb(
         "parity METHOD DIR",
         "compare with numbers of the method's official code",
@@ -180,7 +192,7 @@ Example:
         _convert,
     ),
     "benchmark": Verb(
-        "benchmark method=METHOD [KEY=VALUE ...]",
+        "benchmark method=METHOD [KEY=VALUE ...]  |  benchmark part=data [KEY=VALUE ...]",
         "time a training step by phases, beside the official way of computing",
         """\
   backbone=vit_base  image_size=448  batch_size=2  repeats=3  warmup=1  device=auto
@@ -191,8 +203,12 @@ Example:
   out=FILE.json   write the figures
 Weights are random, which changes no time; each side runs in a process of its own.
 
-Example:
-  wsss benchmark method=toco""",
+part=data times loading and augmentation instead, images/s and core, beside plain Pillow and
+torchvision: method=METHOD (all)  image_size=448  images=FOLDER  count=32  repeats=5  out=FILE.json
+
+Examples:
+  wsss benchmark method=toco
+  wsss benchmark part=data""",
         _benchmark,
     ),
 }

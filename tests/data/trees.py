@@ -144,7 +144,9 @@ def make_coco(root: Path, *, layout: str = "native", train: int = 4, val: int = 
         for image in content["images"]:
             name = image["file_name"].removeprefix(f"COCO_{subset}_")
             size = (image["height"], image["width"])
-            pixels = np.random.default_rng(image["id"]).integers(0, 256, (*size, 3), np.uint8)
+            pixels = np.random.default_rng([image["id"], len(subset)]).integers(
+                0, 256, (*size, 3), np.uint8
+            )
             path = folder / (prefix.format(subset=subset) + name)
             Image.fromarray(pixels).save(path, quality=90)
     return root

@@ -32,6 +32,7 @@ class BenchmarkConfig:
     """Arguments of ``wsss benchmark``, as KEY=VALUE.
 
     Attributes:
+        part: ``step``; ``data`` has arguments of its own (`wsss.benchmark.loading`).
         method: a method of ``conf/method``.
         backbone: an encoder of ``conf/backbone``; its weights are random here.
         image_size: side of the images in pixels.
@@ -49,6 +50,7 @@ class BenchmarkConfig:
         out: JSON file to write.
     """
 
+    part: str = "step"
     method: str = MISSING
     backbone: str = "vit_base"
     image_size: int = 448
@@ -67,6 +69,7 @@ class BenchmarkConfig:
 
 
 CHOICES = {
+    "part": ("step", "data"),
     "method": tuple(OFFICIAL),
     "device": ("auto", "cpu", "cuda"),
     "stage": ("after", "before"),
@@ -88,6 +91,10 @@ def main(arguments: list[str]) -> int:
     Raises:
         WSSSError: unknown key or choice, wrong type, unwritable file, a side out of memory.
     """
+    if "part=data" in arguments:
+        from wsss.benchmark.loading import main as time_loading
+
+        return time_loading([argument for argument in arguments if argument != "part=data"])
     config = parse(arguments)
     out = Path(config.out) if config.out else None
     if out and out.is_dir():

@@ -183,7 +183,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         are not opened, so theirs is None.
         """
         splits = dict.fromkeys([self.train_split, self.val_split, *self.test_splits])
-        datasets = {split: self.eval_dataset(split) for split in splits if split != self.train_split}
+        datasets = {
+            split: self.eval_dataset(split) for split in splits if split != self.train_split
+        }
         datasets = {self.train_split: self._make_train_dataset(), **datasets}
         return {
             split: {

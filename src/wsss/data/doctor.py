@@ -79,17 +79,29 @@ class Look(NamedTuple):
     findings: list[Finding]
 
 
+class Row(NamedTuple):
+    """Summary of a split; a hash is None where not all of it could be taken."""
+
+    split: str
+    images: int
+    masks: int
+    looked_into: int
+    list_sha256: str
+    labels_sha256: str | None
+    masks_sha256: str | None
+
+
 @dataclass
 class Report:
     """All findings and a line a split.
 
     Attributes:
         findings: in the order they were found.
-        rows: cells of the summary table.
+        rows: one a split whose list can be read.
     """
 
     findings: list[Finding] = field(default_factory=list)
-    rows: list[tuple[str, ...]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
     def add(self, level: Level, kind: str, split: str, text: str) -> None:
         """Adds a finding."""
@@ -194,21 +206,25 @@ def _examine_split(
     whole = not fast and len(looks) == len(samples)
     masked = [one for one in looks if one.mask_sha256]
     digests = [f"{s.name} {one.mask_sha256 or '-'}" for s, one in zip(there, looks, strict=True)]
-    lines = [label_line(s.name, labels[s.name], data.class_names) for s in samples if s.name in labels]
+    lines = [
+        label_line(s.name, labels[s.name], data.class_names) for s in samples if s.name in labels
+    ]
     report.rows.append(
-        (
+        Row(
             split,
-            f"{len(samples):,}",
-            f"{sum(s.mask is not None for s in samples):,}",
-            f"{len(looks):,}",
-            data.list_hash(split)[:12],
-            hash_names(lines)[:12] if len(lines) == len(samples) else "-",
-            hash_names(digests)[:12] if whole and masked else "-",
+            images=len(samples),
+            masks=sum(s.mask is not None for s in samples),
+            looked_into=len(looks),
+            list_sha256=data.list_hash(split),
+            labels_sha256=hash_names(lines) if len(lines) == len(samples) else None,
+            masks_sha256=hash_names(digests) if whole and masked else None,
         )
     )
     if fast:
         return {}
-    return {s.name: one.image_sha256 for s, one in zip(there, looks, strict=True) if one.image_sha256}
+    return {
+        s.name: one.image_sha256 for s, one in zip(there, looks, strict=True) if one.image_sha256
+    }
 
 
 def _labels(
@@ -230,15 +246,14 @@ def _labels(
             report.add("error", "labels", split, str(error))
     if labels and split == data.train_split:
         shown = np.sum(list(labels.values()), axis=0)
-        for k in np.flatnonzero(shown == 0):
-            text = f"no image shows {data.class_names[k]!r}; it cannot be learnt"
+        unseen = [data.class_names[k] for k in np.flatnonzero(shown == 0)]
+        if unseen:
+            text = f"{len(unseen)} classes are in no image ({', '.join(unseen)}); they cannot be learnt"
             report.add("warning", "classes", split, text)
     return labels
 
 
-def _compare_with_origin(
-    labels_of: VOCLabels, sample: Sample, labels: NDArray[np.float32]
-) -> None:
+def _compare_with_origin(labels_of: VOCLabels, sample: Sample, labels: NDArray[np.float32]) -> None:
     """Compares VOC's prepared table with the annotation or mask that it was made from."""
     origin = derive_labels(sample, labels_of.root, labels_of.class_names, labels_of.source)
     if not np.array_equal(origin, labels):
@@ -338,7 +353,9 @@ def _compare_splits(
         for second in splits[number + 1 :]:
             shared = sorted(names[first] & names[second])
             if shared:
-                text = f"{len(shared)} images are in both, {shared[0]!r} first; remove them from one"
+                text = (
+                    f"{len(shared)} images are in both, {shared[0]!r} first; remove them from one"
+                )
                 report.add("error", "overlap", f"{first}, {second}", text)
             there = {digest: name for name, digest in hashes[second].items()}
             same = [
@@ -400,11 +417,16 @@ def show(report: Report, title: str) -> None:
             print(f"{level}: {kind} [{split}]: and {count - SHOWN} more of this kind")
     table = Table(title=title, title_justify="left")
     table.add_column("split")
-    for heading in ("images", "masks", "looked into", "list", "labels", "masks' ids"):
+    for heading in ("images", "masks", "looked into", "errors", "warnings"):
         table.add_column(heading, justify="right")
     for row in report.rows:
-        table.add_row(*row)
+        own = Counter(f.level for f in report.findings if f.split == row.split)
+        numbers = (row.images, row.masks, row.looked_into, own["error"], own["warning"])
+        table.add_row(row.split, *(f"{number:,}" for number in numbers))
     Console().print(table)
+    for row in report.rows:  # printed plainly: a table would cut them
+        for what in ("list", "labels", "masks"):
+            print(f"sha256 of {row.split} {what}: {getattr(row, f'{what}_sha256') or '-'}")
     count = Counter(finding.level for finding in report.findings)
     verdict = "can be used" if report.healthy else "must be mended first"
     print(f"{count['error']} errors, {count['warning']} warnings, {count['note']} notes: {verdict}")

@@ -137,9 +137,7 @@ def main(arguments: list[str]) -> int:
     if not root.is_dir():
         raise WSSSError(f"data folder {root} is missing; set root to where COCO lies")
     files = find_annotations(root, chosen.annotations)
-    return prepare_coco(
-        root, files, overlap=chosen.overlap, crowd=chosen.crowd, jobs=chosen.jobs
-    )
+    return prepare_coco(root, files, overlap=chosen.overlap, crowd=chosen.crowd, jobs=chosen.jobs)
 
 
 def prepare_coco(
@@ -310,9 +308,7 @@ def _prepare_subset(
         every.append(MaskJob(image, target, picture, overlap, crowd, content.path))
         present = sorted({instance.class_id for instance in picture.instances})
         labels = [content.class_names[class_id - 1] for class_id in present]
-        rows.append(
-            TableRow(inside.as_posix(), labels, target.relative_to(root).as_posix(), split)
-        )
+        rows.append(TableRow(inside.as_posix(), labels, target.relative_to(root).as_posix(), split))
     missing = {*missing_files([job.target for job in every])}
     todo = [job for job in every if job.target in missing]
     run_all(_paint_file, todo, description=f"masks of {content.path.name}", jobs=jobs)

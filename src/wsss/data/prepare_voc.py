@@ -34,7 +34,13 @@ from wsss.errors import WSSSError
 
 OFFICIAL = {"train": 1464, "val": 1449, "test": 1456, "train_aug": 10582}
 AUG = "SegmentationClassAug"
-SBD_FOLDERS = ("SBD", "sbd", "benchmark_RELEASE", "SBD/benchmark_RELEASE", "benchmark/benchmark_RELEASE")
+SBD_FOLDERS = (
+    "SBD",
+    "sbd",
+    "benchmark_RELEASE",
+    "SBD/benchmark_RELEASE",
+    "benchmark/benchmark_RELEASE",
+)
 
 
 @dataclass
@@ -153,9 +159,7 @@ def _sbd_names(root: Path, given: str | None) -> tuple[set[str], Path | None]:
     return made, None
 
 
-def _make_masks(
-    root: Path, lists: dict[str, list[str]], sbd: Path | None, jobs: int | None
-) -> int:
+def _make_masks(root: Path, lists: dict[str, list[str]], sbd: Path | None, jobs: int | None) -> int:
     """Fills ``SegmentationClassAug``; returns how many were missing."""
     own = {*lists["train"], *lists["val"]}
     todo = []

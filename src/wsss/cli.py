@@ -119,8 +119,8 @@ Examples:
         "train a method, evaluate it, write table and gallery into a run folder",
         """\
 Hydra composes the run from groups; any value can be set on the line:
-  method=toco                data=minivoc|voc|coco|table           backbone=vit_pico|deit_base|vit_base|...
-  trainer=auto|cpu|gpu|ddp   logger=csv|wandb           +experiments=toco/minivoc
+  method=toco                data=minivoc|voc|coco|table   backbone=vit_pico|deit_base|vit_base
+  trainer=auto|cpu|gpu|ddp   logger=csv|wandb              +experiments=toco/minivoc
   seed=0  study=NAME  runs_dir=runs  budget.max_steps=600  method.ptc_weight=0 ...
 --cfg job prints the composed configuration; -m sweeps over comma-separated values.
 

@@ -152,17 +152,20 @@ def make_coco(root: Path, *, layout: str = "native", train: int = 4, val: int = 
     return root
 
 
+COLOURS = {"apple": (200, 30, 30), "leaf": (30, 180, 40), "sky": (40, 60, 220)}
+CLASSES_OF_PHOTOS = tuple(COLOURS)
+
+
 def make_photos(root: Path, count: int = 12, *, side: int = 48) -> list[str]:
     """Photographs with one coloured thing each, and which of three it is."""
-    colours = {"apple": (200, 30, 30), "leaf": (30, 180, 40), "sky": (40, 60, 220)}
     (root / "photos").mkdir(parents=True)
     labels = []
     for number in range(count):
-        label = list(colours)[number % 3]
+        label = CLASSES_OF_PHOTOS[number % 3]
         rng = np.random.default_rng(number)
         pixels = rng.integers(90, 130, (side, side + 8, 3), np.uint8)
         row, column = rng.integers(4, side // 2, 2)
-        pixels[row : row + side // 3, column : column + side // 3] = colours[label]
+        pixels[row : row + side // 3, column : column + side // 3] = COLOURS[label]
         Image.fromarray(pixels).save(root / "photos" / f"{number:03}.jpg", quality=95)
         labels.append(label)
     return labels

@@ -248,8 +248,8 @@ def _labels(
         shown = np.sum(list(labels.values()), axis=0)
         unseen = [data.class_names[k] for k in np.flatnonzero(shown == 0)]
         if unseen:
-            text = f"{len(unseen)} classes are in no image ({', '.join(unseen)}); they cannot be learnt"
-            report.add("warning", "classes", split, text)
+            text = f"{len(unseen)} classes are in no image and cannot be learnt: "
+            report.add("warning", "classes", split, text + ", ".join(unseen))
     return labels
 
 

@@ -1,7 +1,7 @@
 """Which image comes when: a resumable training order, an evaluation order without padding.
 
-The first two are `DistributedSampler`s, which Lightning leaves alone: it would otherwise wrap the loader in
-one of its own, that pads the last batch (an image counted twice) and has another seed.
+The first two are `DistributedSampler`s, which Lightning leaves alone: it would otherwise wrap the
+loader in one of its own, that pads the last batch (an image counted twice) and has another seed.
 """
 
 import random

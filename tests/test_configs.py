@@ -35,7 +35,13 @@ def test_experiments_compose_and_build(experiment: str) -> None:
 def test_every_method_with_every_data_set(method: str, data: str) -> None:
     config = plain(
         compose_config(
-            [f"method={method}", f"data={data}", "backbone=vit_pico", *GIVEN, *CLASSES.get(data, [])]
+            [
+                f"method={method}",
+                f"data={data}",
+                "backbone=vit_pico",
+                *GIVEN,
+                *CLASSES.get(data, []),
+            ]
         )
     )
     data_module = build_data(config)

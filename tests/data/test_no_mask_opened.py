@@ -49,7 +49,12 @@ def voc(folder: Path) -> tuple[list[str], Path]:
     root = make_voc(folder)
     masks = root / "SegmentationClass"
     lists = ["data.train_split=train", "data.train_mask_folder=null"]
-    return ["data=voc", f"data.class_names=[{','.join(CLASSES)}]", *lists, f"data.root={root}"], masks
+    return [
+        "data=voc",
+        f"data.class_names=[{','.join(CLASSES)}]",
+        *lists,
+        f"data.root={root}",
+    ], masks
 
 
 def table(folder: Path) -> tuple[list[str], Path]:

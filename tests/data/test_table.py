@@ -133,7 +133,7 @@ def test_all_problems_can_be_asked_for(tmp_path: Path) -> None:
     path = write(tmp_path, "image,labels", "1.jpg,appel", "2.jpg,apple", "/x.jpg,leaf")
     table = read_table(path, tmp_path, ["apple", "leaf"], all_problems=True)
     assert [row.line for row in table.rows] == [3]
-    assert ["line 2", "line 4"] == [f"line {p.split(' line ')[1][0]}" for p in table.problems]
+    assert [f"line {p.split(' line ')[1][0]}" for p in table.problems] == ["line 2", "line 4"]
 
 
 def names(data: TableDataModule, split: str) -> list[str]:
@@ -210,7 +210,7 @@ def test_missing_files_are_named_in_setup(tmp_path: Path) -> None:
     (tmp_path / "masks" / "006.png").unlink()
     with pytest.raises(WSSSError, match=r"mask .*006\.png is missing"):
         module(tmp_path).eval_dataset("val")
-    with pytest.raises(WSSSError, match="data folder .*nowhere is missing"):
+    with pytest.raises(WSSSError, match=r"data folder .*nowhere is missing"):
         module(tmp_path / "nowhere", class_names=["a"]).setup("fit")
 
 

@@ -249,6 +249,17 @@ def test_a_table_tells_every_bad_row(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [line.split(" line ")[1][0] for line in findings(lines, "error")] == ["5", "6"]
 
 
+def test_a_table_of_another_data_set_is_told_row_by_row(
+    coco: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = coco / "wsss" / "labels.csv"
+    path.write_text(path.read_text().replace("bicycle", "bycicle"))
+    status, lines = check(capsys, "data=coco", f"root={coco}")
+    assert status == 1
+    assert len(findings(lines, "error")) == 4
+    assert all("did you mean 'bicycle'" in line for line in findings(lines, "error")[:3])
+
+
 def test_a_healthy_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_table(tmp_path, make_photos(tmp_path, 12))
     status, lines = check(capsys, "data=table", f"data.root={tmp_path}")

@@ -10,8 +10,8 @@ import platform
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
 
 
 @contextmanager
-def _one_thread() -> Any:
+def _one_thread() -> Iterator[None]:
     """Torch on one thread, since loaders run one process a core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -93,15 +93,16 @@ def _one_thread() -> Any:
         torch.set_num_threads(before)
 
 
-def _pictures(chosen: LoadingArguments) -> Any:
+def _pictures(chosen: LoadingArguments) -> AbstractContextManager[list[Path]]:
     """A context that gives the files to load."""
     if chosen.images is not None:
         return nullcontext(ImageFolderDataset(Path(chosen.images)).paths[: chosen.count])
-    return _enlarged_minivoc(chosen.count)
+    return enlarged_minivoc(chosen.count)
 
 
 @contextmanager
-def _enlarged_minivoc(count: int) -> Any:
+def enlarged_minivoc(count: int) -> Iterator[list[Path]]:
+    """Gives MiniVOC's first images as JPEGs of VOC's usual size, in a folder that goes again."""
     sources = sorted((minivoc_root() / "VOC2012" / "JPEGImages").glob("*.jpg"))[:count]
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / source.name for source in sources]

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,29 +127,24 @@ def main(arguments: list[str]) -> int:
         overrides.append(argument if own else f"data.{argument}")
     config = plain(compose_config(overrides))
     report = Report()
-    try:
-        data = build_data(config)
-    except WSSSError as error:
-        _examine_table(config, report, error)
-    else:
-        report = examine(data, fast=fast)
+    for problem in _table_problems(config["data"]):
+        report.add("error", "table", "", problem)
+    if report.healthy:
+        report = examine(build_data(config), fast=fast)
     show(report, f"{config['data']['name']} in {config['data']['root']}")
     return 0 if report.healthy else 1
 
 
-def _examine_table(config: dict[str, dict[str, str]], report: Report, error: WSSSError) -> None:
-    """Every bad row of a table that could not be read, not only the first."""
-    problems = [str(error)]
-    if "csv" in config["data"]:
-        root = Path(config["data"]["root"]).expanduser()
-        classes = config["data"]["class_names"]
-        try:
-            table = read_table(root / config["data"]["csv"], root, classes, all_problems=True)
-            problems = table.problems or problems
-        except WSSSError as first:
-            problems = [str(first)]
-    for problem in problems:
-        report.add("error", "table", "", problem)
+def _table_problems(data: dict[str, Any]) -> list[str]:
+    """Every bad row of a table, where the data are one; a run would stop at the first."""
+    if "csv" not in data:
+        return []
+    root = Path(data["root"]).expanduser()
+    try:
+        table = read_table(root / data["csv"], root, data["class_names"], all_problems=True)
+    except WSSSError as error:
+        return [str(error)]
+    return table.problems
 
 
 def examine(data: ImageDataModule, *, fast: bool = False) -> Report:

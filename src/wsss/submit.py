@@ -142,7 +142,8 @@ def validate_archive(archive: Path, inner: PurePosixPath, samples: Sequence[Samp
                     )
                 seen.add(member.name)
                 stream = tar.extractfile(member)
-                _validate_mask(archive, member.name, stream and stream.read(), expected)
+                content = stream.read() if stream else b""
+                _validate_mask(archive, member.name, content, expected)
     except (OSError, EOFError, tarfile.TarError) as error:
         raise WSSSError(f"{archive} cannot be read ({error}); remove it and repeat") from error
     missing = sorted({*expected} - seen)
@@ -150,12 +151,10 @@ def validate_archive(archive: Path, inner: PurePosixPath, samples: Sequence[Samp
         raise WSSSError(f"{archive} lacks {len(missing)} masks, {missing[0]} first; repeat")
 
 
-def _validate_mask(
-    archive: Path, name: str, content: bytes | None, expected: dict[str, Sample]
-) -> None:
+def _validate_mask(archive: Path, name: str, content: bytes, expected: dict[str, Sample]) -> None:
     size = image_size(expected[name].image)
     try:
-        with Image.open(io.BytesIO(content or b"")) as image:
+        with Image.open(io.BytesIO(content)) as image:
             mode, ids = image.mode, np.asarray(image)
     except Exception as error:  # as Pillow raises
         raise WSSSError(f"{archive}: {name} is no image; remove it and repeat") from error

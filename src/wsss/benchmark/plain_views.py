@@ -80,7 +80,11 @@ class PlainClusterCAMViews:
         mean = tuple(round(255 * value) for value in IMAGENET_MEAN)
         augment = rand_augment_transform(
             "rand-m9-mstd0.5-inc1",
-            {"translate_const": int(0.45 * size), "img_mean": mean, "interpolation": Image.BICUBIC},
+            {
+                "translate_const": int(0.45 * size),
+                "img_mean": mean,
+                "interpolation": Image.Resampling.BICUBIC,
+            },
         )
         crop = T.RandomResizedCrop(size, (0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC)
         self.view = _normalised(crop, T.RandomHorizontalFlip(), augment)

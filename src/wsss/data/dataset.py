@@ -158,7 +158,7 @@ def mask_digest(mask: NDArray[np.uint8]) -> str:
 
 def label_line(name: str, labels: NDArray[np.float32], class_names: Sequence[str]) -> str:
     """Returns a name with its classes, as hashes of labels are taken of it."""
-    return " ".join([name, *(class_names[k] for k in np.flatnonzero(labels))])
+    return " ".join([name, *present(labels, class_names)])
 
 
 def _hash_lines(lines: Any) -> str:
@@ -227,6 +227,11 @@ def multi_hot(names: Sequence[str], class_names: Sequence[str]) -> NDArray[np.fl
     for name in names:
         labels[list(class_names).index(name)] = 1
     return labels
+
+
+def present(labels: NDArray[np.float32], class_names: Sequence[str]) -> list[str]:
+    """Returns the names of the classes in a vector (K,); undoes `multi_hot`."""
+    return [name for name, shown in zip(class_names, labels, strict=True) if shown]
 
 
 def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:

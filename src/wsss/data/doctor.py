@@ -41,7 +41,7 @@ FAST = 100  # images of a split that --fast looks into
 # COCO's 80 things have category ids up to 90, these left out
 UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 RAW_COCO_IDS = tuple(i for i in range(1, 91) if i not in UNUSED_COCO_IDS)
-OFFICIAL = {
+OFFICIAL: dict[str, dict[str, int]] = {
     "voc": prepare_voc.OFFICIAL,
     "coco": {"train": prepare_coco.OFFICIAL["train2014"], "val": prepare_coco.OFFICIAL["val2014"]},
 }
@@ -174,7 +174,7 @@ def _examine_split(
     data: ImageDataModule, split: str, samples: list[Sample], report: Report, *, fast: bool
 ) -> dict[str, str]:
     """One split; returns the images' hashes by name."""
-    official = OFFICIAL.get(data.name, {}).get(split)
+    official = OFFICIAL.get(str(data.name), {}).get(split)
     if official not in (None, len(samples)) and data.limit is None:
         report.add("warning", "count", split, f"{len(samples)} images, the field has {official}")
     trains = split == data.train_split
@@ -422,6 +422,7 @@ def show(report: Report, title: str) -> None:
     for row in report.rows:  # printed plainly: a table would cut them
         for what in ("list", "labels", "masks"):
             print(f"sha256 of {row.split} {what}: {getattr(row, f'{what}_sha256') or '-'}")
-    count = Counter(finding.level for finding in report.findings)
+    levels = Counter(finding.level for finding in report.findings)
     verdict = "can be used" if report.healthy else "must be mended first"
-    print(f"{count['error']} errors, {count['warning']} warnings, {count['note']} notes: {verdict}")
+    total = ", ".join(f"{levels[level]} {level}s" for level in ("error", "warning", "note"))
+    print(f"{total}: {verdict}")

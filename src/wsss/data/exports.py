@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from wsss.data.dataset import present
 from wsss.data.images import (
     IGNORE_INDEX,
     IMAGE_SUFFIXES,
@@ -180,7 +181,7 @@ def _labels(
 ) -> list[str]:
     if masks:
         mask = read_mask(masks[name], num_classes=len(class_names), size=image_size(image))
-        present = labels_from_mask(mask, len(class_names))
+        labels = labels_from_mask(mask, len(class_names))
     else:
-        present = labels_from_xml(root / "Annotations" / f"{name}.xml", class_names)
-    return [class_names[k] for k in np.flatnonzero(present)]
+        labels = labels_from_xml(root / "Annotations" / f"{name}.xml", class_names)
+    return present(labels, class_names)

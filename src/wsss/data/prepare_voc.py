@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wsss.arguments import parse_arguments
-from wsss.data.dataset import Sample, check_files, in_threads
+from wsss.data.dataset import Sample, check_files, in_threads, present
 from wsss.data.exports import is_export, prepare_export
 from wsss.data.images import image_size, mask_png, read_mask, write_atomically
 from wsss.data.prepare import TableRow, run_all, table_text, write_text
@@ -171,8 +171,8 @@ def _make_masks(root: Path, lists: dict[str, list[str]], sbd: Path | None, jobs:
             source = sbd / "cls" / f"{name}.mat" if sbd else target
         todo.append(MaskJob(root / "JPEGImages" / f"{name}.jpg", source, target))
     check_files("image", [job.image for job in todo], list_path(root, "train_aug"))
-    present = {path.name for path in (root / AUG).glob("[!.]*.png")}
-    todo = [job for job in todo if job.target.name not in present]
+    there = {path.name for path in (root / AUG).glob("[!.]*.png")}
+    todo = [job for job in todo if job.target.name not in there]
     check_files("mask", [job.source for job in todo], list_path(root, "train_aug"))
     run_all(_make_mask, todo, description=f"making {AUG}", jobs=jobs)
     return len(todo)
@@ -260,9 +260,8 @@ def _write_labels(
     def row(name: str) -> TableRow:
         image = root / "JPEGImages" / f"{name}.jpg"
         sample = Sample(name, image, root / masks / f"{name}.png")
-        labels = derive_labels(sample, root, VOC_CLASSES, source)
-        present = [VOC_CLASSES[k] for k in np.flatnonzero(labels)]
-        return TableRow(image.relative_to(root).as_posix(), present, None, None)
+        labels = present(derive_labels(sample, root, VOC_CLASSES, source), VOC_CLASSES)
+        return TableRow(image.relative_to(root).as_posix(), labels, None, None)
 
     path = labels_file(root, source)
     return path, write_text(path, table_text(in_threads(row, names)))

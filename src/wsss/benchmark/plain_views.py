@@ -78,14 +78,12 @@ class PlainClusterCAMViews:
         from timm.data.auto_augment import rand_augment_transform
 
         mean = tuple(round(255 * value) for value in IMAGENET_MEAN)
-        augment = rand_augment_transform(
-            "rand-m9-mstd0.5-inc1",
-            {
-                "translate_const": int(0.45 * size),
-                "img_mean": mean,
-                "interpolation": Image.Resampling.BICUBIC,
-            },
-        )
+        settings = {
+            "translate_const": int(0.45 * size),
+            "img_mean": mean,
+            "interpolation": Image.Resampling.BICUBIC,
+        }
+        augment = rand_augment_transform("rand-m9-mstd0.5-inc1", settings)
         crop = T.RandomResizedCrop(size, (0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC)
         self.view = _normalised(crop, T.RandomHorizontalFlip(), augment)
         self.erase = T.RandomErasing(p=0.25, value="random")

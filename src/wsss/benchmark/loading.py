@@ -4,6 +4,7 @@ Both sides read the same JPEGs and make the same views; rounds alternate in one 
 thread, so that whatever else the machine does meets both.
 """
 
+import inspect
 import json
 import os
 import platform
@@ -73,7 +74,9 @@ def main(arguments: list[str]) -> int:
     results = []
     with _pictures(chosen) as paths, _one_thread():
         for method in [chosen.method] if chosen.method else known:
-            results.append(time_method(method, paths, chosen))
+            result = time_method(method, paths, chosen)
+            if "skipped" not in result:
+                results.append(result)
     summary = {"arguments": asdict(chosen), "machine": _machine(), "methods": results}
     show(summary, Console())
     if chosen.out:
@@ -116,7 +119,8 @@ def time_method(method: str, paths: Sequence[Path], chosen: LoadingArguments) ->
     """Times one method's pipeline and, where there is one, the plain one, in alternation.
 
     Returns:
-        Images a second of the fastest and the median round of each side, and the ratios.
+        Images a second of the fastest and the median round of each side, and the ratios; or
+        ``skipped`` where training needs more than images.
     """
     # local views keep their share of the crop, or small crops would be refused
     config = compose_run(
@@ -129,11 +133,14 @@ def time_method(method: str, paths: Sequence[Path], chosen: LoadingArguments) ->
             f"budget.local_size={max(1, chosen.image_size * 96 // 448)}",
         ]
     )
+    transform = build(config["data"]["train_transform"])
+    if "mask" in inspect.signature(transform).parameters:
+        return {"method": method, "skipped": "trains on masks"}
     dataset = ImageDataset(
         samples=[Sample(path.stem, path, None) for path in paths],
         labels=np.ones((len(paths), 1), np.float32),
         class_names=["any"],
-        transform=build(config["data"]["train_transform"]),
+        transform=transform,
         seed=chosen.seed,
     )
     sides: dict[str, Callable[[int, int], object]] = {

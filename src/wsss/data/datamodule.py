@@ -1,5 +1,6 @@
 """The Lightning data modules that every method trains and is evaluated with."""
 
+import inspect
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wsss.data.builtin import minivoc_root
 from wsss.data.dataset import (
+    Guide,
     ImageDataset,
     Sample,
     TrainTransform,
@@ -23,7 +25,9 @@ from wsss.data.dataset import (
     check_files,
     hash_names,
     multi_hot,
+    saliency_guide,
 )
+from wsss.data.images import read_mask
 from wsss.data.samplers import (
     SizeBuckets,
     TrainSampler,
@@ -31,6 +35,12 @@ from wsss.data.samplers import (
     seed_worker,
 )
 from wsss.data.table import Table, holdout, read_table
+from wsss.data.train_masks import (
+    GROUND_TRUTH,
+    IMAGE_LABELS,
+    check_train_masks,
+    supervision_of,
+)
 from wsss.data.voc import LabelSource, VOCDataset, VOCLabels, find_voc_root, voc_samples
 from wsss.errors import WSSSError
 
@@ -84,6 +94,11 @@ def make_loader(
     )
 
 
+def takes_saliency(transform: TrainTransform) -> bool:
+    """Whether a training transform has a place for a saliency map."""
+    return "saliency" in inspect.signature(transform).parameters
+
+
 class ImageDataModule(L.LightningDataModule, ABC):
     """Splits of one data set: one to train on, others to evaluate. A layout is a subclass.
 
@@ -111,6 +126,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         seed: of order and augmentation.
         eval_batch_size: images of equal size that are evaluated together; 1: singly.
         limit: use only the first so many names of every list.
+        saliency_folder: grey PNGs of the training split for methods that use saliency, relative
+            to the root or absolute; None: image-level labels are all there is.
+        saliency_threshold: grey level above which a pixel is salient.
+        train_masks: masks that training sees, for a second stage: a folder of pseudo labels, or
+            ``ground_truth``; None: image-level labels are all there is.
     """
 
     def __init__(
@@ -129,6 +149,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         seed: int,
         eval_batch_size: int,
         limit: int | None,
+        saliency_folder: str | None,
+        saliency_threshold: int,
+        train_masks: str | None,
     ) -> None:
         super().__init__()
         if limit is not None and limit < 1:
@@ -148,6 +171,15 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.seed = seed
         self.eval_batch_size = eval_batch_size
         self.limit = limit
+        if not 0 <= saliency_threshold < 255:
+            raise WSSSError(f"data.saliency_threshold={saliency_threshold}: expected 0 to 254")
+        if saliency_folder and not takes_saliency(train_transform):
+            raise WSSSError(
+                f"data.saliency_folder={saliency_folder}: {type(train_transform).__name__} takes "
+                "no saliency maps; use a method that does (getam), or leave it null"
+            )
+        self.saliency_folder, self.saliency_threshold = saliency_folder, saliency_threshold
+        self.train_masks = train_masks
         self._eval_datasets: dict[str, ImageDataset] = {}
         self._train_dataset: ImageDataset | None = None
         self._sizes: dict[str, list[tuple[int, int]]] = {}
@@ -171,6 +203,13 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def num_classes(self) -> int:
         """K, the number of foreground classes."""
         return len(self.class_names)
+
+    @property
+    def supervision(self) -> str:
+        """League of the training signal; runs of different leagues are not to be compared."""
+        if self.train_masks is None and self.saliency_folder:
+            return f"{IMAGE_LABELS} and saliency maps (above {self.saliency_threshold})"
+        return supervision_of(self.train_masks)
 
     def list_hash(self, split: str) -> str:
         """Returns the sha256 of the split's names in use, one a line, in their order."""
@@ -223,9 +262,13 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def _make_train_dataset(self) -> ImageDataset:
         if self._train_dataset is None:
+            check_train_masks(self.train_masks, self.train_transform)
             self._train_dataset = self._dataset(
                 self.train_split, transform=self.train_transform, with_mask=False
             )
+            guide = self._guide(self.samples(self.train_split))
+            if guide is not None:
+                self._train_dataset.guided_by(guide)
             if len(self._train_dataset) < self.global_batch_size:
                 raise WSSSError(
                     f"split {self.train_split!r} of {self.root} has {len(self._train_dataset)} "
@@ -233,6 +276,33 @@ class ImageDataModule(L.LightningDataModule, ABC):
                     "raise data.limit"
                 )
         return self._train_dataset
+
+    def _guide(self, samples: Sequence[Sample]) -> Guide | None:
+        """What training sees beside images and their labels, if anything; it is then declared."""
+        if self.train_masks is None:
+            if not self.saliency_folder:
+                return None
+            folder = self.data_root() / self.saliency_folder
+            return saliency_guide(samples, folder, self.saliency_threshold)
+        paths = {sample.name: sample.mask for sample in samples if sample.mask}
+        if self.train_masks != GROUND_TRUTH:
+            folder = Path(self.train_masks)
+            paths = {sample.name: folder / f"{sample.name}.png" for sample in samples}
+        without = [sample.name for sample in samples if sample.name not in paths]
+        if without:
+            raise WSSSError(
+                f"data.train_masks={GROUND_TRUTH}: {without[0]!r} ({len(without)} of "
+                f"{len(samples)} images) has no mask; add it or train on image labels"
+            )
+        return Guide("mask", paths, partial(read_mask, num_classes=self.num_classes))
+
+    def unmasked_dataset(self, split: str) -> ImageDataset:
+        """Returns a split at native size whose masks are never opened: for pseudo labels."""
+        return self._dataset(split, transform=None, with_mask=False)
+
+    def data_root(self) -> Path:
+        """Returns the folder to which paths of the data are relative."""
+        return self.root
 
     def eval_dataset(self, split: str) -> ImageDataset:
         """Returns the split at native size with its masks (where it has any), checked and kept."""
@@ -370,6 +440,9 @@ class WSSSDataModule(ImageDataModule):
         label_source: of image-level labels, see `VOCDataset`.
         eval_batch_size: images of equal size that are evaluated together.
         limit: use only the first so many names of every list.
+        saliency_folder: see `ImageDataModule`, as the next two.
+        saliency_threshold: what counts as salient.
+        train_masks: masks that training sees.
     """
 
     def __init__(
@@ -390,6 +463,9 @@ class WSSSDataModule(ImageDataModule):
         label_source: LabelSource = "xml",
         eval_batch_size: int = 1,
         limit: int | None = None,
+        saliency_folder: str | None = None,
+        saliency_threshold: int = 127,
+        train_masks: str | None = None,
     ) -> None:
         super().__init__(
             name=name,
@@ -405,9 +481,16 @@ class WSSSDataModule(ImageDataModule):
             seed=seed,
             eval_batch_size=eval_batch_size,
             limit=limit,
+            saliency_folder=saliency_folder,
+            saliency_threshold=saliency_threshold,
+            train_masks=train_masks,
         )
         self.mask_folder = mask_folder
         self.train_mask_folder = train_mask_folder or mask_folder
+
+    def data_root(self) -> Path:
+        """Returns the folder that holds ``JPEGImages``."""
+        return find_voc_root(self.root)
 
     def _mask_folder(self, split: str) -> str:
         return self.train_mask_folder if split == self.train_split else self.mask_folder
@@ -458,6 +541,9 @@ class TableDataModule(ImageDataModule):
         label_source: what the labels were made from, for the record.
         eval_batch_size: images of equal size that are evaluated together.
         limit: use only the first so many names of every list.
+        saliency_folder: see `ImageDataModule`, as the next two.
+        saliency_threshold: what counts as salient.
+        train_masks: masks that training sees.
     """
 
     def __init__(
@@ -478,6 +564,9 @@ class TableDataModule(ImageDataModule):
         label_source: str = "csv",
         eval_batch_size: int = 1,
         limit: int | None = None,
+        saliency_folder: str | None = None,
+        saliency_threshold: int = 127,
+        train_masks: str | None = None,
     ) -> None:
         folder = Path(os.path.normpath(Path(root).expanduser()))
         self.csv = folder / csv
@@ -500,6 +589,9 @@ class TableDataModule(ImageDataModule):
             seed=seed,
             eval_batch_size=eval_batch_size,
             limit=limit,
+            saliency_folder=saliency_folder,
+            saliency_threshold=saliency_threshold,
+            train_masks=train_masks,
         )
 
     @property

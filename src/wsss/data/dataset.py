@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from wsss.data.images import IGNORE_INDEX, image_size, normalise, read_mask, read_rgb
+from wsss.data.images import (
+    IGNORE_INDEX,
+    image_size,
+    normalise,
+    read_mask,
+    read_rgb,
+    read_saliency,
+)
 from wsss.errors import WSSSError
 
-TrainTransform = Callable[[NDArray[np.uint8], np.random.Generator], dict[str, Tensor]]
+# (image, generator), or with a `Guide` (image, generator, map)
+TrainTransform = Callable[..., dict[str, Tensor]]
 
 
 class Sample(NamedTuple):
@@ -36,6 +45,30 @@ class Sample(NamedTuple):
     name: str
     image: Path
     mask: Path | None
+
+
+class Guide(NamedTuple):
+    """Maps that training sees beside the images: saliency, or the masks of a second stage.
+
+    Attributes:
+        kind: what they are, for messages.
+        paths: by image name.
+        read: (path, size=(H, W)) -> uint8 (H, W).
+    """
+
+    kind: str
+    paths: dict[str, Path]
+    read: Callable[..., NDArray[np.uint8]]
+
+    def map(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Returns the map (H, W) of an image."""
+        return self.read(self.paths[name], size=size)
+
+
+def saliency_guide(samples: Sequence[Sample], folder: Path, threshold: int) -> Guide:
+    """Saliency maps ``folder/NAME.png``; grey levels above `threshold` are salient."""
+    paths = {sample.name: folder / f"{sample.name}.png" for sample in samples}
+    return Guide("saliency map", paths, partial(read_saliency, threshold=threshold))
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -75,7 +108,18 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.transform = transform
         self.with_mask = with_mask
         self.seed = seed
+        self.guide: Guide | None = None
         self._mask_sha256: str | None = None
+
+    def guided_by(self, guide: Guide) -> None:
+        """Gives the transform a third argument.
+
+        Raises:
+            WSSSError: an image has no map.
+        """
+        paths = [guide.paths[name] for name in self.names]
+        check_files(guide.kind, paths, "the training list")
+        self.guide = guide
 
     @property
     def names(self) -> list[str]:
@@ -94,14 +138,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """Reads one sample; `item` is an index, or (epoch, index) as the samplers give it."""
         epoch, index = item if isinstance(item, tuple) else (0, item)
         rgb = read_rgb(self.samples[index].image)
+        size = (rgb.shape[0], rgb.shape[1])
         sample: dict[str, Any]
         if self.transform is not None:
             stream = np.random.SeedSequence(self.seed, spawn_key=(epoch, index))
-            sample = dict(self.transform(rgb, np.random.default_rng(stream)))
+            given = () if self.guide is None else (self.guide.map(self.samples[index].name, size),)
+            sample = dict(self.transform(rgb, np.random.default_rng(stream), *given))
         else:
             sample = {"image": normalise(rgb), "rgb": rgb}
         if self.with_mask:
-            mask = self._mask(index, (rgb.shape[0], rgb.shape[1]))
+            mask = self._mask(index, size)
             sample["mask"] = torch.from_numpy(mask.astype(np.int64))
         sample["labels"] = torch.from_numpy(self.labels[index])
         return sample | {"name": self.samples[index].name, "index": index}
@@ -145,6 +191,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def _digest(self, index: int) -> str:
         sample = self.samples[index]
         size = image_size(sample.image)
+        if self.guide is not None:
+            self.guide.map(sample.name, size)
         if sample.mask is None:
             return f"{sample.name} -"
         return f"{sample.name} {mask_digest(self._mask(index, size))}"
@@ -182,7 +230,7 @@ def in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         pool.shutdown(cancel_futures=True)
 
 
-def check_files(kind: str, paths: Sequence[Path], listed_in: Path) -> None:
+def check_files(kind: str, paths: Sequence[Path], listed_in: Path | str) -> None:
     """Looks whether files exist, with one listing a folder (a stat per file is slow on NFS).
 
     Args:

@@ -163,6 +163,34 @@ def read_mask(
     return mask
 
 
+def read_saliency(path: Path, *, threshold: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Reads a grey saliency map; pixels above ``threshold`` are salient.
+
+    Args:
+        path: 8-bit grey, 1-bit or palette image.
+        threshold: grey level in 0..254.
+        size: (height, width) of the image that the map belongs to.
+
+    Returns:
+        uint8 array (H, W), 1 where salient and 0 elsewhere.
+
+    Raises:
+        WSSSError: the file is missing, corrupt, coloured or of another size.
+    """
+    image = _decode(path)
+    if image.mode not in ("L", "1", "P"):
+        raise WSSSError(
+            f"saliency map {path} has mode {image.mode}; expected 8-bit grey (L), convert it"
+        )
+    grey = np.asarray(image.convert("L"))
+    if grey.shape != size:
+        raise WSSSError(
+            f"saliency map {path} is {grey.shape[1]}x{grey.shape[0]} (width x height) but its "
+            f"image is {size[1]}x{size[0]}; expected the same size"
+        )
+    return (grey > threshold).astype(np.uint8)
+
+
 def normalise(rgb: NDArray[np.uint8]) -> Tensor:
     """Turns uint8 RGB (H, W, 3) into a float32 tensor (3, H, W) with ImageNet mean and std."""
     planes = torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))

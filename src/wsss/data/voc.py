@@ -19,6 +19,7 @@ from wsss.data.dataset import (
     check_class_names,
     check_files,
     multi_hot,
+    saliency_guide,
 )
 from wsss.data.images import read_mask
 from wsss.data.table import read_table
@@ -244,6 +245,9 @@ class VOCDataset(ImageDataset):
             masks of `mask_folder`, all of which are then read once, here).
         limit: keep only the first so many names of the list.
         seed: of the augmentation.
+        saliency_folder: folder of grey PNGs, relative to the root or absolute, that `transform`
+            gets as well; None: no saliency.
+        saliency_threshold: grey level above which a pixel is salient.
 
     Raises:
         WSSSError: one line that names the offending file.
@@ -261,6 +265,8 @@ class VOCDataset(ImageDataset):
         label_source: LabelSource = "xml",
         limit: int | None = None,
         seed: int = 0,
+        saliency_folder: str | None = None,
+        saliency_threshold: int = 127,
     ) -> None:
         root = find_voc_root(root)
         class_names = check_class_names(class_names)
@@ -282,3 +288,6 @@ class VOCDataset(ImageDataset):
             with_mask=with_mask,
             seed=seed,
         )
+        if saliency_folder:
+            folder = root / saliency_folder
+            self.guided_by(saliency_guide(self.samples, folder, saliency_threshold))

@@ -1,4 +1,4 @@
-"""Maps beside the images (saliency, masks of a second stage): declared, checked, for every layout."""
+"""Maps beside the images (saliency, masks of a second stage), for every layout."""
 
 from pathlib import Path
 from typing import Any

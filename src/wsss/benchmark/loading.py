@@ -77,6 +77,8 @@ def main(arguments: list[str]) -> int:
             result = time_method(method, paths, chosen)
             if "skipped" not in result:
                 results.append(result)
+            elif chosen.method:
+                raise WSSSError(f"method={method}: {result['skipped']}, its loading is not timed")
     summary = {"arguments": asdict(chosen), "machine": _machine(), "methods": results}
     show(summary, Console())
     if chosen.out:

@@ -34,7 +34,7 @@ from wsss.data.samplers import (
     UnpaddedDistributedSampler,
     seed_worker,
 )
-from wsss.data.table import Table, holdout, read_table
+from wsss.data.table import FOLDER, Table, holdout, read_table
 from wsss.data.train_masks import (
     GROUND_TRUTH,
     IMAGE_LABELS,
@@ -263,18 +263,18 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def _make_train_dataset(self) -> ImageDataset:
         if self._train_dataset is None:
             check_train_masks(self.train_masks, self.train_transform)
-            self._train_dataset = self._dataset(
+            dataset = self._dataset(
                 self.train_split, transform=self.train_transform, with_mask=False
             )
             guide = self._guide(self.samples(self.train_split))
             if guide is not None:
-                self._train_dataset.guided_by(guide)
-            if len(self._train_dataset) < self.global_batch_size:
+                dataset.guided_by(guide)
+            if len(dataset) < self.global_batch_size:
                 raise WSSSError(
-                    f"split {self.train_split!r} of {self.root} has {len(self._train_dataset)} "
-                    f"images, fewer than global_batch_size={self.global_batch_size}; lower it or "
-                    "raise data.limit"
+                    f"split {self.train_split!r} of {self.root} has {len(dataset)} images, fewer "
+                    f"than global_batch_size={self.global_batch_size}; lower it or raise data.limit"
                 )
+            self._train_dataset = dataset
         return self._train_dataset
 
     def _guide(self, samples: Sequence[Sample]) -> Guide | None:
@@ -604,6 +604,11 @@ class TableDataModule(ImageDataModule):
         if self._table is None:
             if not self.root.is_dir():
                 raise WSSSError(f"data folder {self.root} is missing; set data.root to it")
+            if not self.csv.is_file() and self.csv.parent.name == FOLDER:
+                raise WSSSError(
+                    f"{self.csv} is missing; `wsss data prepare coco root={self.root}` makes it "
+                    "(voc for an export in VOC style)"
+                )
             self._table = read_table(self.csv, self.root, self.class_names)
         return self._table
 

@@ -24,8 +24,8 @@ from wsss.data.images import (
     read_rgb,
     write_atomically,
 )
-from wsss.data.prepare import FOLDER, TABLE_FILE, TableRow, run_all, split_of, write_table
-from wsss.data.table import read_text
+from wsss.data.prepare import TABLE_FILE, TableRow, run_all, split_of, write_table
+from wsss.data.table import FOLDER, read_text
 from wsss.data.voc import labels_from_mask, labels_from_xml, read_split
 from wsss.errors import WSSSError
 

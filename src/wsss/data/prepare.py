@@ -22,7 +22,6 @@ from wsss.data.images import write_atomically
 from wsss.data.table import CLASSES_FILE, COLUMNS, read_text
 from wsss.errors import WSSSError
 
-FOLDER = "wsss"  # below the data's root: what is made here never lies among the user's files
 TABLE_FILE = "labels.csv"
 MARKER_FILE = "prepare.json"
 FEW = 200  # fewer files are done sooner than worker processes start

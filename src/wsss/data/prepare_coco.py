@@ -24,7 +24,6 @@ from wsss.data.dataset import missing_files
 from wsss.data.exports import BACKGROUND
 from wsss.data.images import IGNORE_INDEX, image_size, mask_png, write_atomically
 from wsss.data.prepare import (
-    FOLDER,
     TABLE_FILE,
     TableRow,
     run_all,
@@ -32,7 +31,7 @@ from wsss.data.prepare import (
     split_of,
     write_table,
 )
-from wsss.data.table import read_text, refuse_pickle
+from wsss.data.table import FOLDER, read_text, refuse_pickle
 from wsss.errors import WSSSError
 
 OFFICIAL = {"train2014": 82081, "val2014": 40137}

@@ -29,6 +29,7 @@ from wsss.errors import WSSSError
 
 COLUMNS = ("image", "labels", "mask", "split")
 CLASSES_FILE = "classes.txt"
+FOLDER = "wsss"  # below the data's root: what we make never lies among the user's files
 PICKLES = frozenset({".npy", ".npz", ".pkl", ".pickle", ".pt", ".pth"})
 
 

@@ -76,9 +76,11 @@ def read_split(root: Path, split: str) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         have = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "no list at all"
+        mend = "put it there, name another split or give the path of a .txt file"
+        if split == "train_aug":
+            mend = "`wsss data prepare voc` makes it"
         raise WSSSError(
-            f"list {path} of split {split!r} is missing (its folder has {have}); put it there, "
-            "name another split or give the path of a .txt file"
+            f"list {path} of split {split!r} is missing (its folder has {have}); {mend}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise WSSSError(f"list {path} cannot be read as text ({error}); expected names") from error

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from wsss.config import compose_config, config_hash, config_root, plain
+from wsss.data.prepare_coco import COCO_CLASSES
 from wsss.errors import WSSSError
-from wsss.runs import build_module, override_config
+from wsss.runs import build_data, build_module, override_config
 
 ROOT = config_root()
 EXPERIMENTS = sorted(
@@ -17,6 +18,8 @@ METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")
 DATA = sorted(path.stem for path in (ROOT / "conf" / "data").glob("*.yaml"))
 # a value for what a user must give, and no download
 GIVEN = ["data.root=unset", "backbone.weights=random"]
+# a table names its classes itself, where there is one
+CLASSES = {"table": ["data.class_names=[apple,leaf,sky]"]}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -31,9 +34,19 @@ def test_experiments_compose_and_build(experiment: str) -> None:
 @pytest.mark.parametrize("data", DATA)
 def test_every_method_with_every_data_set(method: str, data: str) -> None:
     config = plain(
-        compose_config([f"method={method}", f"data={data}", "backbone=vit_pico", *GIVEN])
+        compose_config(
+            [
+                f"method={method}",
+                f"data={data}",
+                "backbone=vit_pico",
+                *GIVEN,
+                *CLASSES.get(data, []),
+            ]
+        )
     )
-    module = build_module(config, len(config["data"]["class_names"]))
+    data_module = build_data(config)
+    assert data_module.global_batch_size == config["budget"]["global_batch_size"]
+    module = build_module(config, data_module.num_classes)
     assert module.num_classes == len(config["data"]["class_names"])
     assert module.max_steps == config["budget"]["max_steps"]
 
@@ -50,6 +63,12 @@ def test_hash_ignores_where_a_run_lies_and_nothing_else() -> None:
     other = plain(compose_config(["data=minivoc", "method.ptc_weight=0.3"]))
     assert config_hash(base) == config_hash(moved)
     assert config_hash(base) != config_hash(other)
+
+
+def test_coco_has_its_eighty_classes_in_the_order_of_their_ids() -> None:
+    names = plain(compose_config(["data=coco", *GIVEN]))["data"]["class_names"]
+    assert tuple(names) == COCO_CLASSES
+    assert len(names) == 80
 
 
 def test_data_chooses_the_backbone_and_the_line_has_the_last_word() -> None:

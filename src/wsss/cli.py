@@ -75,6 +75,27 @@ def _benchmark(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def _data(arguments: list[str]) -> int:
+    what, *rest = arguments or [""]
+    if what == "check":
+        from wsss.data.doctor import main
+
+        return main(rest)
+    if what == "prepare" and rest and rest[0] in ("voc", "coco"):
+        if rest[0] == "voc":
+            from wsss.data.prepare_voc import main
+        else:
+            from wsss.data.prepare_coco import main
+        return main(rest[1:])
+    raise WSSSError("usage: wsss data prepare voc|coco root=... or wsss data check data=...")
+
+
+def _submit(arguments: list[str]) -> int:
+    from wsss.submit import main
+
+    return main(arguments)
+
+
 def _exactly(usage: str, arguments: list[str], count: int) -> list[str]:
     if len(arguments) != count:
         raise WSSSError(f"usage: wsss {usage}")
@@ -82,12 +103,36 @@ def _exactly(usage: str, arguments: list[str], count: int) -> list[str]:
 
 
 VERBS = {
+    "data": Verb(
+        "data prepare voc|coco root=FOLDER [KEY=VALUE ...]  |  data check data=NAME [root=...]",
+        "make masks, lists and labels from what was downloaded; look a data set over",
+        """\
+prepare voc   SegmentationClassAug from SBD's .mat files and VOC's PNGs, train_aug.txt, labels.
+  sbd=FOLDER (searched beside root) or none    labels=xml|mask    jobs=N
+prepare coco  index masks, lists and labels from instances_{train,val}2014.json.
+  annotations=FILE    overlap=smallest|last (which instance is on top)
+  crowd=paint|ignore|skip (as its class, as 255, not at all)    jobs=N
+Both also take an export of labelme or CVAT in these styles and write wsss/labels.csv for
+data=table. What is there stays; a stopped call goes on where it was.
+
+check         counts, missing files, broken images, ids, modes and sizes of masks, labels against
+masks, images in two splits, hashes; exit status 1 if a run would stumble. --fast looks into 100
+images a split.
+
+Examples:
+  wsss data prepare voc root=/data/VOCdevkit
+  wsss data prepare coco root=/data/coco
+  wsss data check data=voc root=/data/VOCdevkit
+  wsss data check data=table root=photos csv=labels.csv --fast""",
+        _data,
+    ),
     "train": Verb(
         "train [KEY=VALUE ...] [-m] [--cfg job]",
         "train a method, evaluate it, write table and gallery into a run folder",
         """\
 Hydra composes the run from groups; any value can be set on the line:
-  method=toco|clustercam|getam  data=minivoc|voc        backbone=vit_pico|deit_small|vit_base|...
+  method=toco|clustercam|getam  data=minivoc|voc|coco|table
+  backbone=vit_pico|deit_small|deit_base|vit_base|vit_hybrid|dinov2_small
   trainer=auto|cpu|gpu|ddp   logger=csv|wandb           +experiments=toco/minivoc
   seed=0  study=NAME  runs_dir=runs  budget.max_steps=600  method.ptc_weight=0 ...
 --cfg job prints the composed configuration; -m sweeps over comma-separated values.
@@ -167,6 +212,18 @@ Example:
   wsss predict run=runs/default/toco-minivoc-s0-1a2b3c4d images=photos out=masks""",
         _predict,
     ),
+    "submit": Verb(
+        "submit run=RUN_DIR|CKPT [data.root=VOC2012] [split=test] [out=FOLDER] [eval.KEY=VALUE]",
+        "masks of VOC's test images in the archive that its evaluation server takes",
+        """\
+Writes results/VOC2012/Segmentation/comp6_test_cls/NAME.png (index PNGs of the images' own sizes)
+and comp6_test_cls.tar.gz below out (the run folder's submission/), and reads the archive back.
+competition=comp5 is for models that saw nothing but VOC. A stopped call goes on where it was.
+
+Example:
+  wsss submit run=runs/toco/toco-voc-s0-1a2b3c4d data.root=/data/VOCdevkit""",
+        _submit,
+    ),
     "parity": Verb(
         "parity METHOD DIR",
         "compare with numbers of the method's official code",
@@ -194,8 +251,8 @@ Examples:
         _convert,
     ),
     "benchmark": Verb(
-        "benchmark method=METHOD|part=crf [KEY=VALUE ...]",
-        "time a training step by phases, or our dense CRF beside pydensecrf",
+        "benchmark method=METHOD|part=crf|part=data [KEY=VALUE ...]",
+        "time a training step by phases, our dense CRF beside pydensecrf, or loading",
         """\
   method=toco, clustercam or getam; each has its own backbone and image_size, others can be set
   batch_size=2  repeats=3  warmup=1  device=auto
@@ -208,10 +265,14 @@ Weights are random, which changes no time; each side runs in a process of its ow
   part=crf        seconds an image and agreeing labels of the two dense CRFs, on a MiniVOC image
                   and one of 500 x 375 px with num_classes=20; crf=toco names the preset
 
+part=data times loading and augmentation instead, images/s and core, beside plain Pillow and
+torchvision: method=METHOD (all)  image_size=448  images=FOLDER  count=32  repeats=5  out=FILE.json
+
 Examples:
   wsss benchmark method=toco
   wsss benchmark method=clustercam stage=before
-  wsss benchmark part=crf device=cuda""",
+  wsss benchmark part=crf device=cuda
+  wsss benchmark part=data""",
         _benchmark,
     ),
 }

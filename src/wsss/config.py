@@ -194,7 +194,9 @@ def config_hash(config: Mapping[str, Any]) -> str:
         key: value for key, value in config.items() if key not in ("runs_dir", "logger", "gallery")
     }
     relevant["data"] = {
-        key: value for key, value in config["data"].items() if key not in ("root", "num_workers")
+        key: value
+        for key, value in config["data"].items()
+        if key not in ("root", "num_workers", "eval_batch_size")
     }
     text = json.dumps(relevant, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -14,7 +14,7 @@ from wsss.checkpoints import (
     save_atomically,
 )
 from wsss.errors import WSSSError
-from wsss.runs import build_module, compose_run
+from wsss.runs import build_data, build_module, compose_run
 
 
 def convert(method: str, official: str, out: str, *, overrides: list[str]) -> int:
@@ -48,7 +48,7 @@ def convert(method: str, official: str, out: str, *, overrides: list[str]) -> in
             raise
         # no data is read here; evaluation asks for its place
         config = compose_run([*arguments, "data.root=unset"])
-    num_classes = len(config["data"]["class_names"])
+    num_classes = build_data(config).num_classes
     module = build_module(config, num_classes, with_weights=False)
     load_official(method, module, state, str(source))
     info = module.backbone.weights_info

@@ -11,7 +11,7 @@ from rich.progress import track
 
 from wsss.arguments import parse_arguments
 from wsss.config import config_hash
-from wsss.data.datamodule import WSSSDataModule
+from wsss.data.datamodule import ImageDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import LABEL_MAPS, Tally, Truth
 from wsss.evaluation.folders import find_files, read_class_maps, read_label_map
@@ -151,7 +151,7 @@ def evaluate_folder(chosen: EvalArguments, overrides: list[str]) -> int:
 
 
 def _score(
-    chosen: EvalArguments, data: WSSSDataModule, protocol: Protocol, split: str
+    chosen: EvalArguments, data: ImageDataModule, protocol: Protocol, split: str
 ) -> dict[str, Any]:
     """The metrics of one split."""
     started = time.perf_counter()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from wsss.config import config_hash
-from wsss.data.datamodule import WSSSDataModule
+from wsss.data.datamodule import ImageDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.holdout import HOLDOUT, Holdout, choose_threshold
@@ -22,7 +22,7 @@ from wsss.tracking import log_results
 
 def evaluate_and_report(
     module: WSSSModule,
-    data: WSSSDataModule,
+    data: ImageDataModule,
     protocol: Protocol,
     *,
     config: dict[str, Any],
@@ -89,6 +89,9 @@ def evaluate_and_report(
             seed=config["seed"],
             supervision=league(module, data),
         ) | {"label_source": data.label_source}
+        if split != HOLDOUT:
+            kept = data.eval_dataset(split)
+            metrics["data_sha256"] = {"labels": kept.label_sha256(), "masks": kept.mask_sha256()}
         if chosen:
             apply_threshold(metrics, chosen)
         if first:
@@ -115,7 +118,7 @@ def evaluate_and_report(
     return results
 
 
-def results_header(method: str, data: WSSSDataModule, config: dict[str, Any]) -> dict[str, Any]:
+def results_header(method: str, data: ImageDataModule, config: dict[str, Any]) -> dict[str, Any]:
     """What ``results.json`` says before its splits."""
     return {
         "method": method,
@@ -138,7 +141,7 @@ def store_and_show(results: dict[str, Any], cells: dict[str, dict[str, Any]], fo
 
 
 def _split(
-    name: str, data: WSSSDataModule, holdout: Holdout | None
+    name: str, data: ImageDataModule, holdout: Holdout | None
 ) -> tuple[Any, Iterable[dict[str, Any]], str]:
     """Data set, loader and list hash of a split, or of the holdout under its name.
 
@@ -163,7 +166,7 @@ def apply_threshold(metrics: dict[str, Any], chosen: dict[str, Any]) -> None:
     metrics["protocol"]["holdout"] = {k: v for k, v in chosen.items() if k != "curve"}
 
 
-def league(module: WSSSModule, data: WSSSDataModule) -> str:
+def league(module: WSSSModule, data: ImageDataModule) -> str:
     """The supervision league: what training sees, and what the encoder was trained with."""
     info = module.backbone.weights_info.as_dict()
     if "clip" in f"{info.get('name')} {info.get('pretraining')}".lower():

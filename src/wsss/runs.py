@@ -14,7 +14,7 @@ from wsss.backbone import Backbone, WeightsInfo
 from wsss.checkpoints import first_line, fit_positions, load_state_dict_strictly
 from wsss.config import check_config, compose_config, config_hash, nearest_key, plain
 from wsss.costs import CostMeter, training_cost
-from wsss.data.datamodule import WSSSDataModule
+from wsss.data.datamodule import ImageDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
@@ -48,9 +48,9 @@ def build(node: dict[str, Any], **supplied: Any) -> Any:
         raise WSSSError(f"{node['_target_']}: {first_line(cause or error)}") from error
 
 
-def build_data(config: dict[str, Any]) -> WSSSDataModule:
+def build_data(config: dict[str, Any]) -> ImageDataModule:
     """The DataModule of a resolved configuration."""
-    data: WSSSDataModule = build(config["data"])
+    data: ImageDataModule = build(config["data"])
     return data
 
 
@@ -88,7 +88,7 @@ class LoadedRun:
     """
 
     module: WSSSModule
-    data: WSSSDataModule
+    data: ImageDataModule
     protocol: Protocol
     config: dict[str, Any]
     folder: Path

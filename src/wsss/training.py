@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import json
 import os
 import signal
 import sys
@@ -31,16 +32,18 @@ from wsss.config import (
     with_search_path,
 )
 from wsss.costs import CostMeter, training_cost
-from wsss.data.datamodule import WSSSDataModule
+from wsss.data.datamodule import ImageDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import Evaluator
 from wsss.evaluation.holdout import Holdout
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
 from wsss.reporting import evaluate_and_report, make_writable
-from wsss.results.store import RESULTS_FILE, print_table, read_results
+from wsss.results.store import RESULTS_FILE, print_table, read_results, write_atomically
 from wsss.runs import LAST_CHECKPOINT, build, build_data, build_module, run_folder, write_config
 from wsss.tracking import make_wandb_logger
+
+DATA_FILE = "data.json"  # in the run folder: hashes of what it was trained and evaluated on
 
 
 def main(arguments: list[str]) -> int:
@@ -112,10 +115,12 @@ def train(config: dict[str, Any]) -> Path:
         WSSSError: bad configuration or data, before anything is written.
         SystemExit: 130 after Ctrl-C, with a checkpoint that resumes.
     """
-    folder = run_folder(config)
     _quiet()
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     data = build_data(config)
+    # a table may name its classes only in its file, which `wsss predict` need not have
+    config["data"]["class_names"] = list(data.class_names)
+    folder = run_folder(config)
     if _is_finished(folder, data):
         return folder
     data.setup("fit")
@@ -132,12 +137,15 @@ def train(config: dict[str, Any]) -> Path:
     make_writable(folder)
     with holding(folder):
         write_config(folder, config)
+        if _is_first_process():
+            text = json.dumps(data.fingerprint(), indent=2)
+            write_atomically(folder / DATA_FILE, f"{text}\n".encode())
         print(f"run folder: {folder}")
         _fit_and_report(config, folder, data, module)
     return folder
 
 
-def _is_finished(folder: Path, data: WSSSDataModule) -> bool:
+def _is_finished(folder: Path, data: ImageDataModule) -> bool:
     """Whether the folder holds this run's results, which are then printed.
 
     Raises:
@@ -160,7 +168,7 @@ def _is_finished(folder: Path, data: WSSSDataModule) -> bool:
 
 
 def _fit_and_report(
-    config: dict[str, Any], folder: Path, data: WSSSDataModule, module: WSSSModule
+    config: dict[str, Any], folder: Path, data: ImageDataModule, module: WSSSModule
 ) -> None:
     """Train from the last checkpoint, if there is one, then evaluate."""
     protocol = Protocol(**config["eval"])
@@ -197,7 +205,7 @@ def _fit_and_report(
 
 
 def build_trainer(
-    config: dict[str, Any], folder: Path, data: WSSSDataModule, protocol: Protocol
+    config: dict[str, Any], folder: Path, data: ImageDataModule, protocol: Protocol
 ) -> lightning.Trainer:
     """The Trainer of a configuration with the callbacks that every run has."""
     every = config["budget"]["eval_every"]
@@ -231,9 +239,15 @@ def build_trainer(
         val_check_interval=every * config["trainer"]["accumulate_grad_batches"],
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the data module's own samplers share images out
         enable_model_summary=False,
         plugins=[AtomicCheckpointIO()],
     )
+
+
+def _is_first_process() -> bool:
+    """Whether this is no further process of a DDP run."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @contextmanager
@@ -243,7 +257,7 @@ def holding(folder: Path) -> Iterator[None]:
     Raises:
         WSSSError: another process trains there.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process of a DDP run holds it
+    if not _is_first_process():  # which holds it for all
         yield
         return
     with (folder / ".lock").open("w") as lock:

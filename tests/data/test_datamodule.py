@@ -1,4 +1,5 @@
 import hashlib
+import random
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from voc_tree import CLASSES, make_voc
+from PIL import Image
+from voc_tree import CLASSES, make_voc, write_image, write_mask, write_xml
 
 from wsss.data.builtin import MINIVOC_CLASSES
 from wsss.data.datamodule import WSSSDataModule
@@ -238,6 +240,60 @@ def test_evaluation_batches_are_native_and_complete(tmp_path: Path) -> None:
         assert batch["mask"].unique().tolist() == [0, i % 3 + 1, 255]
     data.setup("test")
     assert len(data.test_dataloader()) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_by_size_are_those_images_singly(tmp_path: Path, workers: int) -> None:
+    root = make_voc(tmp_path, train=6, val=4)
+    for name in ("img008", "img009"):  # as large as img006
+        write_image(root, name, height=40, width=56, seed=int(name[-1]))
+        write_mask(root, name, np.full((40, 56), int(name[-1]) % 3 + 1))
+    singly = {b["name"][0]: b for b in module(root).eval_dataloader("val")}
+    data = module(root, eval_batch_size=2, num_workers=workers)
+    together = list(data.eval_dataloader("val"))
+    assert sorted(len(b["name"]) for b in together) == [1, 1, 2]
+    assert sorted(name for b in together for name in b["name"]) == sorted(singly)
+    for batch in together:
+        for row, name in enumerate(batch["name"]):
+            for key in ("image", "rgb", "mask", "labels"):
+                assert torch.equal(batch[key][row], singly[name][key][0])
+    with pytest.raises(WSSSError, match="eval_batch_size is 0"):
+        module(root, eval_batch_size=0)
+
+
+def global_draws(rgb: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    """A transform that, wrongly, draws from the generators that all share."""
+    draws = [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
+    return {"image": torch.zeros(1), "draw": torch.tensor(draws, dtype=torch.float64)}
+
+
+def test_workers_never_repeat_each_others_global_draws(tmp_path: Path) -> None:
+    root = make_voc(tmp_path)
+    settings: dict[str, Any] = {"train_transform": global_draws, "num_workers": 2}
+    draws = torch.cat([batch["draw"] for batch in batches(module(root, **settings))])
+    for column in draws.T:
+        assert len(column.unique()) == 6
+    again = torch.cat([batch["draw"] for batch in batches(module(root, **settings))])
+    assert torch.equal(draws, again)
+    other = torch.cat([batch["draw"] for batch in batches(module(root, **settings, seed=4))])
+    assert not torch.isin(draws, other).any()
+
+
+def test_fingerprint_tells_lists_labels_and_masks_apart(tmp_path: Path) -> None:
+    root = make_voc(tmp_path)
+    before = module(root).fingerprint()
+    assert before["train"]["images"] == 6
+    assert before["train"]["masks_sha256"] is None
+    assert before["val"]["list_sha256"] == module(root).list_hash("val")
+    with Image.open(root / "SegmentationClass" / "img006.png") as image:
+        image.save(root / "SegmentationClass" / "img006.png", compress_level=0)
+    assert module(root).fingerprint() == before  # only compressed anew
+    write_mask(root, "img006", np.zeros((40, 56)))
+    write_xml(root, "img001", ["bottle", "person"])
+    after = module(root).fingerprint()
+    assert after["val"]["masks_sha256"] != before["val"]["masks_sha256"]
+    assert after["train"]["labels_sha256"] != before["train"]["labels_sha256"]
+    assert after["val"]["labels_sha256"] == before["val"]["labels_sha256"]
 
 
 def test_training_split_can_be_evaluated_with_its_own_masks(tmp_path: Path) -> None:

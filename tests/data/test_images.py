@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ from wsss.data.images import (
     IMAGENET_STD,
     ImageFolderDataset,
     denormalise,
+    image_size,
+    mask_png,
     normalise,
     read_mask,
     read_rgb,
     voc_palette,
+    write_atomically,
 )
 from wsss.errors import WSSSError
 
@@ -122,6 +126,54 @@ def test_corrupt_image_is_named(tmp_path: Path, kind: str) -> None:
     with pytest.raises(WSSSError, match="cannot be decoded") as error:
         read_rgb(path)
     one_line(error, path)
+
+
+def with_thumbnail(path: Path) -> bytes:
+    """A JPEG whose EXIF block holds a whole small JPEG, as cameras write it."""
+    small = io.BytesIO()
+    Image.fromarray(ramp()).save(small, format="JPEG")
+    Image.fromarray(ramp(200, 300)).save(path, exif=b"Exif\0\0" + small.getvalue())
+    return path.read_bytes()
+
+
+def test_size_comes_from_the_header(tmp_path: Path) -> None:
+    with_thumbnail(tmp_path / "a.jpg")
+    assert image_size(tmp_path / "a.jpg") == (200, 300)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.9, 0.999])
+def test_truncated_jpeg_with_a_thumbnail_is_found_without_decoding(
+    tmp_path: Path, keep: float
+) -> None:
+    path = tmp_path / "a.jpg"
+    whole = with_thumbnail(path)
+    assert len(whole) < 65536
+    cut = whole[: int(keep * len(whole))]
+    assert b"\xff\xd9" in cut  # the thumbnail's
+    path.write_bytes(cut)
+    with pytest.raises(WSSSError, match="no complete image") as error:
+        image_size(path)
+    one_line(error, path)
+
+
+def test_jpeg_cut_inside_its_header_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    Image.fromarray(ramp(200, 300)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"\xff\xda")])
+    with pytest.raises(WSSSError, match="no complete image") as error:
+        image_size(path)
+    one_line(error, path)
+
+
+def test_written_mask_is_read_back_and_has_the_palette(tmp_path: Path) -> None:
+    ids = np.array([[0, 1], [20, 255]], np.uint8)
+    write_atomically(tmp_path / "new" / "m.png", mask_png(ids))
+    with Image.open(tmp_path / "new" / "m.png") as image:
+        assert image.mode == "P"
+        assert image.getpalette() == voc_palette()
+        np.testing.assert_array_equal(np.asarray(image), ids)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["m.png"]
 
 
 def save_mask(path: Path, ids: np.ndarray, mode: str) -> None:

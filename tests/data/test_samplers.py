@@ -1,6 +1,15 @@
-import pytest
+import random
 
-from wsss.data.samplers import TrainSampler, UnpaddedDistributedSampler
+import numpy as np
+import pytest
+import torch
+
+from wsss.data.samplers import (
+    SizeBuckets,
+    TrainSampler,
+    UnpaddedDistributedSampler,
+    seed_worker,
+)
 
 
 def train_order(replicas: int, *, epoch: int = 0) -> list[set[int]]:
@@ -60,3 +69,32 @@ def test_evaluation_counts_each_image_once(length: int, replicas: int) -> None:
         len(UnpaddedDistributedSampler(length=length, num_replicas=replicas, rank=rank))
         for rank in range(replicas)
     ]
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_buckets_hold_equal_sizes_and_every_image_once(replicas: int) -> None:
+    sizes = [(30, 40 + index % 3) for index in range(23)]
+    seen = []
+    for rank in range(replicas):
+        share = UnpaddedDistributedSampler(length=23, num_replicas=replicas, rank=rank)
+        buckets = SizeBuckets(share, sizes=sizes, batch_size=4)
+        batches = list(buckets)
+        assert len(batches) == len(buckets)
+        assert list(buckets) == batches  # a second pass is the same
+        assert all(len({sizes[index] for index in batch}) == 1 for batch in batches)
+        assert max(map(len, batches)) <= 4
+        seen += [index for batch in batches for index in batch]
+    assert sorted(seen) == list(range(23))
+
+
+def drawn(seed: int, rank: int, worker: int) -> tuple[float, float, float]:
+    seed_worker(seed, rank, worker)
+    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+
+def test_workers_have_streams_of_their_own_in_every_library() -> None:
+    identities = [(s, r, w) for s in (0, 1) for r in (0, 1) for w in (0, 1)]
+    first = [drawn(*identity) for identity in identities]
+    for library in zip(*first, strict=True):
+        assert len(set(library)) == len(identities)
+    assert [drawn(*identity) for identity in identities] == first

@@ -41,7 +41,8 @@ class BenchmarkConfig:
     """Arguments of ``wsss benchmark``, as KEY=VALUE.
 
     Attributes:
-        part: ``step``, a training step, or ``crf``, our dense CRF beside pydensecrf.
+        part: ``step``, a training step, or ``crf``, our dense CRF beside pydensecrf; ``data`` has
+            arguments of its own (`wsss.benchmark.loading`).
         method: a method of ``conf/method``; only for a step.
         crf: preset of the dense CRF; only for ``part=crf``.
         backbone: an encoder of ``conf/backbone``, with random weights here; null: the method's own.
@@ -80,7 +81,7 @@ class BenchmarkConfig:
 
 
 CHOICES = {
-    "part": ("step", "crf"),
+    "part": ("step", "crf", "data"),
     "crf": tuple(CRF_PRESETS),
     "device": ("auto", "cpu", "cuda"),
     "stage": ("after", "before"),
@@ -102,6 +103,10 @@ def main(arguments: list[str]) -> int:
     Raises:
         WSSSError: unknown key or choice, wrong type, unwritable file, a side out of memory.
     """
+    if "part=data" in arguments:
+        from wsss.benchmark.loading import main as time_loading
+
+        return time_loading([argument for argument in arguments if argument != "part=data"])
     config = parse(arguments)
     out = Path(config.out) if config.out else None
     if out and out.is_dir():

@@ -1,25 +1,47 @@
-"""The Lightning data module that every method trains and is evaluated with."""
+"""The Lightning data modules that every method trains and is evaluated with."""
 
-import hashlib
 import inspect
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wsss.data.builtin import minivoc_root
-from wsss.data.samplers import TrainSampler, UnpaddedDistributedSampler
-from wsss.data.voc import (
+from wsss.data.dataset import (
+    Guide,
+    ImageDataset,
+    Sample,
     TrainTransform,
-    VOCDataset,
     check_class_names,
-    find_voc_root,
-    read_split,
+    check_files,
+    hash_names,
+    multi_hot,
+    saliency_guide,
 )
+from wsss.data.images import read_mask
+from wsss.data.samplers import (
+    SizeBuckets,
+    TrainSampler,
+    UnpaddedDistributedSampler,
+    seed_worker,
+)
+from wsss.data.table import FOLDER, Table, holdout, read_table
+from wsss.data.train_masks import (
+    GROUND_TRUTH,
+    IMAGE_LABELS,
+    check_train_masks,
+    supervision_of,
+)
+from wsss.data.voc import LabelSource, VOCDataset, VOCLabels, find_voc_root, voc_samples
 from wsss.errors import WSSSError
 
 
@@ -43,16 +65,30 @@ def make_loader(
     *,
     batch_size: int,
     num_workers: int,
+    worker_seed: tuple[int, int],
     sampler: Sampler[Any] | None = None,
+    batch_sampler: Sampler[list[int]] | None = None,
     drop_last: bool = False,
 ) -> OneLineErrorLoader:
-    """Builds a loader whose workers live through all epochs and whose errors are one line."""
+    """Builds a loader whose workers live through all epochs and whose errors are one line.
+
+    Args:
+        dataset: what to load.
+        batch_size: images a batch.
+        num_workers: processes.
+        worker_seed: seed and rank, for the workers' global generators.
+        sampler: order of the images.
+        batch_sampler: whole batches; takes the place of the sampler and the batch size.
+        drop_last: leave out a last, smaller batch.
+    """
+    batches: dict[str, Any] = {"batch_sampler": batch_sampler}
+    if batch_sampler is None:
+        batches = {"batch_size": batch_size, "sampler": sampler, "drop_last": drop_last}
     return OneLineErrorLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=sampler,
+        **batches,
         num_workers=num_workers,
-        drop_last=drop_last,
+        worker_init_fn=partial(seed_worker, *worker_seed),
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
@@ -63,17 +99,13 @@ def takes_saliency(transform: TrainTransform) -> bool:
     return "saliency" in inspect.signature(transform).parameters
 
 
-def _hash_names(names: Sequence[str]) -> str:
-    return hashlib.sha256("".join(f"{name}\n" for name in names).encode()).hexdigest()
-
-
-class WSSSDataModule(L.LightningDataModule):
-    """A VOC-layout data set: one split to train on, others to evaluate.
+class ImageDataModule(L.LightningDataModule, ABC):
+    """Splits of one data set: one to train on, others to evaluate. A layout is a subclass.
 
     Training batches hold the tensors of `train_transform` plus ``labels`` (B, K) float32, ``name``
-    (list of B) and ``index`` (B,) int64. Evaluation batches are single images at native size:
-    ``image`` (1, 3, H, W) normalised, ``rgb`` (1, H, W, 3) uint8, ``mask`` (1, H, W) int64,
-    ``labels`` (1, K), ``name`` [str], ``index`` (1,).
+    (list of B) and ``index`` (B,) int64. Evaluation batches are images at native size: ``image``
+    (B, 3, H, W) normalised, ``rgb`` (B, H, W, 3) uint8, ``mask`` (B, H, W) int64 (255 all over
+    where there is no mask), ``labels`` (B, K), ``name`` (list of B), ``index`` (B,).
 
     A sample depends only on (seed, epoch, index) and the order only on (seed, epoch): neither on
     the number of workers nor on that of the processes. The position is part of a checkpoint, so a
@@ -81,7 +113,7 @@ class WSSSDataModule(L.LightningDataModule):
 
     Args:
         name: of the data set, for reports.
-        root: see `wsss.data.voc.find_voc_root`; ``builtin`` is MiniVOC inside the package.
+        root: folder of the data.
         class_names: the K foreground classes.
         train_split: list to train on; its masks are never opened by training (unless the image
             labels are taken from them).
@@ -89,53 +121,55 @@ class WSSSDataModule(L.LightningDataModule):
         test_splits: further lists to evaluate.
         train_transform: makes a training sample from a uint8 image.
         global_batch_size: images per optimiser step, over all processes and accumulated batches.
+        label_source: where image-level labels come from; part of every result.
         num_workers: worker processes per loader and process.
         seed: of order and augmentation.
-        mask_folder: folder of the masks.
-        train_mask_folder: that of the training split, if it is another one.
-        label_source: of image-level labels, see `VOCDataset`.
+        eval_batch_size: images of equal size that are evaluated together; 1: singly.
         limit: use only the first so many names of every list.
         saliency_folder: grey PNGs of the training split for methods that use saliency, relative
             to the root or absolute; None: image-level labels are all there is.
         saliency_threshold: grey level above which a pixel is salient.
+        train_masks: masks that training sees, for a second stage: a folder of pseudo labels, or
+            ``ground_truth``; None: image-level labels are all there is.
     """
 
     def __init__(
         self,
         *,
         name: str,
-        root: str | Path,
+        root: Path,
         class_names: Sequence[str],
         train_split: str,
         val_split: str,
-        test_splits: Sequence[str] = (),
+        test_splits: Sequence[str],
         train_transform: TrainTransform,
         global_batch_size: int,
-        num_workers: int = 0,
-        seed: int = 0,
-        mask_folder: str = "SegmentationClass",
-        train_mask_folder: str | None = None,
-        label_source: Literal["xml", "mask"] = "xml",
-        limit: int | None = None,
-        saliency_folder: str | None = None,
-        saliency_threshold: int = 127,
+        label_source: str,
+        num_workers: int,
+        seed: int,
+        eval_batch_size: int,
+        limit: int | None,
+        saliency_folder: str | None,
+        saliency_threshold: int,
+        train_masks: str | None,
     ) -> None:
         super().__init__()
         if limit is not None and limit < 1:
             raise WSSSError(f"data.limit is {limit}; expected at least 1, or null for all images")
+        if eval_batch_size < 1:
+            raise WSSSError(f"data.eval_batch_size is {eval_batch_size}; expected at least 1")
         self.name = name
-        self.root = minivoc_root() if str(root) == "builtin" else Path(root)
+        self.root = root
         self.class_names = check_class_names(class_names)
         self.train_split = train_split
         self.val_split = val_split
         self.test_splits = tuple(test_splits)
         self.train_transform = train_transform
         self.global_batch_size = global_batch_size
+        self.label_source = label_source
         self.num_workers = num_workers
         self.seed = seed
-        self.mask_folder = mask_folder
-        self.train_mask_folder = train_mask_folder or mask_folder
-        self.label_source = label_source
+        self.eval_batch_size = eval_batch_size
         self.limit = limit
         if not 0 <= saliency_threshold < 255:
             raise WSSSError(f"data.saliency_threshold={saliency_threshold}: expected 0 to 254")
@@ -145,9 +179,25 @@ class WSSSDataModule(L.LightningDataModule):
                 "no saliency maps; use a method that does (getam), or leave it null"
             )
         self.saliency_folder, self.saliency_threshold = saliency_folder, saliency_threshold
-        self._eval_datasets: dict[str, VOCDataset] = {}
-        self._train_dataset: VOCDataset | None = None
+        self.train_masks = train_masks
+        self._eval_datasets: dict[str, ImageDataset] = {}
+        self._train_dataset: ImageDataset | None = None
+        self._sizes: dict[str, list[tuple[int, int]]] = {}
         self._resume: dict[str, Any] = {}
+
+    @abstractmethod
+    def samples(self, split: str) -> list[Sample]:
+        """Returns the files of a split, limited; only the list is read."""
+
+    @abstractmethod
+    def label_reader(self) -> Callable[[Sample], NDArray[np.float32]]:
+        """Returns what gives the labels (K,) of a sample, or raises WSSSError."""
+
+    @abstractmethod
+    def _dataset(
+        self, split: str, *, transform: TrainTransform | None, with_mask: bool
+    ) -> ImageDataset:
+        """Returns a split whose files have been looked for and whose labels are read."""
 
     @property
     def num_classes(self) -> int:
@@ -157,13 +207,34 @@ class WSSSDataModule(L.LightningDataModule):
     @property
     def supervision(self) -> str:
         """League of the training signal; runs of different leagues are not to be compared."""
-        if not self.saliency_folder:
-            return "image labels"
-        return f"image labels and saliency maps (above {self.saliency_threshold})"
+        if self.train_masks is None and self.saliency_folder:
+            return f"{IMAGE_LABELS} and saliency maps (above {self.saliency_threshold})"
+        return supervision_of(self.train_masks)
 
     def list_hash(self, split: str) -> str:
         """Returns the sha256 of the split's names in use, one a line, in their order."""
-        return _hash_names(read_split(find_voc_root(self.root), split)[: self.limit])
+        return hash_names([sample.name for sample in self.samples(split)])
+
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Returns, for every split in use, what says that two runs had the same data.
+
+        Number of images and sha256 of list, labels and masks' ids; masks of the training split
+        are not opened, so theirs is None.
+        """
+        splits = dict.fromkeys([self.train_split, self.val_split, *self.test_splits])
+        datasets = {
+            split: self.eval_dataset(split) for split in splits if split != self.train_split
+        }
+        datasets = {self.train_split: self._make_train_dataset(), **datasets}
+        return {
+            split: {
+                "images": len(dataset),
+                "list_sha256": hash_names(dataset.names),
+                "labels_sha256": dataset.label_sha256(),
+                "masks_sha256": dataset.mask_sha256(),
+            }
+            for split, dataset in datasets.items()
+        }
 
     def setup(self, stage: str) -> None:
         """Builds the data sets of a stage, so that bad data is named before anything else runs."""
@@ -189,39 +260,52 @@ class WSSSDataModule(L.LightningDataModule):
         for split in (self.val_split, *self.test_splits):
             self.eval_dataset(split).check_contents()
 
-    def _dataset(
-        self, split: str, *, transform: TrainTransform | None, with_mask: bool
-    ) -> VOCDataset:
-        is_train = split == self.train_split
-        return VOCDataset(
-            root=self.root,
-            split=split,
-            class_names=self.class_names,
-            transform=transform,
-            with_mask=with_mask,
-            mask_folder=self.train_mask_folder if is_train else self.mask_folder,
-            label_source=self.label_source,
-            limit=self.limit,
-            seed=self.seed,
-            saliency_folder=self.saliency_folder if transform is not None else None,
-            saliency_threshold=self.saliency_threshold,
-        )
-
-    def _make_train_dataset(self) -> VOCDataset:
+    def _make_train_dataset(self) -> ImageDataset:
         if self._train_dataset is None:
-            self._train_dataset = self._dataset(
+            check_train_masks(self.train_masks, self.train_transform)
+            dataset = self._dataset(
                 self.train_split, transform=self.train_transform, with_mask=False
             )
-            if len(self._train_dataset) < self.global_batch_size:
+            guide = self._guide(self.samples(self.train_split))
+            if guide is not None:
+                dataset.guided_by(guide)
+            if len(dataset) < self.global_batch_size:
                 raise WSSSError(
-                    f"split {self.train_split!r} of {self.root} has {len(self._train_dataset)} "
-                    f"images, fewer than global_batch_size={self.global_batch_size}; lower it or "
-                    "raise data.limit"
+                    f"split {self.train_split!r} of {self.root} has {len(dataset)} images, fewer "
+                    f"than global_batch_size={self.global_batch_size}; lower it or raise data.limit"
                 )
+            self._train_dataset = dataset
         return self._train_dataset
 
-    def eval_dataset(self, split: str) -> VOCDataset:
-        """Returns the split at native size with its masks, checked once and kept."""
+    def _guide(self, samples: Sequence[Sample]) -> Guide | None:
+        """What training sees beside images and their labels, if anything; it is then declared."""
+        if self.train_masks is None:
+            if not self.saliency_folder:
+                return None
+            folder = self.data_root() / self.saliency_folder
+            return saliency_guide(samples, folder, self.saliency_threshold)
+        paths = {sample.name: sample.mask for sample in samples if sample.mask}
+        if self.train_masks != GROUND_TRUTH:
+            folder = Path(self.train_masks)
+            paths = {sample.name: folder / f"{sample.name}.png" for sample in samples}
+        without = [sample.name for sample in samples if sample.name not in paths]
+        if without:
+            raise WSSSError(
+                f"data.train_masks={GROUND_TRUTH}: {without[0]!r} ({len(without)} of "
+                f"{len(samples)} images) has no mask; add it or train on image labels"
+            )
+        return Guide("mask", paths, partial(read_mask, num_classes=self.num_classes))
+
+    def unmasked_dataset(self, split: str) -> ImageDataset:
+        """Returns a split at native size whose masks are never opened: for pseudo labels."""
+        return self._dataset(split, transform=None, with_mask=False)
+
+    def data_root(self) -> Path:
+        """Returns the folder to which paths of the data are relative."""
+        return self.root
+
+    def eval_dataset(self, split: str) -> ImageDataset:
+        """Returns the split at native size with its masks (where it has any), checked and kept."""
         if split not in self._eval_datasets:
             self._eval_datasets[split] = self._dataset(split, transform=None, with_mask=True)
         return self._eval_datasets[split]
@@ -267,14 +351,26 @@ class WSSSDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             sampler=sampler,
             drop_last=True,
+            worker_seed=(self.seed, rank),
         )
 
     def eval_dataloader(self, split: str) -> OneLineErrorLoader:
-        """Returns this process's share of a split, one image at native size a batch."""
+        """Returns this process's share of a split at native size, singly or in batches by size."""
         dataset = self.eval_dataset(split)
         processes, rank = self._processes()
         sampler = UnpaddedDistributedSampler(length=len(dataset), num_replicas=processes, rank=rank)
-        return make_loader(dataset, batch_size=1, num_workers=self.num_workers, sampler=sampler)
+        buckets = None
+        if self.eval_batch_size > 1:
+            sizes = self._sizes.setdefault(split, dataset.sizes())
+            buckets = SizeBuckets(sampler, sizes=sizes, batch_size=self.eval_batch_size)
+        return make_loader(
+            dataset,
+            batch_size=1,
+            num_workers=self.num_workers,
+            sampler=sampler,
+            batch_sampler=buckets,
+            worker_seed=(self.seed, rank),
+        )
 
     def val_dataloader(self) -> OneLineErrorLoader:
         """Returns the validation split."""
@@ -287,7 +383,7 @@ class WSSSDataModule(L.LightningDataModule):
     def _order_identity(self) -> dict[str, Any]:
         """What must be unchanged for a position in the epoch to mean the same images."""
         return {
-            "training list (sha256)": _hash_names(self._make_train_dataset().names),
+            "training list (sha256)": hash_names(self._make_train_dataset().names),
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,
@@ -323,3 +419,238 @@ class WSSSDataModule(L.LightningDataModule):
         # Lightning looks for the position in the loader and would warn that there is none
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended")
         return self._resume["epoch"], self._resume["batches"] * per_device
+
+
+class WSSSDataModule(ImageDataModule):
+    """A data set in the VOC layout (see `ImageDataModule` for batches and other arguments).
+
+    Args:
+        name: of the data set.
+        root: see `wsss.data.voc.find_voc_root`; ``builtin`` is MiniVOC inside the package.
+        class_names: the K foreground classes.
+        train_split: see `wsss.data.voc.read_split`, as the other two.
+        val_split: list for validation.
+        test_splits: further lists to evaluate.
+        train_transform: makes a training sample.
+        global_batch_size: images per optimiser step.
+        num_workers: worker processes.
+        seed: of order and augmentation.
+        mask_folder: folder of the masks.
+        train_mask_folder: that of the training split, if it is another one.
+        label_source: of image-level labels, see `VOCDataset`.
+        eval_batch_size: images of equal size that are evaluated together.
+        limit: use only the first so many names of every list.
+        saliency_folder: see `ImageDataModule`, as the next two.
+        saliency_threshold: what counts as salient.
+        train_masks: masks that training sees.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        root: str | Path,
+        class_names: Sequence[str],
+        train_split: str,
+        val_split: str,
+        test_splits: Sequence[str] = (),
+        train_transform: TrainTransform,
+        global_batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        mask_folder: str = "SegmentationClass",
+        train_mask_folder: str | None = None,
+        label_source: LabelSource = "xml",
+        eval_batch_size: int = 1,
+        limit: int | None = None,
+        saliency_folder: str | None = None,
+        saliency_threshold: int = 127,
+        train_masks: str | None = None,
+    ) -> None:
+        super().__init__(
+            name=name,
+            root=minivoc_root() if str(root) == "builtin" else Path(root),
+            class_names=class_names,
+            train_split=train_split,
+            val_split=val_split,
+            test_splits=test_splits,
+            train_transform=train_transform,
+            global_batch_size=global_batch_size,
+            label_source=label_source,
+            num_workers=num_workers,
+            seed=seed,
+            eval_batch_size=eval_batch_size,
+            limit=limit,
+            saliency_folder=saliency_folder,
+            saliency_threshold=saliency_threshold,
+            train_masks=train_masks,
+        )
+        self.mask_folder = mask_folder
+        self.train_mask_folder = train_mask_folder or mask_folder
+
+    def data_root(self) -> Path:
+        """Returns the folder that holds ``JPEGImages``."""
+        return find_voc_root(self.root)
+
+    def _mask_folder(self, split: str) -> str:
+        return self.train_mask_folder if split == self.train_split else self.mask_folder
+
+    def samples(self, split: str) -> list[Sample]:
+        """Returns the files that a list names."""
+        root = find_voc_root(self.root)
+        return voc_samples(root, split, self._mask_folder(split))[: self.limit]
+
+    def label_reader(self) -> VOCLabels:
+        """Returns labels from the prepared table, else from annotations or masks."""
+        root = find_voc_root(self.root)
+        return VOCLabels(root, self.class_names, self.label_source)  # type: ignore[arg-type]
+
+    def _dataset(
+        self, split: str, *, transform: TrainTransform | None, with_mask: bool
+    ) -> VOCDataset:
+        return VOCDataset(
+            root=self.root,
+            split=split,
+            class_names=self.class_names,
+            transform=transform,
+            with_mask=with_mask,
+            mask_folder=self._mask_folder(split),
+            label_source=self.label_source,  # type: ignore[arg-type]
+            limit=self.limit,
+            seed=self.seed,
+        )
+
+
+class TableDataModule(ImageDataModule):
+    """Images listed in a CSV (`wsss.data.table`): one's own, COCO, exports of annotation tools.
+
+    Args:
+        name: of the data set.
+        root: folder to which the table's paths are relative.
+        csv: the table, relative to the root or absolute.
+        class_names: the K foreground classes; null takes them from the table (a run then stores
+            them in its configuration).
+        train_split: value of the column ``split``, as the other two.
+        val_split: list for validation.
+        test_splits: further lists to evaluate.
+        train_transform: makes a training sample.
+        global_batch_size: images per optimiser step.
+        num_workers: worker processes.
+        seed: of order and augmentation.
+        holdout: share of the images to validate on where the table has no column ``split``.
+        label_source: what the labels were made from, for the record.
+        eval_batch_size: images of equal size that are evaluated together.
+        limit: use only the first so many names of every list.
+        saliency_folder: see `ImageDataModule`, as the next two.
+        saliency_threshold: what counts as salient.
+        train_masks: masks that training sees.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        root: str | Path,
+        csv: str,
+        class_names: Sequence[str] | None = None,
+        train_split: str = "train",
+        val_split: str = "val",
+        test_splits: Sequence[str] = (),
+        train_transform: TrainTransform,
+        global_batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        holdout: float = 0.2,
+        label_source: str = "csv",
+        eval_batch_size: int = 1,
+        limit: int | None = None,
+        saliency_folder: str | None = None,
+        saliency_threshold: int = 127,
+        train_masks: str | None = None,
+    ) -> None:
+        folder = Path(os.path.normpath(Path(root).expanduser()))
+        self.csv = folder / csv
+        self.holdout = holdout
+        self._table: Table | None = None
+        if class_names is None:
+            self._table = read_table(self.csv, folder)
+            class_names = self._table.class_names
+        super().__init__(
+            name=name,
+            root=folder,
+            class_names=class_names,
+            train_split=train_split,
+            val_split=val_split,
+            test_splits=test_splits,
+            train_transform=train_transform,
+            global_batch_size=global_batch_size,
+            label_source=label_source,
+            num_workers=num_workers,
+            seed=seed,
+            eval_batch_size=eval_batch_size,
+            limit=limit,
+            saliency_folder=saliency_folder,
+            saliency_threshold=saliency_threshold,
+            train_masks=train_masks,
+        )
+
+    @property
+    def table(self) -> Table:
+        """The rows, read once.
+
+        Raises:
+            WSSSError: no such folder or file, or a bad row.
+        """
+        if self._table is None:
+            if not self.root.is_dir():
+                raise WSSSError(f"data folder {self.root} is missing; set data.root to it")
+            if not self.csv.is_file() and self.csv.parent.name == FOLDER:
+                raise WSSSError(
+                    f"{self.csv} is missing; `wsss data prepare coco root={self.root}` makes it "
+                    "(voc for an export in VOC style)"
+                )
+            self._table = read_table(self.csv, self.root, self.class_names)
+        return self._table
+
+    def samples(self, split: str) -> list[Sample]:
+        """Returns the rows of a split, or the holdout and the rest where there is no column."""
+        rows = self.table.rows
+        if any(row.split is not None for row in rows):
+            chosen = [row.sample for row in rows if row.split == split]
+            have = ", ".join(sorted({str(row.split) for row in rows}))
+        else:
+            have = f"{self.train_split}, {self.val_split} (a holdout)"
+            held = holdout(rows, self.holdout)
+            chosen = [
+                row.sample
+                for row in rows
+                if split == (self.val_split if row.sample.name in held else self.train_split)
+            ]
+        if not chosen:
+            raise WSSSError(
+                f"{self.csv} has no row of split {split!r} (it has {have}); name another split or "
+                "correct the column"
+            )
+        return chosen[: self.limit]
+
+    def label_reader(self) -> Callable[[Sample], NDArray[np.float32]]:
+        """Returns the labels as the table has them."""
+        labels = {row.sample.name: row.labels for row in self.table.rows}
+        return lambda sample: multi_hot(labels[sample.name], self.class_names)
+
+    def _dataset(
+        self, split: str, *, transform: TrainTransform | None, with_mask: bool
+    ) -> ImageDataset:
+        samples = self.samples(split)
+        check_files("image", [sample.image for sample in samples], self.csv)
+        if with_mask:
+            check_files("mask", [sample.mask for sample in samples if sample.mask], self.csv)
+        labels_of = self.label_reader()
+        return ImageDataset(
+            samples=samples,
+            labels=np.stack([labels_of(sample) for sample in samples]),
+            class_names=self.class_names,
+            transform=transform,
+            with_mask=with_mask,
+            seed=self.seed,
+        )

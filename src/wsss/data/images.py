@@ -5,8 +5,10 @@ order, so turning an image and not its mask would shift every label. A phone pho
 its tag is read lying on its side; rotate the file itself first.
 """
 
+import io
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -56,7 +58,8 @@ def image_size(path: Path) -> tuple[int, int]:
             kind = image.format
         if kind == "JPEG":
             with path.open("rb") as stream:
-                stream.seek(max(0, path.stat().st_size - JPEG_TAIL))
+                pixels = _start_of_scan(stream)
+                stream.seek(max(pixels, path.stat().st_size - JPEG_TAIL))
                 if b"\xff\xd9" not in stream.read():  # cannot occur inside the coded pixels
                     raise OSError("image file is truncated")
     except FileNotFoundError:
@@ -67,6 +70,24 @@ def image_size(path: Path) -> tuple[int, int]:
             "again"
         ) from error
     return height, width
+
+
+def _start_of_scan(stream: BinaryIO) -> int:
+    """Returns where a JPEG's coded pixels begin.
+
+    What lies before may hold a thumbnail, a whole JPEG with an end marker of its own.
+    """
+    stream.seek(2)
+    while True:
+        marker = stream.read(2)
+        while marker[1:] == b"\xff":  # fill bytes
+            marker = marker[1:] + stream.read(1)
+        length = stream.read(2)
+        if len(marker) < 2 or len(length) < 2 or marker[:1] != b"\xff":
+            raise OSError("image file is truncated")
+        if marker == b"\xff\xda":
+            return stream.tell() - 2 + int.from_bytes(length)
+        stream.seek(int.from_bytes(length) - 2, 1)
 
 
 def _sixteen_bit_to_eight(path: Path, image: Image.Image) -> NDArray[np.uint8]:
@@ -215,6 +236,26 @@ def voc_palette(n: int = 256) -> list[int]:
             rest >>= 3
         palette += colour
     return palette
+
+
+def mask_png(ids: NDArray[np.uint8]) -> bytes:
+    """Returns class ids (H, W) as an index PNG with the VOC palette."""
+    image = Image.fromarray(ids, mode="P")
+    image.putpalette(voc_palette())
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    return content.getvalue()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that appears whole or not at all; its folder is created.
+
+    The temporary file's name is fixed, so that what a killed process left is overwritten.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 class ImageFolderDataset(Dataset[dict[str, Any]]):

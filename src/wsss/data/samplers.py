@@ -1,13 +1,16 @@
-"""Which image comes when: a resumable training order and an evaluation order without padding.
+"""Which image comes when: a resumable training order, an evaluation order without padding.
 
-Both are `DistributedSampler`s, which Lightning leaves alone: it would otherwise wrap the loader in
-one of its own, that pads the last batch (an image counted twice) and has another seed.
+The first two are `DistributedSampler`s, which Lightning leaves alone: it would otherwise wrap the
+loader in one of its own, that pads the last batch (an image counted twice) and has another seed.
 """
 
-from collections.abc import Iterator
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from torch.utils.data import DistributedSampler
+import torch
+from torch.utils.data import DistributedSampler, Sampler
 
 
 class TrainSampler(DistributedSampler[tuple[int, int]]):
@@ -68,3 +71,50 @@ class UnpaddedDistributedSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.rank, self.total_size, self.num_replicas))
+
+
+class SizeBuckets(Sampler[list[int]]):
+    """Batches of equally large images, so that full-size evaluation needs no padding.
+
+    Padding would change what a network sees at the border, and so the numbers. A batch is given
+    as soon as its bucket is full, the rest at the end, hence every image exactly once.
+
+    Args:
+        sampler: gives the indices of this process.
+        sizes: (height, width) of every image.
+        batch_size: largest batch.
+    """
+
+    def __init__(
+        self,
+        sampler: UnpaddedDistributedSampler,
+        *,
+        sizes: Sequence[tuple[int, int]],
+        batch_size: int,
+    ) -> None:
+        buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self.batches: list[list[int]] = []
+        for index in sampler:
+            bucket = buckets[sizes[index]]
+            bucket.append(index)
+            if len(bucket) == batch_size:
+                self.batches.append(buckets.pop(sizes[index]))
+        self.batches += list(buckets.values())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def seed_worker(seed: int, rank: int, worker: int) -> None:
+    """Seeds the global generators of a loader's worker from (seed, rank, worker).
+
+    Samples draw from generators of their own and do not need it. It is for what a transform or a
+    library might draw elsewhere: never the same stream twice, and the same one in every run.
+    """
+    state = np.random.SeedSequence(seed, spawn_key=(rank, worker)).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]))  # noqa: NPY002  the legacy generator is what is to be seeded
+    torch.manual_seed(int(state[2]))

@@ -4,26 +4,25 @@
 as that folder, as its parent ``VOCdevkit``, or as the parent of that.
 """
 
-import os
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from wsss.data.images import (
-    IGNORE_INDEX,
-    image_size,
-    normalise,
-    read_mask,
-    read_rgb,
-    read_saliency,
+from wsss.data.dataset import (
+    ImageDataset,
+    Sample,
+    TrainTransform,
+    check_class_names,
+    check_files,
+    multi_hot,
+    saliency_guide,
 )
+from wsss.data.images import read_mask
+from wsss.data.table import read_table
 from wsss.errors import WSSSError
 
 VOC_CLASSES = (
@@ -32,18 +31,19 @@ VOC_CLASSES = (
     "train", "tvmonitor",
 )  # fmt: skip
 
-# (image, generator), or with a saliency folder (image, generator, saliency map)
-TrainTransform = Callable[..., dict[str, Tensor]]
+LabelSource = Literal["xml", "mask"]
 
 
 def find_voc_root(root: Path) -> Path:
-    """Returns the folder with ``JPEGImages``, given it, ``VOCdevkit`` or VOCdevkit's parent.
+    """Returns the folder with ``JPEGImages``, given it, ``VOCdevkit`` or a folder that holds that.
 
     Raises:
-        WSSSError: none of the three holds ``JPEGImages``.
+        WSSSError: none of these places holds ``JPEGImages``.
     """
     root = root.expanduser()
-    for candidate in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+    unpacked = Path("VOCtrainval_11-May-2012") / "VOCdevkit" / "VOC2012"
+    for below in (Path(), Path("VOC2012"), Path("VOCdevkit/VOC2012"), unpacked):
+        candidate = root / below
         if (candidate / "JPEGImages").is_dir():
             return candidate
     found = "holds no JPEGImages" if root.is_dir() else "is missing"
@@ -53,7 +53,8 @@ def find_voc_root(root: Path) -> Path:
     )
 
 
-def _list_path(root: Path, split: str) -> Path:
+def list_path(root: Path, split: str) -> Path:
+    """The file behind a split."""
     if split.endswith(".txt"):
         return Path(split).expanduser()
     return root / "ImageSets" / "Segmentation" / f"{split}.txt"
@@ -70,14 +71,16 @@ def read_split(root: Path, split: str) -> list[str]:
         WSSSError: the list is missing, empty, not text, names an image twice, or a line is not
             one bare name.
     """
-    path = _list_path(root, split)
+    path = list_path(root, split)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         have = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "no list at all"
+        mend = "put it there, name another split or give the path of a .txt file"
+        if split == "train_aug":
+            mend = "`wsss data prepare voc` makes it"
         raise WSSSError(
-            f"list {path} of split {split!r} is missing (its folder has {have}); put it there, "
-            "name another split or give the path of a .txt file"
+            f"list {path} of split {split!r} is missing (its folder has {have}); {mend}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise WSSSError(f"list {path} cannot be read as text ({error}); expected names") from error
@@ -138,24 +141,107 @@ def labels_from_mask(mask: NDArray[np.uint8], num_classes: int) -> NDArray[np.fl
     return (counts[1 : num_classes + 1] > 0).astype(np.float32)
 
 
-class VOCDataset(Dataset[dict[str, Any]]):
-    """A split of a VOC-layout data set.
+def labels_file(root: Path, source: LabelSource) -> Path:
+    """Where `wsss data prepare voc` keeps the labels of all images, as a table."""
+    return root / f"labels_{source}.csv"
+
+
+def voc_samples(root: Path, split: str, mask_folder: str) -> list[Sample]:
+    """Returns the files that a list stands for; nothing but the list is read.
+
+    Args:
+        root: folder as returned by `find_voc_root`.
+        split: see `read_split`.
+        mask_folder: folder of index PNGs, relative to the root or absolute.
+    """
+    return [
+        Sample(name, root / "JPEGImages" / f"{name}.jpg", root / mask_folder / f"{name}.png")
+        for name in read_split(root, split)
+    ]
+
+
+def _label_origin(sample: Sample, root: Path, source: LabelSource) -> Path:
+    if source == "xml":
+        return root / "Annotations" / f"{sample.name}.xml"
+    assert sample.mask is not None
+    return sample.mask
+
+
+def derive_labels(
+    sample: Sample, root: Path, class_names: Sequence[str], source: LabelSource
+) -> NDArray[np.float32]:
+    """Returns the labels (K,) of an image from its annotation or its mask.
+
+    Raises:
+        WSSSError: the file cannot be read, names an unknown class, or none at all.
+    """
+    path = _label_origin(sample, root, source)
+    if source == "xml":
+        labels = labels_from_xml(path, class_names)
+    else:
+        labels = labels_from_mask(read_mask(path, num_classes=len(class_names)), len(class_names))
+    if not labels.any():
+        raise WSSSError(
+            f"{path} gives image {sample.name!r} no label; expected an object of one of the "
+            f"{len(class_names)} classes, correct it or remove the image from the list"
+        )
+    return labels
+
+
+class VOCLabels:
+    """Image-level labels of a VOC tree, image by image.
+
+    They come from the table that `wsss data prepare voc` made where it is there (10,582 small
+    files are slow to open), else from the annotations or masks themselves.
+
+    Args:
+        root: folder as returned by `find_voc_root`.
+        class_names: the K foreground classes.
+        source: ``xml`` or ``mask``.
+    """
+
+    def __init__(self, root: Path, class_names: Sequence[str], source: LabelSource) -> None:
+        self.root, self.class_names, self.source = root, class_names, source
+        self.path = labels_file(root, source)
+        self.prepared: dict[str, tuple[str, ...]] | None = None
+        if self.path.is_file():
+            table = read_table(self.path, root, class_names)
+            self.prepared = {row.sample.image.stem: row.labels for row in table.rows}
+
+    def files(self, samples: Sequence[Sample]) -> list[Path]:
+        """Returns the files from which labels will be read, the table aside."""
+        if self.prepared is not None:
+            return []
+        return [_label_origin(sample, self.root, self.source) for sample in samples]
+
+    def __call__(self, sample: Sample) -> NDArray[np.float32]:
+        """Returns the labels (K,) of an image.
+
+        Raises:
+            WSSSError: nothing to read them from, an unknown class, or no label at all.
+        """
+        if self.prepared is None:
+            return derive_labels(sample, self.root, self.class_names, self.source)
+        if sample.name not in self.prepared:
+            raise WSSSError(
+                f"{self.path} has no row of {sample.name!r}; run `wsss data prepare voc` again, or "
+                "remove the file"
+            )
+        return multi_hot(self.prepared[sample.name], self.class_names)
+
+
+class VOCDataset(ImageDataset):
+    """A split of a VOC-layout data set (see `ImageDataset` for its items).
 
     What can be checked without decoding an image is checked here, before any training: folders,
     list, one file per entry, labels. Errors of decoding name their file when it is read.
-
-    Without `transform`, an item holds ``image`` (3, H, W) normalised at native size, ``rgb``
-    (H, W, 3) uint8, ``labels`` (K,) float32, ``name``, ``index``, and with `with_mask` also
-    ``mask`` (H, W) int64. With `transform`, its tensors take the place of the first two.
 
     Args:
         root: see `find_voc_root`.
         split: see `read_split`.
         class_names: the K foreground classes in the order of the mask ids 1..K.
-        transform: called with the uint8 image and a generator that depends only on
-            (seed, epoch, index), so that a sample is the same for any number of workers.
-        with_mask: also read the mask. When False (and labels come from XML) no mask is ever
-            opened: training on image-level labels cannot see one.
+        transform: see `ImageDataset`.
+        with_mask: also read the masks; when False (and labels come from XML) none is ever opened.
         mask_folder: folder of index PNGs, relative to the root or absolute.
         label_source: ``xml`` (all objects of ``Annotations``) or ``mask`` (the classes in the
             masks of `mask_folder`, all of which are then read once, here).
@@ -178,132 +264,32 @@ class VOCDataset(Dataset[dict[str, Any]]):
         transform: TrainTransform | None = None,
         with_mask: bool = False,
         mask_folder: str = "SegmentationClass",
-        label_source: Literal["xml", "mask"] = "xml",
+        label_source: LabelSource = "xml",
         limit: int | None = None,
         seed: int = 0,
         saliency_folder: str | None = None,
         saliency_threshold: int = 127,
     ) -> None:
-        if with_mask and transform is not None:
-            raise ValueError("with_mask reads masks at native size, a transform would not fit them")
-        self.root = find_voc_root(root)
-        self.split = split
-        self.class_names = check_class_names(class_names)
-        self.names = read_split(self.root, split)[:limit]
-        self.transform = transform
-        self.with_mask = with_mask
-        self.mask_folder = self.root / mask_folder
-        self.seed = seed
-        self.saliency_folder = self.root / saliency_folder if saliency_folder else None
-        self.saliency_threshold = saliency_threshold
-        self._check_files("image", self.root / "JPEGImages", ".jpg")
-        if with_mask or label_source == "mask":
-            self._check_files("mask", self.mask_folder, ".png")
-        if self.saliency_folder:
-            self._check_files("saliency map", self.saliency_folder, ".png")
-        if label_source == "xml":
-            self._check_files("annotation", self.root / "Annotations", ".xml")
-        elif label_source != "mask":
+        root = find_voc_root(root)
+        class_names = check_class_names(class_names)
+        samples = voc_samples(root, split, mask_folder)[:limit]
+        listed_in = list_path(root, split)
+        check_files("image", [sample.image for sample in samples], listed_in)
+        if with_mask:
+            check_files("mask", [sample.mask for sample in samples if sample.mask], listed_in)
+        if label_source not in ("xml", "mask"):
             raise WSSSError(f"label_source is {label_source!r}; expected 'xml' or 'mask'")
-        self.labels = self._read_labels(label_source)
-
-    @property
-    def num_classes(self) -> int:
-        """K, the number of foreground classes."""
-        return len(self.class_names)
-
-    def _check_files(self, kind: str, folder: Path, suffix: str) -> None:
-        """Compares the list with one listing of the folder (a stat per file is slow on NFS)."""
-        list_path = _list_path(self.root, self.split)
-        try:
-            present = set(os.listdir(folder))
-        except OSError as error:
-            raise WSSSError(
-                f"{kind} folder {folder} cannot be read ({error.strerror}); expected one {suffix} "
-                f"file for each name in {list_path}"
-            ) from None
-        missing = [name for name in self.names if name + suffix not in present]
-        if missing:
-            raise WSSSError(
-                f"{kind} {folder / (missing[0] + suffix)} is missing ({len(missing)} of "
-                f"{len(self.names)} entries of {list_path} have none); add it or remove the entry"
-            )
-
-    def _read_labels(self, source: str) -> NDArray[np.float32]:
-        labels = np.empty((len(self.names), self.num_classes), np.float32)
-        for index, name in enumerate(self.names):
-            if source == "xml":
-                path = self.root / "Annotations" / f"{name}.xml"
-                labels[index] = labels_from_xml(path, self.class_names)
-            else:
-                path = self.mask_folder / f"{name}.png"
-                mask = read_mask(path, num_classes=self.num_classes)
-                labels[index] = labels_from_mask(mask, self.num_classes)
-            if not labels[index].any():
-                raise WSSSError(
-                    f"{path} gives image {name!r} no label; expected an object of one of the "
-                    f"{self.num_classes} classes, correct it or remove the image from "
-                    f"{_list_path(self.root, self.split)}"
-                )
-        return labels
-
-    def check_contents(self) -> None:
-        """Looks into every file before training starts: headers of images, all of each mask.
-
-        Raises:
-            WSSSError: names the first file that cannot be used.
-        """
-        for name in self.names:
-            size = image_size(self.root / "JPEGImages" / f"{name}.jpg")
-            if self.with_mask:
-                path = self.mask_folder / f"{name}.png"
-                read_mask(path, num_classes=self.num_classes, size=size)
-            if self.saliency_folder:
-                self._saliency(name, size)
-
-    def _saliency(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
-        assert self.saliency_folder is not None
-        path = self.saliency_folder / f"{name}.png"
-        return read_saliency(path, threshold=self.saliency_threshold, size=size)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
-        """Reads one sample; `item` is an index, or (epoch, index) as the samplers give it."""
-        epoch, index = item if isinstance(item, tuple) else (0, item)
-        name = self.names[index]
-        rgb = read_rgb(self.root / "JPEGImages" / f"{name}.jpg")
-        sample: dict[str, Any]
-        if self.transform is not None:
-            stream = np.random.SeedSequence(self.seed, spawn_key=(epoch, index))
-            given = [rgb, np.random.default_rng(stream)]
-            if self.saliency_folder:
-                given.append(self._saliency(name, rgb.shape[:2]))
-            sample = dict(self.transform(*given))
-        else:
-            sample = {"image": normalise(rgb), "rgb": rgb}
-        if self.with_mask:
-            height, width = rgb.shape[:2]
-            mask = read_mask(
-                self.mask_folder / f"{name}.png",
-                num_classes=self.num_classes,
-                size=(height, width),
-            )
-            sample["mask"] = torch.from_numpy(mask.astype(np.int64))
-        sample["labels"] = torch.from_numpy(self.labels[index])
-        return sample | {"name": name, "index": index}
-
-
-def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names as a tuple, or raises WSSSError if they cannot number a mask's ids."""
-    names = tuple(class_names)
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise WSSSError(f"class_names holds {doubled[0]!r} twice; expected each class once")
-    if not 0 < len(names) < IGNORE_INDEX:
-        raise WSSSError(
-            f"class_names holds {len(names)} classes; expected 1 to {IGNORE_INDEX - 1} "
-            "(ids of an 8-bit mask)"
+        labels_of = VOCLabels(root, class_names, label_source)
+        kind = "annotation" if label_source == "xml" else "mask"
+        check_files(kind, labels_of.files(samples), listed_in)
+        super().__init__(
+            samples=samples,
+            labels=np.stack([labels_of(sample) for sample in samples]),
+            class_names=class_names,
+            transform=transform,
+            with_mask=with_mask,
+            seed=seed,
         )
-    return names
+        if saliency_folder:
+            folder = root / saliency_folder
+            self.guided_by(saliency_guide(self.samples, folder, saliency_threshold))

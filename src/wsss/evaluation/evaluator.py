@@ -32,6 +32,7 @@ from torchmetrics import Metric
 from wsss.costs import Stopwatch, device_name
 from wsss.errors import WSSSError
 from wsss.evaluation.confusion import (
+    IGNORE_INDEX,
     ThresholdConfusion,
     check_target,
     coverage,
@@ -57,6 +58,7 @@ from wsss.refine.dense_crf import CRFPool
 from wsss.refine.mean_field import MeanFieldPool
 
 NO_SEGMENTATION = "no segmentation head: segmentation is not scored"
+NO_MASKS = "no masks: only image-level scores"
 Batch = dict[str, Any]
 
 #: kind of label map -> key of its mIoU; abstentions of pseudo labels count as background there
@@ -233,6 +235,8 @@ class Tally(nn.Module):
         with self.watch("segmentation"):
             prediction = predict(module, images, size, self.protocol)
         self.image_level.update(prediction.class_logits, labels)
+        if bool((target == IGNORE_INDEX).all()):  # images without masks: nothing more to compare
+            return
         guessed = predicted_labels(prediction.class_logits).to(labels)
         with self.watch("counting"):
             truth = Truth.of(batch, self.num_classes)
@@ -340,8 +344,10 @@ class Tally(nn.Module):
             "image_f1_images": image.f1_images if scored else None,
         }
         columns["image_ap"] = [math.nan, *image.average_precision]
-        result["notes"] = [] if result["seg_miou"] is not None else [NO_SEGMENTATION]
-        return result
+        # NaN where no image has a label to compare with
+        result = {key: None if _is_nan(value) else value for key, value in result.items()}
+        notes = [] if result["seg_miou"] is not None else [NO_SEGMENTATION]
+        return result | {"notes": notes if result["maps"] else [NO_MASKS]}
 
     def _seeds(self, result: dict[str, Any]) -> None:
         thresholds = self.protocol.curve_thresholds
@@ -397,6 +403,10 @@ class Tally(nn.Module):
             result["pseudo_label_coverage"] = coverage(totals.counts)
             result["per_class"]["pseudo_label_iou_excluded"] = excluded.iou.tolist()
             result["confusion"]["pseudo_label_abstained"] = totals.counts.abstained.tolist()
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _mean(values: Tensor) -> float:

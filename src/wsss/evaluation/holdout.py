@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from wsss.data.datamodule import WSSSDataModule
+from wsss.data.datamodule import ImageDataModule
 from wsss.evaluation.confusion import ThresholdConfusion, scores
 from wsss.evaluation.inference import evaluating, localise, predict, predicted_labels
 from wsss.evaluation.protocol import Protocol
@@ -66,7 +66,7 @@ class Holdout(Dataset[dict[str, Any]]):
         WSSSError: If the list or the masks of its images are missing.
     """
 
-    def __init__(self, data: WSSSDataModule, protocol: Protocol) -> None:
+    def __init__(self, data: ImageDataModule, protocol: Protocol) -> None:
         self.source = protocol.holdout_split or data.train_split
         dataset = data.eval_dataset(self.source)
         indices = choose_names(dataset.names, dataset.labels, protocol.holdout_per_class)

@@ -1,0 +1,122 @@
+"""Training views the plain way: Pillow and torchvision, one step after another.
+
+These are what a first implementation from a method's page looks like (methods/*.md, section 4), for
+`wsss benchmark part=data` to stand beside. They draw from the global generators and are not used
+for training.
+"""
+
+import random
+from collections.abc import Callable
+
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision import transforms as T
+
+from wsss.data.images import IMAGENET_MEAN, IMAGENET_STD
+
+PlainViews = Callable[[Image.Image], dict[str, Tensor]]
+
+
+def _normalised(*steps: Callable[..., object]) -> T.Compose:
+    return T.Compose([*steps, T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+def _blur(picture: Image.Image) -> Image.Image:
+    return picture.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+def _padded_crop(picture: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """Pads with zeros at a random offset, then crops at random."""
+    width, height = max(picture.width, size), max(picture.height, size)
+    left = random.randint(0, width - picture.width)
+    top = random.randint(0, height - picture.height)
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(picture, (left, top))
+    x, y = random.randint(0, width - size), random.randint(0, height - size)
+    rows = (max(top - y, 0), min(top + picture.height - y, size))
+    columns = (max(left - x, 0), min(left + picture.width - x, size))
+    return canvas.crop((x, y, x + size, y + size)), (*rows, *columns)
+
+
+class PlainToCoViews:
+    """ToCo's three views (methods/toco.md section 4)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
+        colours = (T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(0.2))
+        self.input = _normalised(*colours, _blur)
+        self.local = _normalised(*colours, T.RandomApply([_blur], p=0.5))
+        self.view2 = _normalised(
+            T.RandomResizedCrop(size, (0.4, 1.0), interpolation=T.InterpolationMode.BICUBIC),
+            *colours,
+            T.RandomApply([_blur], p=0.1),
+            T.RandomSolarize(128, p=0.2),
+        )
+
+    def __call__(self, picture: Image.Image) -> dict[str, Tensor]:
+        """Returns the views of one decoded picture."""
+        scale = random.uniform(0.5, 2.0)
+        size = (int(scale * picture.width), int(scale * picture.height))
+        scaled = picture.resize(size, Image.Resampling.BILINEAR)
+        if random.random() < 0.5:
+            scaled = scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        crop, box = _padded_crop(scaled, self.size)
+        return {
+            "image": self.input(crop),
+            "local_view": self.local(crop),
+            "view2": self.view2(picture),
+            "box": torch.tensor(box),
+        }
+
+
+class PlainClusterCAMViews:
+    """ClusterCAM's view (methods/clustercam.md section 4), with timm's RandAugment on Pillow."""
+
+    def __init__(self, size: int) -> None:
+        from timm.data.auto_augment import rand_augment_transform
+
+        mean = tuple(round(255 * value) for value in IMAGENET_MEAN)
+        settings = {
+            "translate_const": int(0.45 * size),
+            "img_mean": mean,
+            "interpolation": Image.Resampling.BICUBIC,
+        }
+        augment = rand_augment_transform("rand-m9-mstd0.5-inc1", settings)
+        crop = T.RandomResizedCrop(size, (0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC)
+        self.view = _normalised(crop, T.RandomHorizontalFlip(), augment)
+        self.erase = T.RandomErasing(p=0.25, value="random")
+
+    def __call__(self, picture: Image.Image) -> dict[str, Tensor]:
+        """Returns the view of one decoded picture."""
+        return {"image": self.erase(self.view(picture))}
+
+
+class PlainGETAMViews:
+    """GETAM's view (methods/getam.md section 4) without saliency; padded with the mean colour."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.long_side = (int(0.9 * size), int(8 / 7 * size))
+        self.normalise = _normalised()
+
+    def __call__(self, picture: Image.Image) -> dict[str, Tensor]:
+        """Returns the view of one decoded picture."""
+        long_side = random.randint(*self.long_side)
+        factor = long_side / max(picture.size)
+        size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+        scaled = T.RandomHorizontalFlip()(picture.resize(size, Image.Resampling.BILINEAR))
+        crop, box = _padded_crop(scaled, self.size)
+        image = self.normalise(crop)
+        inside = torch.zeros(self.size, self.size)
+        inside[box[0] : box[1], box[2] : box[3]] = 1
+        return {"image": image * inside, "box": torch.tensor(box)}
+
+
+#: method of ``conf/method`` -> its views the plain way
+PLAIN: dict[str, Callable[[int], PlainViews]] = {
+    "toco": PlainToCoViews,
+    "clustercam": PlainClusterCAMViews,
+    "getam": PlainGETAMViews,
+}

@@ -1,0 +1,296 @@
+"""One split as a torch data set, whatever layout its files lie in.
+
+A layout (VOC, COCO, a table of one's own) only says which files belong together (`Sample`) and
+which classes an image shows. Everything that reads pixels is here, once.
+"""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from wsss.data.images import (
+    IGNORE_INDEX,
+    image_size,
+    normalise,
+    read_mask,
+    read_rgb,
+    read_saliency,
+)
+from wsss.errors import WSSSError
+
+# (image, generator), or with a `Guide` (image, generator, map)
+TrainTransform = Callable[..., dict[str, Tensor]]
+
+
+class Sample(NamedTuple):
+    """Files of one image.
+
+    Attributes:
+        name: unique in its data set.
+        image: the picture.
+        mask: its class ids, or None where there are none (or where nobody is to see them).
+    """
+
+    name: str
+    image: Path
+    mask: Path | None
+
+
+class Guide(NamedTuple):
+    """Maps that training sees beside the images: saliency, or the masks of a second stage.
+
+    Attributes:
+        kind: what they are, for messages.
+        paths: by image name.
+        read: (path, size=(H, W)) -> uint8 (H, W).
+    """
+
+    kind: str
+    paths: dict[str, Path]
+    read: Callable[..., NDArray[np.uint8]]
+
+    def map(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Returns the map (H, W) of an image."""
+        return self.read(self.paths[name], size=size)
+
+
+def saliency_guide(samples: Sequence[Sample], folder: Path, threshold: int) -> Guide:
+    """Saliency maps ``folder/NAME.png``; grey levels above `threshold` are salient."""
+    paths = {sample.name: folder / f"{sample.name}.png" for sample in samples}
+    return Guide("saliency map", paths, partial(read_saliency, threshold=threshold))
+
+
+class ImageDataset(Dataset[dict[str, Any]]):
+    """Images with image-level labels, for training or for evaluation.
+
+    Without `transform`, an item holds ``image`` (3, H, W) normalised at native size, ``rgb``
+    (H, W, 3) uint8, ``labels`` (K,) float32, ``name``, ``index``, and with `with_mask` also
+    ``mask`` (H, W) int64, which is 255 (ignored) all over where an image has no mask. With
+    `transform`, its tensors take the place of the first two.
+
+    Args:
+        samples: the files, in the order of the list.
+        labels: (M, K) float32, multi-hot.
+        class_names: the K foreground classes in the order of the mask ids 1..K.
+        transform: called with the uint8 image and a generator that depends only on
+            (seed, epoch, index), so that a sample is the same for any number of workers.
+        with_mask: also read the masks. When False the dataset does not even know where they are:
+            training on image-level labels cannot see one.
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        *,
+        samples: Sequence[Sample],
+        labels: NDArray[np.float32],
+        class_names: Sequence[str],
+        transform: TrainTransform | None = None,
+        with_mask: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if with_mask and transform is not None:
+            raise ValueError("with_mask reads masks at native size, a transform would not fit them")
+        self.samples = [s if with_mask else s._replace(mask=None) for s in samples]
+        self.labels = labels
+        self.class_names = check_class_names(class_names)
+        self.transform = transform
+        self.with_mask = with_mask
+        self.seed = seed
+        self.guide: Guide | None = None
+        self._mask_sha256: str | None = None
+
+    def guided_by(self, guide: Guide) -> None:
+        """Gives the transform a third argument.
+
+        Raises:
+            WSSSError: an image has no map.
+        """
+        paths = [guide.paths[name] for name in self.names]
+        check_files(guide.kind, paths, "the training list")
+        self.guide = guide
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the images, in their order."""
+        return [sample.name for sample in self.samples]
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of foreground classes."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
+        """Reads one sample; `item` is an index, or (epoch, index) as the samplers give it."""
+        epoch, index = item if isinstance(item, tuple) else (0, item)
+        rgb = read_rgb(self.samples[index].image)
+        size = (rgb.shape[0], rgb.shape[1])
+        sample: dict[str, Any]
+        if self.transform is not None:
+            stream = np.random.SeedSequence(self.seed, spawn_key=(epoch, index))
+            given = () if self.guide is None else (self.guide.map(self.samples[index].name, size),)
+            sample = dict(self.transform(rgb, np.random.default_rng(stream), *given))
+        else:
+            sample = {"image": normalise(rgb), "rgb": rgb}
+        if self.with_mask:
+            mask = self._mask(index, size)
+            sample["mask"] = torch.from_numpy(mask.astype(np.int64))
+        sample["labels"] = torch.from_numpy(self.labels[index])
+        return sample | {"name": self.samples[index].name, "index": index}
+
+    def _mask(self, index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+        path = self.samples[index].mask
+        if path is None:
+            return np.full(size, IGNORE_INDEX, np.uint8)
+        return read_mask(path, num_classes=self.num_classes, size=size)
+
+    def check_contents(self) -> None:
+        """Looks into every file before training starts: headers of images, all of each mask.
+
+        Raises:
+            WSSSError: names the first file that cannot be used.
+        """
+        self._mask_sha256 = _hash_lines(in_threads(self._digest, range(len(self))))
+
+    def mask_sha256(self) -> str | None:
+        """Returns a hash of names, sizes and class ids of all masks; None where there is none.
+
+        It is of the decoded ids, so a mask set that was only compressed anew keeps its hash.
+        """
+        if not any(sample.mask for sample in self.samples):
+            return None
+        if self._mask_sha256 is None:
+            self.check_contents()
+        return self._mask_sha256
+
+    def label_sha256(self) -> str:
+        """Returns a hash of names and labels."""
+        return _hash_lines(
+            label_line(name, row, self.class_names)
+            for name, row in zip(self.names, self.labels, strict=True)
+        )
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Returns (height, width) of every image, from the headers."""
+        return in_threads(lambda sample: image_size(sample.image), self.samples)
+
+    def _digest(self, index: int) -> str:
+        sample = self.samples[index]
+        size = image_size(sample.image)
+        if self.guide is not None:
+            self.guide.map(sample.name, size)
+        if sample.mask is None:
+            return f"{sample.name} -"
+        return f"{sample.name} {mask_digest(self._mask(index, size))}"
+
+
+def mask_digest(mask: NDArray[np.uint8]) -> str:
+    """Returns the sha256 of a mask's shape and ids."""
+    header = f"{mask.shape[0]}x{mask.shape[1]}\n".encode()
+    return hashlib.sha256(header + mask.tobytes()).hexdigest()
+
+
+def label_line(name: str, labels: NDArray[np.float32], class_names: Sequence[str]) -> str:
+    """Returns a name with its classes, as hashes of labels are taken of it."""
+    return " ".join([name, *present(labels, class_names)])
+
+
+def _hash_lines(lines: Any) -> str:
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
+def hash_names(names: Sequence[str]) -> str:
+    """Returns the sha256 of a list of names, one a line."""
+    return _hash_lines(names)
+
+
+def in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Maps over items in threads (Pillow decodes without the interpreter's lock), in their order.
+
+    The first exception ends the work.
+    """
+    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+    try:
+        return list(pool.map(work, items))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def check_files(kind: str, paths: Sequence[Path], listed_in: Path | str) -> None:
+    """Looks whether files exist, with one listing a folder (a stat per file is slow on NFS).
+
+    Args:
+        kind: what they are, for the message.
+        paths: the files.
+        listed_in: the list or table that names them.
+
+    Raises:
+        WSSSError: names the first missing one and how many are missing.
+    """
+    missing = missing_files(paths)
+    if missing and not missing[0].parent.is_dir():
+        raise WSSSError(
+            f"{kind} folder {missing[0].parent} cannot be read (no such folder); expected one "
+            f"{missing[0].suffix} file for each name in {listed_in}"
+        )
+    if missing:
+        raise WSSSError(
+            f"{kind} {missing[0]} is missing ({len(missing)} of {len(paths)} entries of "
+            f"{listed_in} have none); add it or remove the entry"
+        )
+
+
+def missing_files(paths: Sequence[Path]) -> list[Path]:
+    """Returns those of the files that do not exist, in their order."""
+    by_folder: dict[Path, list[Path]] = defaultdict(list)
+    for path in paths:
+        by_folder[path.parent].append(path)
+    absent: set[Path] = set()
+    for folder, members in by_folder.items():
+        try:
+            present = set(os.listdir(folder))
+        except OSError:
+            present = set()
+        absent.update(path for path in members if path.name not in present)
+    return [path for path in paths if path in absent]
+
+
+def multi_hot(names: Sequence[str], class_names: Sequence[str]) -> NDArray[np.float32]:
+    """Returns class names as a float32 vector (K,); ValueError where one is not a class."""
+    labels = np.zeros(len(class_names), np.float32)
+    for name in names:
+        labels[list(class_names).index(name)] = 1
+    return labels
+
+
+def present(labels: NDArray[np.float32], class_names: Sequence[str]) -> list[str]:
+    """Returns the names of the classes in a vector (K,); undoes `multi_hot`."""
+    return [name for name, shown in zip(class_names, labels, strict=True) if shown]
+
+
+def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names as a tuple, or raises WSSSError if they cannot number a mask's ids."""
+    names = tuple(class_names)
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise WSSSError(f"class_names holds {doubled[0]!r} twice; expected each class once")
+    if not 0 < len(names) < IGNORE_INDEX:
+        raise WSSSError(
+            f"class_names holds {len(names)} classes; expected 1 to {IGNORE_INDEX - 1} "
+            "(ids of an 8-bit mask)"
+        )
+    return names

@@ -1,0 +1,165 @@
+"""``wsss submit``: masks of VOC's test images in the archive that its evaluation server takes.
+
+The ground truth of VOC 2012 test is only on the server (host.robots.ox.ac.uk:8080); it wants
+``results/VOC2012/Segmentation/comp6_test_cls/NAME.png``, index PNGs of the images' own sizes, in a
+tar.gz (field.md, C).
+"""
+
+import gzip
+import io
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from omegaconf import MISSING
+from PIL import Image
+from rich.progress import track
+
+from wsss.arguments import parse_arguments
+from wsss.checkpoints import file_sha256
+from wsss.data.dataset import Sample, check_files
+from wsss.data.images import image_size, mask_png, normalise, read_rgb, write_atomically
+from wsss.data.voc import VOC_CLASSES, find_voc_root, list_path, voc_samples
+from wsss.errors import WSSSError
+from wsss.evaluation.inference import evaluating
+from wsss.predict import predict_mask
+from wsss.reporting import choose_device, make_writable
+from wsss.runs import LAST_CHECKPOINT, LoadedRun, load_run
+
+ORIGIN_FILE = "made_from.json"  # beside the archive, not in it
+
+
+@dataclass
+class SubmitArguments:
+    """Arguments of ``wsss submit``.
+
+    Attributes:
+        run: run folder or ``.ckpt`` file, of VOC's 20 classes.
+        split: list of the images.
+        competition: ``comp6`` (trained on more than VOC's own images, as with SBD or ImageNet) or
+            ``comp5``.
+        out: folder; null: ``submission`` in the run folder.
+        device: ``auto``, ``cpu``, ``cuda``, ...
+    """
+
+    run: str = MISSING
+    split: str = "test"
+    competition: str = "comp6"
+    out: str | None = None
+    device: str = "auto"
+
+
+def main(arguments: list[str]) -> int:
+    """The verb."""
+    chosen, overrides = parse_arguments(SubmitArguments, arguments, passed_on=("eval", "data"))
+    if chosen.competition not in ("comp5", "comp6"):
+        raise WSSSError(f"competition={chosen.competition}: expected comp5 or comp6")
+    path = Path(chosen.run)
+    run = load_run(path, overrides)
+    if run.data.class_names != VOC_CLASSES:
+        raise WSSSError(
+            f"{path}: its classes are not VOC's 20 in their order; the server scores only those"
+        )
+    root = find_voc_root(run.data.root)
+    samples = voc_samples(root, chosen.split, "")[: run.data.limit]
+    check_files("image", [sample.image for sample in samples], list_path(root, chosen.split))
+    out = Path(chosen.out) if chosen.out else run.folder / "submission"
+    make_writable(out)
+    inner = PurePosixPath("results/VOC2012/Segmentation") / f"{chosen.competition}_test_cls"
+    _settle_origin(out, path / LAST_CHECKPOINT if path.is_dir() else path, run)
+    _predict_all(run, samples, out / inner, chosen.device)
+    archive = out / f"{chosen.competition}_test_cls.tar.gz"
+    write_archive(archive, out, [inner / f"{sample.name}.png" for sample in samples])
+    validate_archive(archive, inner, samples)
+    print(f"{archive}: {len(samples)} masks, valid")
+    return 0
+
+
+def _settle_origin(out: Path, checkpoint: Path, run: LoadedRun) -> None:
+    """Writes down whose masks lie in a folder, so that those of two runs cannot mix."""
+    origin = {"checkpoint_sha256": file_sha256(checkpoint), "protocol": asdict(run.protocol)}
+    text = json.dumps(origin, indent=2) + "\n"
+    path = out / ORIGIN_FILE
+    if path.is_file() and path.read_text() != text:
+        raise WSSSError(f"{out} holds masks of another run or protocol; give another out=")
+    write_atomically(path, text.encode())
+
+
+def _predict_all(run: LoadedRun, samples: Sequence[Sample], folder: Path, device: str) -> None:
+    """Predicts what is not there yet; a stopped call goes on where it was."""
+    todo = [sample for sample in samples if not (folder / f"{sample.name}.png").is_file()]
+    if not todo:
+        return
+    where = choose_device(device)
+    run.module.to(where)
+    with evaluating(run.module):
+        for sample in track(todo, description="predicting"):
+            rgb = read_rgb(sample.image)
+            mask = predict_mask(run, normalise(rgb).to(where), rgb)
+            write_atomically(folder / f"{sample.name}.png", mask_png(mask))
+
+
+def write_archive(archive: Path, base: Path, members: Sequence[PurePosixPath]) -> None:
+    """Packs files; the same masks give the same bytes."""
+    temporary = archive.with_name(f".{archive.name}.tmp")
+    with (
+        temporary.open("wb") as stream,
+        gzip.GzipFile(filename="", fileobj=stream, mode="wb", mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w") as tar,
+    ):
+        for member in members:
+            content = (base / member).read_bytes()
+            info = tarfile.TarInfo(str(member))
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    os.replace(temporary, archive)
+
+
+def validate_archive(archive: Path, inner: PurePosixPath, samples: Sequence[Sample]) -> None:
+    """Reads an archive back as the server would.
+
+    Args:
+        archive: the tar.gz.
+        inner: folder that its masks must lie in.
+        samples: the images, each of which needs one mask.
+
+    Raises:
+        WSSSError: unreadable, a missing or surplus file, a mask of another size, mode or class.
+    """
+    expected = {str(inner / f"{sample.name}.png"): sample for sample in samples}
+    seen: set[str] = set()
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                if member.name not in expected or member.name in seen:
+                    raise WSSSError(
+                        f"{archive} holds {member.name!r}, expected each of {len(expected)} masks "
+                        f"once, in {inner}"
+                    )
+                seen.add(member.name)
+                stream = tar.extractfile(member)
+                content = stream.read() if stream else b""
+                _validate_mask(archive, member.name, content, expected)
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise WSSSError(f"{archive} cannot be read ({error}); remove it and repeat") from error
+    missing = sorted({*expected} - seen)
+    if missing:
+        raise WSSSError(f"{archive} lacks {len(missing)} masks, {missing[0]} first; repeat")
+
+
+def _validate_mask(archive: Path, name: str, content: bytes, expected: dict[str, Sample]) -> None:
+    size = image_size(expected[name].image)
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            mode, ids = image.mode, np.asarray(image)
+    except Exception as error:  # as Pillow raises
+        raise WSSSError(f"{archive}: {name} is no image; remove it and repeat") from error
+    if mode != "P" or ids.shape != size or ids.max(initial=0) > len(VOC_CLASSES):
+        raise WSSSError(
+            f"{archive}: {name} has mode {mode}, shape {ids.shape} and ids up to {ids.max()}; "
+            f"expected an index PNG of {size} with 0..{len(VOC_CLASSES)}; remove it and repeat"
+        )

@@ -1,0 +1,223 @@
+"""Own data: the CSV, what is refused in it, and the data module on it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from trees import make_photos, write_photo_table
+
+from wsss.data.datamodule import TableDataModule
+from wsss.data.images import mask_png, write_atomically
+from wsss.data.table import holdout, read_table
+from wsss.errors import WSSSError
+
+
+def whole(rgb: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    return {"image": torch.from_numpy(rgb[:40, :40].copy())}
+
+
+def module(root: Path, **changes: Any) -> TableDataModule:
+    settings: dict[str, Any] = {
+        "name": "table",
+        "root": root,
+        "csv": "labels.csv",
+        "train_transform": whole,
+        "global_batch_size": 2,
+    }
+    return TableDataModule(**(settings | changes))
+
+
+def write(root: Path, *lines: str, name: str = "labels.csv") -> Path:
+    path = root / name
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_rows_are_read_with_both_separators_quotes_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "l.csv"
+    text = 'image,labels,mask\r\n"a,b/1.jpg", cat ;dog,m/1.png\r\n\r\nc.png,dog|cat|dog,\r\n'
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    table = read_table(path, tmp_path)
+    first, second = table.rows
+    assert first.sample.name == "a,b/1"
+    assert first.sample.image == tmp_path / "a,b" / "1.jpg"
+    assert first.sample.mask == tmp_path / "m" / "1.png"
+    assert first.labels == ("cat", "dog")
+    assert second.sample.mask is None
+    assert second.labels == ("dog", "cat")
+    assert table.class_names == ("cat", "dog")
+
+
+def test_order_of_classes_is_given_else_of_the_file_beside_else_alphabetical(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path, "image,labels", "1.jpg,b;a")
+    assert read_table(path, tmp_path).class_names == ("a", "b")
+    (tmp_path / "classes.txt").write_text("b\na\nc\n")
+    assert read_table(path, tmp_path).class_names == ("b", "a", "c")
+    assert read_table(path, tmp_path, ["a", "b"]).class_names == ("a", "b")
+
+
+BAD = {
+    "no column": (["image,label;s", "1.jpg,a"], "no column 'labels'"),
+    "semicolons": (["image;labels", "1.jpg;a"], "separated by commas"),
+    "empty file": ([""], "no column 'image'"),
+    "mistyped column": (["image,labels,spilt", "1.jpg,a,val"], "did you mean 'split'"),
+    "column twice": (["image,labels,image", "1.jpg,a,2.jpg"], "'image' twice"),
+    "no rows": (["image,labels"], "no row"),
+    "too many fields": (["image,labels", "1.jpg,a,b"], "line 2 has 3 fields, expected 2"),
+    "unknown class": (["image,labels", "1.jpg,appel"], "did you mean 'apple'"),
+    "empty labels": (["image,labels", "1.jpg,apple", "2.jpg, ;"], "line 3 gives '2' no label"),
+    "listed twice": (["image,labels", "1.jpg,apple", "./1.jpg,leaf"], "again (first in line 2)"),
+    "same name": (["image,labels", "1.jpg,apple", "1.png,leaf"], "again (first in line 2)"),
+    "absolute path": (["image,labels", "/etc/passwd,apple"], "line 2 names '/etc/passwd'"),
+    "path upwards": (["image,labels", "x/../../1.jpg,apple"], "below the data's root"),
+    "mask outside": (["image,labels,mask", "1.jpg,apple,../m.png"], "below the data's root"),
+    "no image": (["image,labels", ",apple"], "line 2 names ''"),
+    "empty split": (["image,labels,split", "1.jpg,apple,"], "line 2 has no split"),
+    "open quote": (["image,labels", '"1.jpg,apple'], "is no CSV"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_rows_are_one_line(tmp_path: Path, case: str) -> None:
+    lines, expected = BAD[case]
+    path = write(tmp_path, *lines)
+    with pytest.raises(WSSSError) as error:
+        read_table(path, tmp_path, ["apple", "leaf"])
+    assert expected in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_classes_that_differ_in_case_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "image,labels", "1.jpg,Cat", "2.jpg,cat")
+    with pytest.raises(WSSSError, match="differ only in case"):
+        read_table(path, tmp_path)
+
+
+def test_other_encodings_and_missing_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "l.csv"
+    with pytest.raises(WSSSError, match="cannot be read"):
+        read_table(path, tmp_path)
+    path.write_bytes("image,labels\n1.jpg,Bär\n".encode("latin-1"))
+    with pytest.raises(WSSSError, match="not UTF-8"):
+        read_table(path, tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pkl"])
+def test_a_pickle_is_never_loaded(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"cls_labels{suffix}"
+    with path.open("wb") as stream:
+        np.save(stream, np.array({"2007_000032": np.ones(20)}, dtype=object), allow_pickle=True)
+    with pytest.raises(WSSSError, match=r"never loaded.*wsss data prepare") as error:
+        read_table(path, tmp_path)
+    assert str(path) in str(error.value)
+
+
+def test_no_code_of_ours_loads_pickles() -> None:
+    import wsss
+
+    sources = Path(str(wsss.__file__)).parent.rglob("*.py")
+    text = "".join(path.read_text() for path in sources)
+    assert "allow_pickle=True" not in text
+    assert "weights_only=False" not in text
+    assert "import pickle" not in text
+
+
+def test_all_problems_can_be_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path, "image,labels", "1.jpg,appel", "2.jpg,apple", "/x.jpg,leaf")
+    table = read_table(path, tmp_path, ["apple", "leaf"], all_problems=True)
+    assert [row.line for row in table.rows] == [3]
+    assert [f"line {p.split(' line ')[1][0]}" for p in table.problems] == ["line 2", "line 4"]
+
+
+def names(data: TableDataModule, split: str) -> list[str]:
+    return [sample.name for sample in data.samples(split)]
+
+
+def test_holdout_is_fixed_and_leaves_every_class_an_image(tmp_path: Path) -> None:
+    labels = [*make_photos(tmp_path, 20)[:19], "rare"]
+    write_photo_table(tmp_path, labels)
+    data = module(tmp_path)
+    train, val = names(data, "train"), names(data, "val")
+    assert sorted([*train, *val]) == [f"photos/{i:03}" for i in range(20)]
+    assert len(val) == 4
+    assert "photos/019" in train
+    assert names(module(tmp_path, seed=5), "val") == val
+    assert len(names(module(tmp_path, holdout=0.5), "val")) == 10
+    with pytest.raises(WSSSError, match="expected a share"):
+        holdout(data.table.rows, 1.0)
+
+
+def test_a_table_too_small_for_a_holdout_says_so(tmp_path: Path) -> None:
+    write(tmp_path, "image,labels", "1.jpg,a", "2.jpg,b")
+    with pytest.raises(WSSSError, match="no image can be held out"):
+        module(tmp_path).samples("train")
+
+
+def test_splits_of_the_file_are_used_and_unknown_ones_named(tmp_path: Path) -> None:
+    write(tmp_path, "image,labels,split", "1.jpg,a,train", "2.jpg,a,train", "3.jpg,a,test")
+    data = module(tmp_path, val_split="test")
+    assert names(data, "train") == ["1", "2"]
+    assert names(data, "test") == ["3"]
+    with pytest.raises(WSSSError, match=r"no row of split 'val' \(it has test, train\)"):
+        data.samples("val")
+
+
+def table_with_masks(root: Path, with_mask: Sequence[int]) -> None:
+    labels = make_photos(root, 8)
+    lines = ["image,labels,mask,split"]
+    for number, label in enumerate(labels):
+        mask = ""
+        if number in with_mask:
+            mask = f"masks/{number:03}.png"
+            write_atomically(root / mask, mask_png(np.full((48, 56), number % 3 + 1, np.uint8)))
+        split = "train" if number < 4 else "val"
+        lines.append(f"photos/{number:03}.jpg,{label},{mask},{split}")
+    write(root, *lines)
+
+
+def test_images_without_masks_are_ignored_pixels(tmp_path: Path) -> None:
+    table_with_masks(tmp_path, with_mask=[0, 5])
+    data = module(tmp_path)
+    batches = list(data.eval_dataloader("val"))
+    assert [batch["mask"].unique().tolist() for batch in batches] == [[255], [3], [255], [255]]
+    assert batches[0]["mask"].shape == (1, 48, 56)
+    assert data.eval_dataset("val").mask_sha256() is not None
+    table_with_masks(tmp_path / "none", with_mask=[])
+    assert module(tmp_path / "none").eval_dataset("val").mask_sha256() is None
+
+
+def test_training_samples_have_no_mask(tmp_path: Path) -> None:
+    table_with_masks(tmp_path, with_mask=range(8))
+    data = module(tmp_path)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch) == {"image", "labels", "name", "index"}
+    assert all(sample.mask is None for sample in data._make_train_dataset().samples)
+
+
+def test_missing_files_are_named_in_setup(tmp_path: Path) -> None:
+    table_with_masks(tmp_path, with_mask=range(8))
+    (tmp_path / "photos" / "002.jpg").unlink()
+    with pytest.raises(WSSSError, match=r"002\.jpg is missing \(1 of 4 entries of .*labels\.csv"):
+        module(tmp_path).setup("fit")
+    (tmp_path / "masks" / "006.png").unlink()
+    with pytest.raises(WSSSError, match=r"mask .*006\.png is missing"):
+        module(tmp_path).eval_dataset("val")
+    with pytest.raises(WSSSError, match=r"data folder .*nowhere is missing"):
+        module(tmp_path / "nowhere", class_names=["a"]).setup("fit")
+
+
+def test_mask_with_more_ids_than_classes_is_found_before_training(tmp_path: Path) -> None:
+    table_with_masks(tmp_path, with_mask=range(8))
+    Image.fromarray(np.full((48, 56), 7, np.uint8)).save(tmp_path / "masks" / "006.png")
+    data = module(tmp_path)
+    data.setup("fit")
+    with pytest.raises(WSSSError, match=r"006\.png holds class id 7; expected 0\.\.3"):
+        data.check_contents()

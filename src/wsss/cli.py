@@ -40,6 +40,12 @@ def _predict(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def _pseudo(arguments: list[str]) -> int:
+    from wsss.pseudo import main
+
+    return main(arguments)
+
+
 def _parity(arguments: list[str]) -> int:
     from pathlib import Path
 
@@ -112,6 +118,27 @@ folder, and classes.txt with the class names.
 Example:
   wsss predict run=runs/default/toco-minivoc-s0-1a2b3c4d images=photos out=masks""",
         _predict,
+    ),
+    "pseudo": Verb(
+        "pseudo run=RUN_DIR|CKPT [split=LIST] [source=cam|seg] [eval.KEY=VALUE] [out=FOLDER]",
+        "write pseudo labels of a training list, for a second stage",
+        """\
+One index PNG an image, pixel = class id, 255 undecided; only classes of the image's labels.
+  split=train_aug  the list; the run's training list where it is not given
+  source=cam       from localisation maps. With eval.cam_high and eval.cam_low these are the
+                   pseudo labels that are scored; with both null eval.cam_threshold decides,
+                   and eval.crf refines
+  source=seg       from the segmentation head, refined by eval.crf
+  out=FOLDER       instead of pseudo_labels/LIST-HASH inside the run folder
+  crf_jobs=N  device=auto
+Repeating an interrupted command goes on where it stopped. pseudo_labels.json in the folder says
+how the labels were made.
+
+Examples:
+  wsss pseudo run=runs/tkp_pcl-voc/tkppcl-voc-s0-1a2b3c4d
+  wsss pseudo run=runs/toco-voc/toco-voc-s0-1a2b3c4d source=seg
+  wsss train method=segmenter data.train_masks=FOLDER data=voc backbone=resnet101""",
+        _pseudo,
     ),
     "parity": Verb(
         "parity METHOD DIR",

@@ -9,6 +9,7 @@ import torch
 
 from wsss.config import config_hash
 from wsss.data.datamodule import WSSSDataModule
+from wsss.data.train_masks import PIXEL_MASKS, read_card
 from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.protocol import Protocol, protocol_card
@@ -76,7 +77,8 @@ def evaluate_and_report(
             iterations=step,
             global_batch_size=config["budget"]["global_batch_size"],
             seed=config["seed"],
-        ) | {"label_source": data.label_source}
+            supervision=league(module, data),
+        ) | {"label_source": data.label_source, "train_masks": read_card(data.train_masks)}
         results["splits"][split] = metrics
     if not first:
         return results
@@ -97,6 +99,13 @@ def evaluate_and_report(
     if logger is not None:
         log_results(logger, results, folder / "gallery")
     return results
+
+
+def league(module: WSSSModule, data: WSSSDataModule) -> str:
+    """The supervision league: what training sees, and what the encoder was trained with."""
+    if PIXEL_MASKS in module.backbone.weights_info.pretraining:
+        return PIXEL_MASKS
+    return data.supervision
 
 
 def _is_first() -> bool:

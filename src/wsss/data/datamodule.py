@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from wsss.data.builtin import minivoc_root
 from wsss.data.samplers import TrainSampler, UnpaddedDistributedSampler
+from wsss.data.train_masks import GROUND_TRUTH, check_train_masks, supervision_of
 from wsss.data.voc import (
     TrainTransform,
     VOCDataset,
@@ -89,6 +90,8 @@ class WSSSDataModule(L.LightningDataModule):
         train_mask_folder: that of the training split, if it is another one.
         label_source: of image-level labels, see `VOCDataset`.
         limit: use only the first so many names of every list.
+        train_masks: masks that training sees, for a second stage: a folder of pseudo labels, or
+            ``ground_truth``; None: image-level labels are all there is.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class WSSSDataModule(L.LightningDataModule):
         train_mask_folder: str | None = None,
         label_source: Literal["xml", "mask"] = "xml",
         limit: int | None = None,
+        train_masks: str | None = None,
     ) -> None:
         super().__init__()
         if limit is not None and limit < 1:
@@ -126,6 +130,7 @@ class WSSSDataModule(L.LightningDataModule):
         self.train_mask_folder = train_mask_folder or mask_folder
         self.label_source = label_source
         self.limit = limit
+        self.train_masks = train_masks
         self._eval_datasets: dict[str, VOCDataset] = {}
         self._train_dataset: VOCDataset | None = None
         self._resume: dict[str, Any] = {}
@@ -134,6 +139,11 @@ class WSSSDataModule(L.LightningDataModule):
     def num_classes(self) -> int:
         """K, the number of foreground classes."""
         return len(self.class_names)
+
+    @property
+    def supervision(self) -> str:
+        """League of the training signal; runs of different leagues are not to be compared."""
+        return supervision_of(self.train_masks)
 
     def list_hash(self, split: str) -> str:
         """Returns the sha256 of the split's names in use, one a line, in their order."""
@@ -181,9 +191,14 @@ class WSSSDataModule(L.LightningDataModule):
 
     def _make_train_dataset(self) -> VOCDataset:
         if self._train_dataset is None:
+            check_train_masks(self.train_masks, self.train_transform)
             self._train_dataset = self._dataset(
                 self.train_split, transform=self.train_transform, with_mask=False
             )
+            if self.train_masks is not None:
+                own = self.train_masks == GROUND_TRUTH
+                folder = self._train_dataset.mask_folder if own else Path(self.train_masks)
+                self._train_dataset.train_on_masks(folder)
             if len(self._train_dataset) < self.global_batch_size:
                 raise WSSSError(
                     f"split {self.train_split!r} of {self.root} has {len(self._train_dataset)} "
@@ -197,6 +212,10 @@ class WSSSDataModule(L.LightningDataModule):
         if split not in self._eval_datasets:
             self._eval_datasets[split] = self._dataset(split, transform=None, with_mask=True)
         return self._eval_datasets[split]
+
+    def unmasked_dataset(self, split: str) -> VOCDataset:
+        """Returns a split at native size whose masks are never opened: for pseudo labels."""
+        return self._dataset(split, transform=None, with_mask=False)
 
     def per_device_batch_size(self) -> int:
         """Derives the images per process and forward pass from `global_batch_size`.

@@ -5,6 +5,7 @@ order, so turning an image and not its mask would shift every label. A phone pho
 its tag is read lying on its side; rotate the file itself first.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,15 @@ def voc_palette(n: int = 256) -> list[int]:
             rest >>= 3
         palette += colour
     return palette
+
+
+def write_mask(mask: NDArray[np.uint8], path: Path) -> None:
+    """Writes class ids (H, W) as a palette PNG in VOC's colours; it appears whole or not at all."""
+    image = Image.fromarray(mask, mode="P")
+    image.putpalette(voc_palette())
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, format="PNG")
+    os.replace(temporary, path)
 
 
 class ImageFolderDataset(Dataset[dict[str, Any]]):

@@ -25,7 +25,8 @@ VOC_CLASSES = (
     "train", "tvmonitor",
 )  # fmt: skip
 
-TrainTransform = Callable[[NDArray[np.uint8], np.random.Generator], dict[str, Tensor]]
+# (image, generator), or where masks are trained on (image, generator, mask)
+TrainTransform = Callable[..., dict[str, Tensor]]
 
 
 def find_voc_root(root: Path) -> Path:
@@ -195,6 +196,18 @@ class VOCDataset(Dataset[dict[str, Any]]):
         """K, the number of foreground classes."""
         return len(self.class_names)
 
+    def train_on_masks(self, folder: Path) -> None:
+        """Gives the transform masks too: pseudo labels, or the ground truth.
+
+        Args:
+            folder: of index PNGs; image-level labels stay those of the list.
+
+        Raises:
+            WSSSError: an image has none there.
+        """
+        self._check_files("mask", folder, ".png")
+        self.mask_folder, self.with_mask = folder, True
+
     def _check_files(self, kind: str, folder: Path, suffix: str) -> None:
         """Compares the list with one listing of the folder (a stat per file is slow on NFS)."""
         list_path = _list_path(self.root, self.split)
@@ -250,20 +263,19 @@ class VOCDataset(Dataset[dict[str, Any]]):
         epoch, index = item if isinstance(item, tuple) else (0, item)
         name = self.names[index]
         rgb = read_rgb(self.root / "JPEGImages" / f"{name}.jpg")
+        mask = None
+        if self.with_mask:
+            path = self.mask_folder / f"{name}.png"
+            mask = read_mask(path, num_classes=self.num_classes, size=(rgb.shape[0], rgb.shape[1]))
         sample: dict[str, Any]
         if self.transform is not None:
             stream = np.random.SeedSequence(self.seed, spawn_key=(epoch, index))
-            sample = dict(self.transform(rgb, np.random.default_rng(stream)))
+            given = () if mask is None else (mask,)
+            sample = dict(self.transform(rgb, np.random.default_rng(stream), *given))
         else:
             sample = {"image": normalise(rgb), "rgb": rgb}
-        if self.with_mask:
-            height, width = rgb.shape[:2]
-            mask = read_mask(
-                self.mask_folder / f"{name}.png",
-                num_classes=self.num_classes,
-                size=(height, width),
-            )
-            sample["mask"] = torch.from_numpy(mask.astype(np.int64))
+            if mask is not None:
+                sample["mask"] = torch.from_numpy(mask.astype(np.int64))
         sample["labels"] = torch.from_numpy(self.labels[index])
         return sample | {"name": name, "index": index}
 

@@ -1,8 +1,8 @@
 """What every method is: a LightningModule that gives logits, localisation maps and a loss."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +71,15 @@ class WSSSModule(LightningModule):
                 map of a class does not depend on which others are asked for.
         """
 
+    def gallery_maps(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Further maps worth looking at: name -> (B, H, W) in [0, 1]; none by default.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            labels: image-level labels, (B, K) in {0, 1}.
+        """
+        return {}
+
     @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups: each with ``name``, ``params`` and ``lr``."""
@@ -94,6 +103,39 @@ class WSSSModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Nothing: the evaluator callback reads :meth:`forward` and :meth:`cams` itself."""
+
+    def on_fit_start(self) -> None:
+        """Remember the run's seed for :meth:`own_draws`."""
+        self._seed = torch.initial_seed()
+
+    @contextmanager
+    def own_draws(self, batch_idx: int, *, enabled: bool) -> Iterator[None]:
+        """Random draws that depend on seed, rank and batch alone: a resumed run draws the same.
+
+        Args:
+            batch_idx: of the training step.
+            enabled: False leaves the global generators as they are.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices, enabled=enabled):
+            if enabled:
+                place = (self._seed, self.global_rank, self.global_step, batch_idx)
+                torch.manual_seed(hash(place) % 2**63)
+            yield
+
+    def require_finite(self, losses: Mapping[str, Tensor], total: Tensor, batch: Batch) -> None:
+        """Stop a run that has gone astray, before the weights are spoilt.
+
+        Raises:
+            WSSSError: the total is not finite; names the losses and images.
+        """
+        if bool(torch.isfinite(total)):
+            return
+        terms = ", ".join(f"{name} {float(loss):.3g}" for name, loss in losses.items())
+        raise WSSSError(
+            f"step {self.global_step}: the loss is not finite ({terms}; images "
+            f"{', '.join(batch['name'])}); lower method.lr, or look at these images"
+        )
 
     def log_losses(self, losses: Mapping[str, Tensor], total: Tensor, batch_size: int) -> None:
         """Log named losses under ``train/``; the total and the rate also on the progress bar."""

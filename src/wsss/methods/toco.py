@@ -381,24 +381,12 @@ class ToCo(WSSSModule):
         """One step of toco.md section 2; see :meth:`compute_losses`."""
         # once an optimiser step, also where gradients are accumulated
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        with torch.random.fork_rng(devices=[], enabled=not self.official_compat):
-            if not self.official_compat:
-                # crops depend on seed, rank and batch alone, so that a resumed run draws the same
-                place = (self._seed, self.global_rank, self.global_step, batch_idx)
-                torch.default_generator.manual_seed(hash(place) % 2**63)
+        with self.own_draws(batch_idx, enabled=not self.official_compat):
             result = self.compute_losses(batch, self.global_step, move_teacher=first)
-        if not self.official_compat and not bool(torch.isfinite(result.total)):
-            terms = ", ".join(f"{name} {float(loss):.3g}" for name, loss in result.losses.items())
-            raise WSSSError(
-                f"step {self.global_step}: the loss is not finite ({terms}; images "
-                f"{', '.join(batch['name'])}); lower method.lr, or look at these images"
-            )
+        if not self.official_compat:
+            self.require_finite(result.losses, result.total, batch)
         self.log_losses(result.losses, result.total, len(batch["image"]))
         return result.total
-
-    def on_fit_start(self) -> None:
-        """Remember the run's seed for :meth:`training_step`."""
-        self._seed = torch.initial_seed()
 
     def compute_losses(self, batch: Batch, step: int, *, move_teacher: bool = True) -> StepResult:
         """All losses of a batch at a 0-based optimiser step.

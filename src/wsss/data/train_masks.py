@@ -1,0 +1,72 @@
+"""The masks that a second stage trains on, and how it is said what they are."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from wsss.errors import WSSSError
+
+GROUND_TRUTH = "ground_truth"
+CARD_FILE = "pseudo_labels.json"  # lies among the masks that `wsss pseudo` writes
+IMAGE_LABELS = "image labels"
+PIXEL_MASKS = "pixel masks"
+
+
+def check_train_masks(train_masks: str | None, transform: Any) -> None:
+    """Looks whether the training transform and the masks ask for each other.
+
+    Args:
+        train_masks: ``data.train_masks``.
+        transform: of the training images; it takes masks if it has an argument ``mask``.
+
+    Raises:
+        WSSSError: masks for a method that learns from image labels, or none for one that needs
+            them.
+    """
+    wanted = "mask" in inspect.signature(transform).parameters
+    if wanted and train_masks is None:
+        raise WSSSError(
+            "data.train_masks is null, and this method trains on masks: give a folder of pseudo "
+            f"labels (wsss pseudo writes one), or data.train_masks={GROUND_TRUTH}"
+        )
+    if train_masks is not None and not wanted:
+        raise WSSSError(
+            f"data.train_masks={train_masks}: {type(transform).__name__} takes no masks, the "
+            "method learns from image labels; use method=segmenter, or leave it null"
+        )
+    if train_masks not in (None, GROUND_TRUTH) and not Path(str(train_masks)).is_dir():
+        raise WSSSError(
+            f"data.train_masks={train_masks}: no such folder; expected one index PNG for each "
+            f"training image, or {GROUND_TRUTH}"
+        )
+
+
+def read_card(train_masks: str | None) -> dict[str, Any] | None:
+    """What `wsss pseudo` wrote about a folder; None where nobody says anything.
+
+    Raises:
+        WSSSError: the card is not readable.
+    """
+    if train_masks is None or train_masks == GROUND_TRUTH:
+        return None
+    path = Path(train_masks) / CARD_FILE
+    if not path.is_file():
+        return None
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WSSSError(f"{path}: not readable ({error}); run wsss pseudo again") from error
+    if not isinstance(card, dict):
+        raise WSSSError(f"{path}: expected a JSON object; run wsss pseudo again")
+    return card
+
+
+def supervision_of(train_masks: str | None) -> str:
+    """The league of a training signal; runs of different leagues are not to be compared."""
+    if train_masks is None:
+        return IMAGE_LABELS
+    if train_masks == GROUND_TRUTH:
+        return PIXEL_MASKS
+    card = read_card(train_masks)
+    return str(card["supervision"]) if card and "supervision" in card else "unstated masks"

@@ -163,7 +163,7 @@ Example:
         _convert,
     ),
     "benchmark": Verb(
-        "benchmark method=METHOD [KEY=VALUE ...]",
+        "benchmark method=METHOD|part=pce [KEY=VALUE ...]",
         "time a training step by phases, beside the official way of computing",
         """\
   backbone=vit_base  image_size=448  batch_size=2  repeats=3  warmup=1  device=auto
@@ -173,9 +173,12 @@ Example:
   ablate=true     also once per saving, with that one alone switched off
   out=FILE.json   write the figures
 Weights are random, which changes no time; each side runs in a process of its own.
+part=pce times TKP-PCL's contrast alone, against the number of patches:
+  tokens=[64,256,576,1024,2304,4096]  width=768  num_classes=20  batch_size=1  matrix=true
 
-Example:
-  wsss benchmark method=toco""",
+Examples:
+  wsss benchmark method=toco
+  wsss benchmark part=pce""",
         _benchmark,
     ),
 }

@@ -88,6 +88,10 @@ def main(arguments: list[str]) -> int:
     Raises:
         WSSSError: unknown key or choice, wrong type, unwritable file, a side out of memory.
     """
+    if "part=pce" in arguments:
+        from wsss.benchmark import pce
+
+        return pce.main([argument for argument in arguments if argument != "part=pce"])
     config = parse(arguments)
     out = Path(config.out) if config.out else None
     if out and out.is_dir():

@@ -46,7 +46,8 @@ class LabelledCrops:
         c0, c1, left = _place(width, self.crop_size, rng)
         shown = np.s_[top : top + r1 - r0, left : left + c1 - c0]
         scaled = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_LINEAR)
-        labels = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
+        # "exact": plain INTER_NEAREST takes a pixel's corner for its middle
+        labels = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
         image = torch.zeros(3, self.crop_size, self.crop_size)
         target = torch.full((self.crop_size, self.crop_size), IGNORE_INDEX)
         image[:, r0:r1, c0:c1] = normalise(scaled[shown])

@@ -91,6 +91,7 @@ def test_second_stage_is_a_whole_configuration(experiment: str) -> None:
     assert second["data"]["global_batch_size"] == second["budget"]["global_batch_size"]
     assert (second["seed"], second["study"]) == (3, config["study"])
     assert second["data"]["train_split"] == config["data"]["train_split"]
+    assert second["method"]["optimiser"] == ("adamw" if "minivoc" in experiment else "sgd")
     assert second["second_stage"] is None
 
 

@@ -150,9 +150,8 @@ def test_other_labels_are_not_mixed_in(
 
 @pytest.mark.slow
 def test_upper_bound_is_recorded_as_pixel_supervision(tmp_path: Path) -> None:
-    arguments = [*SMALL, "data=minivoc", "data.train_masks=ground_truth", "eval.seg_scales=[1.0]"]
-    settings = ["method.loss_scales=[1.0]", "method.rates=[1,2]", f"runs_dir={tmp_path}"]
-    assert _wsss("train", "method=segmenter", *arguments, *settings) == 0
+    study = ["+experiments=segmenter/minivoc", *SMALL, f"runs_dir={tmp_path}"]
+    assert _wsss("train", *study) == 0
     assert _results(_run(tmp_path, "segmenter"))["protocol"]["supervision"] == PIXEL_MASKS
 
 

@@ -137,7 +137,7 @@ how the labels were made.
 Examples:
   wsss pseudo run=runs/tkp_pcl-voc/tkppcl-voc-s0-1a2b3c4d
   wsss pseudo run=runs/toco-voc/toco-voc-s0-1a2b3c4d source=seg
-  wsss train method=segmenter data.train_masks=FOLDER data=voc backbone=resnet101""",
+  wsss train +experiments=segmenter/voc data.train_masks=FOLDER data.root=/data/VOCdevkit""",
         _pseudo,
     ),
     "parity": Verb(

@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
         device=choose_device(chosen.device),
         crf_jobs=chosen.crf_jobs,
     )
-    print(f"train on them: wsss train method=segmenter data.train_masks={folder} ...")
+    print(f"train on them: wsss train +experiments=segmenter/... data.train_masks={folder}")
     return 0
 
 
@@ -151,27 +151,17 @@ def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
 
 
 def _identity(run: LoadedRun, path: Path, split: str, source: str) -> dict[str, Any]:
-    """All that decides the labels."""
+    """All that decides the labels, as JSON would give it back."""
     checkpoint = path / LAST_CHECKPOINT if path.is_dir() else path
-    return {
+    identity = {
         "checkpoint_sha256": file_sha256(checkpoint),
         "split": split,
         "list_sha256": run.data.list_hash(split),
         "label_source": run.data.label_source,
         "source": source,
-        "eval": {k: _plain(v) for k, v in asdict(run.protocol).items() if k in USED[source]},
+        "eval": asdict(run.protocol),
     }
-
-
-#: settings of the protocol that decide the labels, by source
-USED = {
-    "cam": ("cam_resize", "cam_threshold", "cam_high", "cam_low", "refine", "crf"),
-    "seg": ("resize", "single_resize", "seg_scales", "flip", "flip_merge", "scale_merge", "crf"),
-}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return dict(json.loads(json.dumps(identity)))  # tuples become lists
 
 
 def _origin(run: LoadedRun) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from wsss.conv_backbone import ConvBackbone
 from wsss.data.train_masks import PIXEL_MASKS
 from wsss.errors import WSSSError
 from wsss.methods.segmenter import Segmenter, masked_cross_entropy
+from wsss.reporting import league
+from wsss.runs import build_data, compose_run
 
 
 def light(**changes: Any) -> Segmenter:
@@ -143,13 +145,18 @@ def test_weights_of_a_classifier_are_image_labels_and_of_a_segmenter_pixel_masks
     assert len(made.weights_info.file_sha256 or "") == 64
     assert torch.equal(made.body[0][0].weight, classifier.features[0][0].weight)
 
-    network = {f"backbone.{k.removeprefix('features.')}": v for k, v in classifier.state_dict().items()
-               if k.startswith("features.")}  # fmt: skip
+    network = {
+        f"backbone.{key.removeprefix('features.')}": value
+        for key, value in classifier.state_dict().items()
+        if key.startswith("features.")
+    }
     torch.save(network | {"classifier.4.weight": torch.zeros(21, 256, 1, 1)}, tmp_path / "seg.pth")
     segmenter = ConvBackbone(
         name="mobilenet_v3_small", weights=str(tmp_path / "seg.pth"), pretraining="COCO"
     )
-    assert PIXEL_MASKS in segmenter.weights_info.pretraining
+    image_labels = build_data(compose_run(["data=minivoc"]))
+    assert league(light(backbone=made), image_labels) == "image labels"
+    assert league(light(backbone=segmenter), image_labels) == PIXEL_MASKS
 
 
 def test_real_segmentation_networks_of_torchvision_fit() -> None:

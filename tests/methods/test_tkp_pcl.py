@@ -311,7 +311,9 @@ def test_9_a_patch_is_felt_in_its_row_and_column_alone() -> None:
     module, tokens = bilstm(), torch.randn(1, 15, 6)
     changed = tokens.clone()
     changed[0, 1 * 5 + 3] += 1
-    difference = (module(changed, (3, 5)) - module(tokens, (3, 5))).abs().sum(-1).unflatten(1, (3, 5))
+    difference = (
+        (module(changed, (3, 5)) - module(tokens, (3, 5))).abs().sum(-1).unflatten(1, (3, 5))
+    )
     felt = torch.zeros(3, 5, dtype=torch.bool)
     felt[1], felt[:, 3] = True, True
     assert torch.equal(difference[0] > 0, felt)
@@ -393,7 +395,7 @@ def test_10b_heads_learn_first_then_the_last_five_blocks() -> None:
     expected = {
         name
         for name, _ in tiny().backbone.named_parameters()
-        if name.startswith(tuple(f"vit.blocks.{i}." for i in range(2, 7)) + ("vit.norm.",))
+        if name.startswith((*(f"vit.blocks.{i}." for i in range(2, 7)), "vit.norm."))
     }
     # the key's bias moves no softmax, so only whole tensors are compared
     assert changed == expected
@@ -461,7 +463,10 @@ def test_symmetries_and_mosaics_have_inverses() -> None:
     symmetry = torch.tensor([[bool(i & 1), bool(i & 2), bool(i & 4)] for i in range(8)])
     turned = apply_symmetry(maps, symmetry)
     assert torch.equal(apply_symmetry(turned, symmetry, inverse=True), maps)
-    assert len({tuple(apply_symmetry(maps[:1], row[None]).flatten().tolist()) for row in symmetry}) == 8
+    assert (
+        len({tuple(apply_symmetry(maps[:1], row[None]).flatten().tolist()) for row in symmetry})
+        == 8
+    )
     views = torch.randn(8, 3, 4, 4)
     assert torch.equal(tiles_of(mosaic(views)), views)
     assert torch.equal(mosaic(views)[1, :, :4, 4:], views[5])  # row by row
@@ -512,9 +517,7 @@ def test_view_shows_the_box_that_it_names() -> None:
         sample = views(rgb, np.random.default_rng(seed))
         r0, r1, c0, c1 = (sample["view_box"] * 4).tolist()
         upright = apply_symmetry(sample["image"][None], sample["symmetry"][None], inverse=True)
-        shown = apply_symmetry(
-            sample["view"][None], sample["view_symmetry"][None], inverse=True
-        )
+        shown = apply_symmetry(sample["view"][None], sample["view_symmetry"][None], inverse=True)
         expected = F.interpolate(upright[..., r0:r1, c0:c1], (12, 12), mode="bilinear")
         assert (shown - expected).abs().mean() < 0.05
         parts += r1 - r0 == 8
@@ -576,7 +579,9 @@ def test_schedule_has_two_steps() -> None:
     assert [module.lr_multiplier(step) for step in (0, 2, 3, 19)] == pytest.approx([1, 1, 0.1, 0.1])
     optimizer = module.optimizer(module.param_groups())
     assert optimizer.defaults["eps"] == 1e-7
-    assert all(group["lr"] == 1e-3 and group["weight_decay"] == 0 for group in optimizer.param_groups)
+    assert all(
+        group["lr"] == 1e-3 and group["weight_decay"] == 0 for group in optimizer.param_groups
+    )
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,7 @@ class Segmenter(WSSSModule):
             norm.requires_grad_(False)
         self.head: nn.Module
         if head == "v2":
-            self.head = ASPPSum(
-                in_channels=backbone.dim, num_outputs=num_classes + 1, rates=rates
-            )
+            self.head = ASPPSum(in_channels=backbone.dim, num_outputs=num_classes + 1, rates=rates)
         else:
             self.head = DeepLabHead(backbone.dim, num_classes + 1, atrous_rates=list(rates))
 

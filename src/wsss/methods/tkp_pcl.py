@@ -15,8 +15,8 @@ anybody's numbers. A score of this module is not a reproduction of the paper's.
 What is known how:
     * From the paper: no CAM; patches classified and pooled to image labels; top-K in place of max
       pooling; a patch contrastive error.
-    * Recollected, moderately sure: mean of K; PCE's two sets, epsilon 0.85; learning rates and their
-      two steps; batch 16; 50 epochs. Hardly sure: K = 6, the similarity (1 + cos) / 2.
+    * Recollected, moderately sure: mean of K; PCE's two sets, epsilon 0.85; learning rates in two
+      steps; batch 16; 50 epochs. Hardly sure: K = 6, the similarity (1 + cos) / 2.
     * Inherited from ViT-PCM's code: BiLSTM, bias-free classifier with N(0, 0.05^2), MCE, L2 on its
       weight, frozen blocks with live dropout, augmentation, label merge, the equivariance term.
     * Our choice (every gap of the page's tables): alpha 0.1; PCE on the BiLSTM's output, per image,
@@ -89,7 +89,9 @@ def _keras_lstm(dim: int, hidden: int) -> nn.LSTM:
         else:
             nn.init.zeros_(parameter)
             if name.startswith("bias_ih"):
-                parameter.data[hidden : 2 * hidden] = 1.0  # gates lie as input, forget, cell, output
+                parameter.data[hidden : 2 * hidden] = (
+                    1.0  # gates lie as input, forget, cell, output
+                )
             else:
                 parameter.requires_grad_(False)  # the second bias would double the first one's rate
     return lstm
@@ -174,7 +176,8 @@ def pce_terms(embeddings: Tensor, sets: ConfidentSets) -> PCETerms:
     """Patch contrastive error with S(i, j) = (1 + cos(F_i, F_j)) / 2, in closed form.
 
     With unit rows u, sums s of them over a set and its size h or l (tkp_pcl.md section 7):
-    positive = 1/2 [1 - (|s_H|^2 - sum_H |u|^2) / (h (h - 1))], negative = 1/2 [1 + s_H s_L / (h l)].
+    positive = 1/2 [1 - (|s_H|^2 - sum_H |u|^2) / (h (h - 1))],
+    negative = 1/2 [1 + s_H s_L / (h l)].
     That is O(N C e) where all pairs are O(N^2 e).
 
     Args:

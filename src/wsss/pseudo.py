@@ -190,10 +190,9 @@ def _label_all(
     """Label this rank's images that have no file yet."""
     started = time.perf_counter()
     dataset = run.data.unmasked_dataset(split)
-    done = {path.stem for path in folder.glob("*.png")}
     rank, ranks = _rank()
     own = range(rank, len(dataset), ranks)  # whatever is done, or ranks would disagree
-    todo = [index for index in own if dataset.names[index] not in done]
+    todo = [i for i in own if not (folder / f"{dataset.names[i]}.png").is_file()]
     labeller = Labeller(run, source, device)
     preset = run.protocol.crf_preset if labeller.smooths else None
     pool = nullcontext(None) if preset is None else CRFPool(preset, jobs=crf_jobs)

@@ -139,15 +139,17 @@ def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
     """
     card = read_card(str(folder))
     if card is None:
-        if folder.is_dir() and any(folder.iterdir()):
+        # a hidden file is what a kill left of a card
+        if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
             raise WSSSError(f"{folder} holds files that are not these labels; give another out=")
         return False
-    other = [key for key in identity if card["made_from"].get(key) != identity[key]]
+    made_from = card.get("made_from", {})
+    other = [key for key in identity if made_from.get(key) != identity[key]]
     if other:
         raise WSSSError(
             f"{folder} holds pseudo labels of another {', '.join(other)}; give another out="
         )
-    return bool(card["status"] == "finished")
+    return bool(card.get("status") == "finished")
 
 
 def _identity(run: LoadedRun, path: Path, split: str, source: str) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class WSSSModule(LightningModule):
         """
         if bool(torch.isfinite(total)):
             return
-        terms = ", ".join(f"{name} {float(loss):.3g}" for name, loss in losses.items())
+        terms = ", ".join(f"{name} {loss.item():.3g}" for name, loss in losses.items())
         raise WSSSError(
             f"step {self.global_step}: the loss is not finite ({terms}; images "
             f"{', '.join(batch['name'])}); lower method.lr, or look at these images"

@@ -3,8 +3,16 @@
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from wsss.config import compose_config, config_hash, config_root, plain
+from wsss.config import (
+    check_config,
+    compose_config,
+    config_hash,
+    config_root,
+    plain,
+    second_stage_config,
+)
 from wsss.data.prepare_coco import COCO_CLASSES
 from wsss.errors import WSSSError
 from wsss.runs import build_data, build_module, override_config
@@ -20,12 +28,15 @@ DATA = sorted(path.stem for path in (ROOT / "conf" / "data").glob("*.yaml"))
 GIVEN = ["data.root=unset", "backbone.weights=random"]
 # a table names its classes itself, where there is one
 CLASSES = {"table": ["data.class_names=[apple,leaf,sky]"]}
+# a study of a method under another name
+STUDIES = {"vit_pcm": "tkp_pcl"}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiments_compose_and_build(experiment: str) -> None:
     config = plain(compose_config([f"+experiments={experiment}", *GIVEN]))
-    assert experiment.split("/")[0] in config["method"]["_target_"]
+    folder = experiment.split("/")[0]
+    assert STUDIES.get(folder, folder) in config["method"]["_target_"]
     if "base" not in config["backbone"]["name"]:  # ViT-B is built once, below
         build_module(config, len(config["data"]["class_names"]))
 
@@ -85,6 +96,53 @@ def test_stored_configuration_is_overridden_with_the_same_care() -> None:
         override_config(config, ["eval.crff=null"])
     with pytest.raises(WSSSError, match=r"seed"):
         override_config(config, ["seed=zero"])
+
+
+@pytest.mark.parametrize("experiment", ["tkp_pcl/minivoc", "tkp_pcl/voc", "vit_pcm/voc"])
+def test_second_stage_is_a_whole_configuration(experiment: str) -> None:
+    config = plain(compose_config([f"+experiments={experiment}", "data.root=unset", "seed=3"]))
+    second = second_stage_config(config, "somewhere")
+    check_config(OmegaConf.create(second))
+    assert second["data"]["train_masks"] == "somewhere"
+    assert second["method"]["max_steps"] == second["trainer"]["max_steps"]
+    assert second["method"]["max_steps"] == second["budget"]["max_steps"]
+    assert second["data"]["train_transform"]["crop_size"] == second["budget"]["crop_size"]
+    assert second["data"]["global_batch_size"] == second["budget"]["global_batch_size"]
+    assert (second["seed"], second["study"]) == (3, config["study"])
+    assert second["data"]["train_split"] == config["data"]["train_split"]
+    assert second["method"]["optimiser"] == ("adamw" if "minivoc" in experiment else "sgd")
+    assert second["second_stage"] is None
+
+
+def test_second_stage_leaves_the_first_one_what_it_is() -> None:
+    both = plain(compose_config(["+experiments=tkp_pcl/minivoc"]))
+    alone = plain(compose_config(["+experiments=tkp_pcl/minivoc", "second_stage=null"]))
+    assert config_hash(both) == config_hash(alone)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("+second_stage.methodd=3", r"second_stage\.method"),
+        ("second_stage.method.optimiser=adam", "optimiser"),
+        ("second_stage.budget.crop_size=0", r"budget\.crop_size"),
+        ("+second_stage.data.limitt=3", r"data\.limit"),
+    ],
+)
+def test_second_stage_is_checked_before_the_first_begins(override: str, expected: str) -> None:
+    with pytest.raises(WSSSError, match=expected):
+        compose_config(["+experiments=tkp_pcl/minivoc", override])
+
+
+def test_masks_of_a_moved_first_stage_do_not_orphan_a_second() -> None:
+    base = plain(compose_config(["method=segmenter", "data=minivoc"]))
+    hashes = set()
+    for runs in ("runs", "elsewhere"):
+        masks = f"{runs}/study/run/pseudo_labels/train-1"
+        hashes.add(
+            config_hash({**base, "runs_dir": runs, "data": {**base["data"], "train_masks": masks}})
+        )
+    assert len(hashes) == 1
 
 
 def test_few_yaml_files() -> None:

@@ -52,6 +52,12 @@ def _predict(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def _pseudo(arguments: list[str]) -> int:
+    from wsss.pseudo import main
+
+    return main(arguments)
+
+
 def _parity(arguments: list[str]) -> int:
     from pathlib import Path
 
@@ -131,8 +137,8 @@ Examples:
         "train a method, evaluate it, write table and gallery into a run folder",
         """\
 Hydra composes the run from groups; any value can be set on the line:
-  method=toco|clustercam|getam  data=minivoc|voc|coco|table
-  backbone=vit_pico|deit_small|deit_base|vit_base|vit_hybrid|dinov2_small
+  method=toco|clustercam|getam|tkp_pcl|segmenter|segmenter_vit  data=minivoc|voc|coco|table
+  backbone=vit_pico|deit_small|deit_base|vit_base|vit_hybrid|dinov2_small|resnet101
   trainer=auto|cpu|gpu|ddp   logger=csv|wandb           +experiments=toco/minivoc
   seed=0  study=NAME  runs_dir=runs  budget.max_steps=600  method.ptc_weight=0 ...
 --cfg job prints the composed configuration; -m sweeps over comma-separated values.
@@ -224,6 +230,27 @@ Example:
   wsss submit run=runs/toco/toco-voc-s0-1a2b3c4d data.root=/data/VOCdevkit""",
         _submit,
     ),
+    "pseudo": Verb(
+        "pseudo run=RUN_DIR|CKPT [split=LIST] [source=cam|seg] [eval.KEY=VALUE] [out=FOLDER]",
+        "write pseudo labels of a training list, for a second stage",
+        """\
+One index PNG an image, pixel = class id, 255 undecided; only classes of the image's labels.
+  split=train_aug  the list; the run's training list where it is not given
+  source=cam       from localisation maps. With eval.cam_high and eval.cam_low these are the
+                   pseudo labels that are scored; with both null eval.cam_threshold decides,
+                   and eval.crf refines
+  source=seg       from the segmentation head, refined by eval.crf
+  out=FOLDER       instead of pseudo_labels/LIST-HASH inside the run folder
+  crf_jobs=N  device=auto
+Repeating an interrupted command goes on where it stopped. pseudo_labels.json in the folder says
+how the labels were made.
+
+Examples:
+  wsss pseudo run=runs/tkp_pcl-voc/tkppcl-voc-s0-1a2b3c4d
+  wsss pseudo run=runs/toco-voc/toco-voc-s0-1a2b3c4d source=seg
+  wsss train +experiments=segmenter/voc data.train_masks=FOLDER data.root=/data/VOCdevkit""",
+        _pseudo,
+    ),
     "parity": Verb(
         "parity METHOD DIR",
         "compare with numbers of the method's official code",
@@ -251,8 +278,8 @@ Examples:
         _convert,
     ),
     "benchmark": Verb(
-        "benchmark method=METHOD|part=crf|part=data [KEY=VALUE ...]",
-        "time a training step by phases, our dense CRF beside pydensecrf, or loading",
+        "benchmark method=METHOD|part=crf|part=data|part=pce [KEY=VALUE ...]",
+        "time a training step by phases, dense CRFs, loading, or TKP-PCL's contrast",
         """\
   method=toco, clustercam or getam; each has its own backbone and image_size, others can be set
   batch_size=2  repeats=3  warmup=1  device=auto
@@ -267,12 +294,15 @@ Weights are random, which changes no time; each side runs in a process of its ow
 
 part=data times loading and augmentation instead, images/s and core, beside plain Pillow and
 torchvision: method=METHOD (all)  image_size=448  images=FOLDER  count=32  repeats=5  out=FILE.json
+part=pce times TKP-PCL's contrast alone, against the number of patches:
+  tokens=[64,256,576,1024,2304,4096]  width=768  num_classes=20  batch_size=1  matrix=true
 
 Examples:
   wsss benchmark method=toco
   wsss benchmark method=clustercam stage=before
   wsss benchmark part=crf device=cuda
-  wsss benchmark part=data""",
+  wsss benchmark part=data
+  wsss benchmark part=pce""",
         _benchmark,
     ),
 }

@@ -122,6 +122,7 @@ class TrainConfig:
     seed: int
     runs_dir: Path
     gallery: int
+    second_stage: Mapping[str, Any] | None = None
 
 
 def compose_config(overrides: Sequence[str], config_name: str = "train") -> DictConfig:
@@ -188,18 +189,53 @@ def config_hash(config: Mapping[str, Any]) -> str:
     """Eight hex digits over what makes a run another run.
 
     Left out are where things lie and how they are watched, so that moved data does not orphan an
-    interrupted run. The evaluation protocol is in: ``wsss eval`` takes other ones without training.
+    interrupted run; a second stage is a run of its own. The evaluation protocol is in: ``wsss
+    eval`` takes other ones without training.
     """
-    relevant = {
-        key: value for key, value in config.items() if key not in ("runs_dir", "logger", "gallery")
-    }
+    elsewhere = ("runs_dir", "logger", "gallery", "second_stage")
+    relevant = {key: value for key, value in config.items() if key not in elsewhere}
     relevant["data"] = {
         key: value
         for key, value in config["data"].items()
         if key not in ("root", "num_workers", "eval_batch_size")
     }
+    if masks := relevant["data"].get("train_masks"):  # a first stage's: named inside runs_dir
+        relevant["data"]["train_masks"] = str(masks).removeprefix(str(config["runs_dir"]))
     text = json.dumps(relevant, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+#: what a second stage says for itself; all else is the first one's
+SECOND_STAGE = ("source", "method", "backbone", "data", "eval", "budget", "trainer")
+
+
+def second_stage_config(config: Mapping[str, Any], train_masks: str) -> dict[str, Any]:
+    """The resolved configuration of the run that follows on a run's pseudo labels.
+
+    Args:
+        config: resolved configuration with a ``second_stage``: its method, encoder and protocol
+            take the first stage's places, its other keys are laid over the first stage's;
+            ``source`` says what `wsss pseudo` makes the labels from.
+        train_masks: the folder of pseudo labels.
+
+    Raises:
+        WSSSError: ``second_stage`` has unknown keys or lacks one.
+    """
+    second = config["second_stage"]
+    for key in second:
+        if key not in SECOND_STAGE:
+            raise WSSSError(f"second_stage.{key}: unknown key{_nearest(key, SECOND_STAGE)}")
+    for key in ("method", "backbone", "eval"):
+        if key not in second:
+            raise WSSSError(f"second_stage.{key} is missing; see experiments/tkp_pcl/minivoc.yaml")
+    merged = {**config, **{key: second[key] for key in ("method", "backbone", "eval")}}
+    for key in ("data", "budget", "trainer"):
+        merged[key] = {**config[key], **second.get(key, {})}
+    # these were read from the first stage's budget
+    merged["data"]["global_batch_size"] = merged["budget"]["global_batch_size"]
+    merged["trainer"]["max_steps"] = merged["budget"]["max_steps"]
+    merged["data"]["train_masks"] = train_masks
+    return merged | {"second_stage": None}
 
 
 def check_config(config: DictConfig) -> None:
@@ -221,6 +257,8 @@ def check_config(config: DictConfig) -> None:
         raise WSSSError(f"seed={content['seed']}: expected 0 to 2**32 - 1")
     if content["gallery"] < 0:
         raise WSSSError(f"gallery={content['gallery']}: expected 0 or more images")
+    if content.get("second_stage"):
+        check_config(OmegaConf.create(second_stage_config(content, "written by the first stage")))
 
 
 def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

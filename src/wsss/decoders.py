@@ -192,3 +192,32 @@ class DPTDecoder(nn.Module):
         """Logits (B, K+1, *size) from four maps, finest first."""
         logits = self.head(self.squeeze(self.paths(maps)[-1]))
         return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+class ASPPSum(nn.Module):
+    """DeepLab V2's head: the sum of dilated 3x3 convolutions, weights N(0, 0.01^2), biases 0.
+
+    Source: tkp_pcl.md section 3, "Stage 2".
+
+    Args:
+        in_channels: width D of the features.
+        num_outputs: K + 1.
+        rates: dilation and padding of each convolution, in features.
+    """
+
+    def __init__(
+        self, *, in_channels: int, num_outputs: int, rates: Sequence[int] = (6, 12, 18, 24)
+    ) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Conv2d(in_channels, num_outputs, 3, padding=rate, dilation=rate) for rate in rates
+        )
+        for name, parameter in self.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.01)
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B, K+1, h, w) from features (B, D, h, w)."""
+        return torch.stack([branch(features) for branch in self.branches]).sum(0)

@@ -56,6 +56,27 @@ def cam_to_label_with_ignore(
     return best.masked_fill_(value <= low, 0)
 
 
+def cam_probabilities(cam: Tensor, labels: Tensor, *, bg_threshold: float) -> Tensor:
+    """Probabilities of background and labelled classes whose argmax is :func:`cam_to_label`.
+
+    A score s stands for the odds s / (1 - s), and the background for those of its threshold. From
+    TKP-PCL's maps and a threshold of 0.5 that is ViT-PCM's merged label map (tkp_pcl.md 3.2).
+
+    Args:
+        cam: (B, K, H, W) scores in [0, 1].
+        labels: (B, K) image-level labels, 0 or 1; other classes get 0.
+        bg_threshold: Scores at or below it are background.
+
+    Returns:
+        (B, K+1, H, W), background first, adding up to 1.
+    """
+    eps = 1e-6
+    odds = cam.clamp(eps, 1 - eps).logit()
+    odds = odds.masked_fill(labels[:, :, None, None] == 0, -torch.inf)
+    threshold = cam.new_tensor(bg_threshold).clamp(eps, 1 - eps).logit()
+    return torch.cat([threshold.expand_as(odds[:, :1]), odds], dim=1).softmax(dim=1)
+
+
 def roi_mask(cam: Tensor, labels: Tensor, *, high: float, low: float) -> Tensor:
     """Divide the image into background (0), uncertain (1) and foreground (2), for CTC crops.
 

@@ -9,6 +9,7 @@ import torch
 
 from wsss.config import config_hash
 from wsss.data.datamodule import ImageDataModule
+from wsss.data.train_masks import PIXEL_MASKS, read_card
 from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.holdout import HOLDOUT, Holdout, choose_threshold
@@ -88,7 +89,7 @@ def evaluate_and_report(
             global_batch_size=config["budget"]["global_batch_size"],
             seed=config["seed"],
             supervision=league(module, data),
-        ) | {"label_source": data.label_source}
+        ) | {"label_source": data.label_source, "train_masks": read_card(data.train_masks)}
         if split != HOLDOUT:
             kept = data.eval_dataset(split)
             metrics["data_sha256"] = {"labels": kept.label_sha256(), "masks": kept.mask_sha256()}
@@ -168,6 +169,8 @@ def apply_threshold(metrics: dict[str, Any], chosen: dict[str, Any]) -> None:
 
 def league(module: WSSSModule, data: ImageDataModule) -> str:
     """The supervision league: what training sees, and what the encoder was trained with."""
+    if PIXEL_MASKS in module.backbone.weights_info.pretraining:
+        return PIXEL_MASKS
     info = module.backbone.weights_info.as_dict()
     if "clip" in f"{info.get('name')} {info.get('pretraining')}".lower():
         return f"{data.supervision} + CLIP"

@@ -141,7 +141,8 @@ def restore_state(module: WSSSModule, state: "dict[str, Tensor]", origin: str) -
     Raises:
         WSSSError: keys that do not fit.
     """
-    fit_positions(module.backbone.vit, state.get("backbone.vit.pos_embed"))
+    if "backbone.vit.pos_embed" in state:  # convolutional encoders have none
+        fit_positions(module.backbone.vit, state["backbone.vit.pos_embed"])
     load_state_dict_strictly(module, state, origin)
 
 

@@ -95,7 +95,9 @@ def _run_job(config: DictConfig) -> int:
 
     def run() -> int:
         check_config(config)
-        train(plain(config))
+        from wsss.stages import train_stages  # which imports this module
+
+        train_stages(plain(config))
         return 0
 
     # told here, since Hydra would wrap an exception in lines of its own

@@ -41,8 +41,8 @@ class BenchmarkConfig:
     """Arguments of ``wsss benchmark``, as KEY=VALUE.
 
     Attributes:
-        part: ``step``, a training step, or ``crf``, our dense CRF beside pydensecrf; ``data`` has
-            arguments of its own (`wsss.benchmark.loading`).
+        part: ``step``, a training step, or ``crf``, our dense CRF beside pydensecrf; ``data`` and
+            ``pce`` have arguments of their own (`wsss.benchmark.loading`, `wsss.benchmark.pce`).
         method: a method of ``conf/method``; only for a step.
         crf: preset of the dense CRF; only for ``part=crf``.
         backbone: an encoder of ``conf/backbone``, with random weights here; null: the method's own.
@@ -81,7 +81,7 @@ class BenchmarkConfig:
 
 
 CHOICES = {
-    "part": ("step", "crf", "data"),
+    "part": ("step", "crf", "data", "pce"),
     "crf": tuple(CRF_PRESETS),
     "device": ("auto", "cpu", "cuda"),
     "stage": ("after", "before"),
@@ -107,6 +107,10 @@ def main(arguments: list[str]) -> int:
         from wsss.benchmark.loading import main as time_loading
 
         return time_loading([argument for argument in arguments if argument != "part=data"])
+    if "part=pce" in arguments:
+        from wsss.benchmark import pce
+
+        return pce.main([argument for argument in arguments if argument != "part=pce"])
     config = parse(arguments)
     out = Path(config.out) if config.out else None
     if out and out.is_dir():

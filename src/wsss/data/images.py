@@ -258,6 +258,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def write_mask(ids: NDArray[np.uint8], path: Path) -> None:
+    """Writes class ids (H, W) as an index PNG that appears whole or not at all."""
+    write_atomically(path, mask_png(ids))
+
+
 class ImageFolderDataset(Dataset[dict[str, Any]]):
     """All images that lie directly in a folder, sorted by name, at native size (`wsss predict`).
 

@@ -454,7 +454,7 @@ def evaluate(
     tally.reset()
     batches = dataloader if description is None else track(dataloader, description=description)
     own = 0
-    with evaluating(module), _crf_pool(protocol, device, crf_jobs) as pool:
+    with evaluating(module), crf_pool(protocol, device, crf_jobs) as pool:
         queue = None if pool is None else CRFQueue(pool)
         for batch in batches:
             tally.update(module, batch, queue)  # type: ignore[arg-type]
@@ -477,7 +477,7 @@ def evaluate(
     }
 
 
-def _crf_pool(
+def crf_pool(
     protocol: Protocol, device: torch.device, jobs: int | None
 ) -> AbstractContextManager[CRFPoolLike | None]:
     """What computes the protocol's CRF, as a context."""

@@ -1,0 +1,556 @@
+"""TKP-PCL: top-K pooling with patch contrastive learning (arXiv 2310.09828; IEEE SMC 2024).
+
+Idea: no class activation map. A ViT's patches, brought into contact along rows and columns by two
+BiLSTMs, are each classified into C = K + 1 categories, the background included. The mean of the
+top-K patch probabilities of a category is its image-level probability, so one misclassified patch
+cannot decide alone as it does under max pooling (ViT-PCM, which is ``top_k=1``). A patch
+contrastive error (PCE) draws confident patches of a category together and pushes the patches that
+surely do not show it away from them.
+
+Paper: Wu et al., "Top-K Pooling with Patch Contrastive Learning for Weakly-Supervised Semantic
+Segmentation". There is no official code and its full text was not at hand: this is a
+reconstruction after tkp_pcl.md, tested by the ten properties of that page's section 8 and not by
+anybody's numbers. A score of this module is not a reproduction of the paper's.
+
+What is known how:
+    * From the paper: no CAM; patches classified and pooled to image labels; top-K in place of max
+      pooling; a patch contrastive error.
+    * Recollected, moderately sure: mean of K; PCE's two sets, epsilon 0.85; learning rates in two
+      steps; batch 16; 50 epochs. Hardly sure: K = 6, the similarity (1 + cos) / 2.
+    * Inherited from ViT-PCM's code: BiLSTM, bias-free classifier with N(0, 0.05^2), MCE, L2 on its
+      weight, frozen blocks with live dropout, augmentation, label merge, the equivariance term.
+    * Our choice (every gap of the page's tables): alpha 0.1; PCE on the BiLSTM's output, per image,
+      over present categories, with sets taken from the same forward pass; annotation-level labels
+      with the background always present; the last iterate is the result.
+
+Departures, from ViT-PCM and from the page:
+    * PCE in closed form: O(N C e) sums, no N x N matrix; value and gradient are those of all pairs.
+    * One dropout mask for both directions of a BiLSTM; Keras draws one for each.
+    * Brightness is not jittered (ViT-PCM's is without effect) and jittered pixels are clipped.
+    * The merged map reaches the evaluator as shares against the background (:meth:`TKPPCL.cams`),
+      whose values do not depend on the other labels; argmax and CRF input are those of the merge.
+    * With fewer blocks than ``trained_blocks`` all of them are trained after the warm-up.
+"""
+
+from math import ceil
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsss.backbone import Backbone
+from wsss.data.images import denormalise
+from wsss.errors import WSSSError
+from wsss.evaluation.inference import evaluating
+from wsss.methods.base import Batch, Outputs, WSSSModule
+
+TILES = 2  # a mosaic is 2 x 2 views
+
+
+class HVBiLSTM(nn.Module):
+    """A BiLSTM along every row beside another along every column (tkp_pcl.md 1.4; ViT-PCM).
+
+    Args:
+        dim: width of the tokens.
+        hidden: width of each direction; the output is ``4 * hidden`` wide.
+        dropout: of the tokens, and once more of each LSTM's input with one mask a sequence.
+    """
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.horizontal = _keras_lstm(dim, hidden)
+        self.vertical = _keras_lstm(dim, hidden)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (B, N, D) on a grid (h, w), N = h*w, to (B, N, 4 * hidden)."""
+        tokens = F.dropout(tokens, self.dropout, self.training).unflatten(1, grid)  # (B, h, w, D)
+        rows = self._run(self.horizontal, tokens)
+        columns = self._run(self.vertical, tokens.transpose(1, 2)).transpose(1, 2)
+        return torch.cat([rows, columns], dim=-1).flatten(1, 2)
+
+    def _run(self, lstm: nn.LSTM, lines: Tensor) -> Tensor:
+        """All lines (B, lines, length, D) as one batch of sequences."""
+        sequences = lines.flatten(0, 1)
+        # nn.LSTM(dropout=) does nothing for one layer; Keras holds one mask over the time steps
+        mask = F.dropout(torch.ones_like(sequences[:, :1]), self.dropout, self.training)
+        return lstm(sequences * mask)[0].unflatten(0, lines.shape[:2])
+
+
+def _keras_lstm(dim: int, hidden: int) -> nn.LSTM:
+    """A bidirectional LSTM as Keras starts it: Glorot, orthogonal, forget bias 1, one bias."""
+    lstm = nn.LSTM(dim, hidden, batch_first=True, bidirectional=True)
+    for name, parameter in lstm.named_parameters():
+        if name.startswith("weight_ih"):
+            nn.init.xavier_uniform_(parameter)
+        elif name.startswith("weight_hh"):
+            nn.init.orthogonal_(parameter)
+        else:
+            nn.init.zeros_(parameter)
+            if name.startswith("bias_ih"):
+                parameter.data[hidden : 2 * hidden] = (
+                    1.0  # gates lie as input, forget, cell, output
+                )
+            else:
+                parameter.requires_grad_(False)  # the second bias would double the first one's rate
+    return lstm
+
+
+def top_k_pool(probabilities: Tensor, k: int) -> Tensor:
+    """Mean of the k largest patch probabilities of each category (tkp_pcl.md 1.6).
+
+    The gradient is 1/k for each chosen patch and 0 elsewhere; categories choose independently.
+
+    Args:
+        probabilities: Z, (B, N, C).
+        k: patches to choose.
+
+    Returns:
+        (B, C); rows do not add up to 1 and must not be renormalised.
+
+    Raises:
+        WSSSError: there are fewer than k patches.
+    """
+    if k > probabilities.shape[1]:
+        raise WSSSError(
+            f"method.top_k={k}: images have only {probabilities.shape[1]} patches; lower it or "
+            "use larger images"
+        )
+    return probabilities.transpose(1, 2).topk(k, dim=2, sorted=False).values.mean(dim=2)
+
+
+def mce_loss(pooled: Tensor, targets: Tensor) -> Tensor:
+    """Multi-label prediction error: binary cross-entropy over all C categories and the batch.
+
+    Source: tkp_pcl.md section 2, "MCE"; probabilities are clipped to [1e-7, 1 - 1e-7].
+
+    Args:
+        pooled: y, (B, C) probabilities.
+        targets: t, (B, C), background first.
+    """
+    pooled = pooled.clamp(1e-7, 1 - 1e-7)  # not F.binary_cross_entropy, which autocast forbids
+    return -(targets * pooled.log() + (1 - targets) * (-pooled).log1p()).mean()
+
+
+class ConfidentSets(NamedTuple):
+    """Which patches PCE compares, both (B, C, N), boolean and without gradient.
+
+    Attributes:
+        high: H, patches surely of a category.
+        low: L, patches surely not of it.
+    """
+
+    high: Tensor
+    low: Tensor
+
+
+def confident_sets(probabilities: Tensor, present: Tensor, epsilon: float) -> ConfidentSets:
+    """H_c = {Z_c > epsilon} and L_c = {Z_c < 1 - epsilon} of the categories that count.
+
+    Args:
+        probabilities: Z, (B, N, C).
+        present: (B, C), boolean: categories that are compared at all.
+        epsilon: at least 0.5, so that the sets are disjoint.
+    """
+    scores = probabilities.detach().transpose(1, 2)  # (B, C, N)
+    counted = present[..., None]
+    return ConfidentSets((scores > epsilon) & counted, (scores < 1 - epsilon) & counted)
+
+
+class PCETerms(NamedTuple):
+    """PCE of each image and category, all (B, C).
+
+    Attributes:
+        positive: mean of 1 - S over ordered pairs of H; 0 where there is none.
+        negative: mean of S over H x L; 0 where there is none.
+        valid: boolean: at least one of the two exists.
+    """
+
+    positive: Tensor
+    negative: Tensor
+    valid: Tensor
+
+
+def pce_terms(embeddings: Tensor, sets: ConfidentSets) -> PCETerms:
+    """Patch contrastive error with S(i, j) = (1 + cos(F_i, F_j)) / 2, in closed form.
+
+    With unit rows u, sums s of them over a set and its size h or l (tkp_pcl.md section 7):
+    positive = 1/2 [1 - (|s_H|^2 - sum_H |u|^2) / (h (h - 1))],
+    negative = 1/2 [1 + s_H s_L / (h l)].
+    That is O(N C e) where all pairs are O(N^2 e).
+
+    Args:
+        embeddings: F, (B, N, e).
+        sets: H and L of each image and category.
+    """
+    # |s|^2 - h cancels, which bfloat16 cannot bear
+    with torch.autocast(embeddings.device.type, enabled=False):
+        wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        high, low = sets.high.to(wide), sets.low.to(wide)
+        unit = wide / (wide.square().sum(-1, keepdim=True) + 1e-12).sqrt()
+        sum_high, sum_low = high @ unit, low @ unit  # (B, C, e)
+        own = high @ unit.square().sum(-1, keepdim=True)  # (B, C, 1), the pairs i = j
+        h, n_low = high.sum(-1), low.sum(-1)  # (B, C)
+        alike = (sum_high.square().sum(-1) - own[..., 0]) / (h * (h - 1)).clamp_min(1)
+        unlike = (sum_high * sum_low).sum(-1) / (h * n_low).clamp_min(1)
+    has_positive, has_negative = h >= 2, (h >= 1) & (n_low >= 1)
+    return PCETerms(
+        0.5 * (1 - alike) * has_positive,
+        0.5 * (1 + unlike) * has_negative,
+        has_positive | has_negative,
+    )
+
+
+def pce_loss(embeddings: Tensor, sets: ConfidentSets) -> Tensor:
+    """Mean of PCE over an image's categories that have pairs, then over all images.
+
+    An image without pairs counts as 0, so that equal shards of a batch average to the whole.
+    """
+    terms = pce_terms(embeddings, sets)
+    per_image = (terms.positive + terms.negative).sum(1) / terms.valid.sum(1).clamp_min(1)
+    return per_image.mean()
+
+
+def across_images(embeddings: Tensor, sets: ConfidentSets) -> tuple[Tensor, ConfidentSets]:
+    """The batch as one image of B*N patches, for pairs across images."""
+    high, low = (part.transpose(0, 1).flatten(1)[None] for part in sets)  # (1, C, B*N)
+    return embeddings.flatten(0, 1)[None], ConfidentSets(high, low)
+
+
+def label_merge(scores: Tensor, targets: Tensor) -> Tensor:
+    """ViT-PCM's label merge (tkp_pcl.md 3.2): present maps over their maxima, renormalised.
+
+    Args:
+        scores: (B, C, h, w), not negative, background first.
+        targets: (B, C) in {0, 1}; absent categories become 0.
+
+    Returns:
+        (B, C, h, w), adding up to 1 over the categories wherever any is above 0.
+    """
+    peaked = _over_maximum(scores * targets[..., None, None].to(scores.dtype))
+    total = peaked.sum(1, keepdim=True)
+    return torch.where(total > 0, peaked / total, 0)
+
+
+def _over_maximum(maps: Tensor) -> Tensor:
+    peak = maps.amax((-2, -1), keepdim=True)
+    return torch.where(peak > 0, maps / peak, 0)  # 0 / 0 is 0
+
+
+def apply_symmetry(maps: Tensor, symmetry: Tensor, *, inverse: bool = False) -> Tensor:
+    """Give each map its own flips and transposition, or take them back.
+
+    Args:
+        maps: (B, C, n, n).
+        symmetry: (B, 3), boolean: flip columns, flip rows, then transpose.
+        inverse: undo instead.
+    """
+    turned = []
+    for image, (columns, rows, transpose) in zip(maps, symmetry.tolist(), strict=True):
+        sides = [side for side, asked in ((-1, columns), (-2, rows)) if asked]
+        if inverse:
+            image = image.mT if transpose else image
+            turned.append(image.flip(sides))
+        else:
+            image = image.flip(sides)
+            turned.append(image.mT if transpose else image)
+    return torch.stack(turned)
+
+
+def mosaic(views: Tensor) -> Tensor:
+    """Views (B, 3, s, s), four at a time, as (B/4, 3, 2s, 2s).
+
+    Raises:
+        WSSSError: B is no multiple of 4.
+    """
+    if len(views) % TILES**2:
+        raise WSSSError(
+            f"method.equivariance_weight: mosaics are made of {TILES**2} views, and a device has "
+            f"{len(views)} images; make budget.global_batch_size a multiple"
+        )
+    tiles = views.unflatten(0, (-1, TILES, TILES))  # (M, row, column, 3, s, s)
+    return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def tiles_of(maps: Tensor) -> Tensor:
+    """Inverse of :func:`mosaic` on maps: (M, C, 2n, 2n) to (4M, C, n, n)."""
+    tiles = maps.unflatten(3, (TILES, -1)).unflatten(2, (TILES, -1))  # (M, C, row, n, column, n)
+    return tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+class PatchScores(NamedTuple):
+    """What the network says of N = h*w patches.
+
+    Attributes:
+        logits: A, (B, N, C).
+        embeddings: F, output of the BiLSTMs, (B, N, e).
+        tokens: output of the encoder, (B, N, D).
+        grid: (h, w).
+    """
+
+    logits: Tensor
+    embeddings: Tensor
+    tokens: Tensor
+    grid: tuple[int, int]
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Z, (B, N, C), at least float32."""
+        kind = torch.promote_types(self.logits.dtype, torch.float32)
+        return self.logits.to(kind).softmax(-1)
+
+    def as_map(self, values: Tensor) -> Tensor:
+        """(B, N, C) as (B, C, h, w)."""
+        return values.transpose(1, 2).unflatten(2, self.grid)
+
+
+class StepResult(NamedTuple):
+    """Losses of a step; ``coverage`` is the share of present pairs of image and category with PCE.
+
+    It is None where PCE is off.
+    """
+
+    losses: dict[str, Tensor]
+    total: Tensor
+    coverage: Tensor | None
+
+
+class TKPPCL(WSSSModule):
+    """Top-K pooled patch classifier with patch contrastive error; ViT-PCM is a setting of it.
+
+    Args:
+        backbone: shared encoder. Dropout inside its blocks (0.1) is a setting of the encoder,
+            ``backbone.overrides.proj_drop_rate``, and stays alive in frozen blocks.
+        num_classes: K, foreground classes; C = K + 1.
+        max_steps: optimiser steps of the run.
+        warmup_steps: steps in which only BiLSTMs and classifier learn (2 of 50 epochs).
+        warmup_lr: learning rate of these steps.
+        lr: learning rate afterwards; Adam starts afresh then, as in ViT-PCM.
+        trained_blocks: last encoder blocks that learn after the warm-up, with the final norm.
+        lstm_hidden: width of each LSTM direction; e is four times that.
+        dropout: before the LSTMs, of their inputs, and before the classifier.
+        top_k: patches that are pooled; 1 is ViT-PCM's max pooling.
+        top_k_fraction: pool this share of the patches instead (rounded up); None: ``top_k``.
+        pce_weight: alpha.
+        epsilon: probability above which a patch is confident, 0.5 to 1; 1 empties all sets.
+        pce_embedding: compare the BiLSTM's output or the encoder's tokens.
+        pce_sets: take the sets from the training forward, or from one without dropout.
+        pce_background: compare patches of the background too.
+        pce_scope: pairs within an image, or within a device's whole batch.
+        l2_weight: of the classifier's squared weights, inside the loss.
+        equivariance_weight: of ViT-PCM's equivariance term; its second views come from
+            ``data.train_transform.view=true``.
+        input_scaling: ``symmetric`` maps pixels to [-1, 1] as the original ViT weights want it,
+            ``imagenet`` keeps ImageNet's mean and deviation.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        num_classes: int,
+        max_steps: int,
+        warmup_steps: int = 1322,
+        warmup_lr: float = 1e-3,
+        lr: float = 1e-4,
+        trained_blocks: int = 5,
+        lstm_hidden: int = 192,
+        dropout: float = 0.2,
+        top_k: int = 6,
+        top_k_fraction: float | None = None,
+        pce_weight: float = 0.1,
+        epsilon: float = 0.85,
+        pce_embedding: Literal["bilstm", "encoder"] = "bilstm",
+        pce_sets: Literal["training", "no_dropout"] = "training",
+        pce_background: bool = True,
+        pce_scope: Literal["image", "batch"] = "image",
+        l2_weight: float = 0.01,
+        equivariance_weight: float = 0.0,
+        input_scaling: Literal["symmetric", "imagenet"] = "symmetric",
+    ) -> None:
+        super().__init__(backbone=backbone, num_classes=num_classes, max_steps=max_steps)
+        if not 0.5 <= epsilon <= 1:
+            raise WSSSError(f"method.epsilon={epsilon}: expected 0.5 to 1, else H and L overlap")
+        if top_k < 1 or trained_blocks < 0 or warmup_steps < 0:
+            raise WSSSError(
+                f"method: expected top_k >= 1, trained_blocks >= 0 and warmup_steps >= 0, got "
+                f"{top_k}, {trained_blocks} and {warmup_steps}"
+            )
+        if top_k_fraction is not None and not 0 < top_k_fraction <= 1:
+            raise WSSSError(f"method.top_k_fraction={top_k_fraction}: expected above 0, up to 1")
+        self.warmup_steps, self.warmup_lr, self.lr = warmup_steps, warmup_lr, lr
+        self.top_k, self.top_k_fraction = top_k, top_k_fraction
+        self.pce_weight, self.epsilon = pce_weight, epsilon
+        self.pce_embedding, self.pce_sets = pce_embedding, pce_sets
+        self.pce_background, self.pce_scope = pce_background, pce_scope
+        self.l2_weight, self.equivariance_weight = l2_weight, equivariance_weight
+        self.input_scaling = input_scaling
+
+        backbone.requires_grad_(False)
+        blocks = list(backbone.vit.blocks)
+        for module in (*blocks[max(0, len(blocks) - trained_blocks) :], backbone.vit.norm):
+            module.requires_grad_(True)
+        self.bilstm = HVBiLSTM(backbone.dim, lstm_hidden, dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(4 * lstm_hidden, num_classes + 1, bias=False)
+        nn.init.normal_(self.classifier.weight, std=0.05)
+
+    # ---- what an evaluator sees -------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Pooled class logits (B, K), and patch logits (B, K+1, h, w) with the background first."""
+        scores = self.score(images)
+        pooled = self._pool(scores.probabilities)[:, 1:].clamp(1e-7, 1 - 1e-7)
+        return Outputs(pooled.logit(), scores.as_map(scores.logits))
+
+    @torch.no_grad()
+    def cams(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Share of each class against the background, both over their maxima: (B, K, H, W).
+
+        With M = Z / max Z the map of class c is M_c / (M_c + M_background). Above 0.5 the merged
+        map (:func:`label_merge`) prefers the class to the background, and odds against the
+        background give that map back (:func:`wsss.pseudo_labels.cam_probabilities`).
+        """
+        scores = self.score(images)
+        peaked = _over_maximum(scores.as_map(scores.probabilities))
+        background, classes = peaked[:, :1], peaked[:, 1:]
+        total = classes + background
+        share = torch.where(total > 0, classes / total, 0)
+        share = F.interpolate(share, images.shape[-2:], mode="bilinear", align_corners=False)
+        return share * labels[..., None, None]
+
+    def score(self, images: Tensor, *, frozen: bool = False) -> PatchScores:
+        """Run the network.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            frozen: keep the whole encoder out of the gradient.
+        """
+        if self.input_scaling == "symmetric":
+            images = denormalise(images) / 127.5 - 1
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            features = self.backbone(images)
+        embeddings = self.bilstm(features.patch_tokens, features.grid)
+        logits = self.classifier(self.dropout(embeddings))
+        return PatchScores(logits, embeddings, features.patch_tokens, features.grid)
+
+    def _pool(self, probabilities: Tensor) -> Tensor:
+        count = self.top_k
+        if self.top_k_fraction is not None:
+            count = ceil(self.top_k_fraction * probabilities.shape[1])
+        return top_k_pool(probabilities, count)
+
+    # ---- training ----------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Adam forgets the warm-up when the encoder's last blocks join (ViT-PCM)."""
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if first and self.global_step == self.warmup_steps:
+            for optimizer in self.trainer.optimizers:
+                optimizer.state.clear()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step of tkp_pcl.md section 2; see :meth:`compute_losses`."""
+        with self.own_draws(batch_idx, enabled=True):
+            result = self.compute_losses(batch, self.global_step)
+        self.require_finite(result.losses, result.total, batch)
+        self.log_losses(result.losses, result.total, len(batch["image"]))
+        if result.coverage is not None:
+            self.log("train/pce_coverage", result.coverage, batch_size=len(batch["image"]))
+        return result.total
+
+    def compute_losses(self, batch: Batch, step: int) -> StepResult:
+        """All losses of a batch at a 0-based optimiser step: MCE + alpha PCE + L2 (+ equivariance).
+
+        Args:
+            batch: ``image`` (B, 3, H, H), ``labels`` (B, K); for equivariance also ``symmetry``
+                (B, 3), ``view`` (B, 3, H/2, H/2), ``view_symmetry`` (B, 3) and ``view_box`` (B, 4).
+            step: decides whether the encoder learns.
+        """
+        images = batch["image"]
+        targets = F.pad(batch["labels"], (1, 0), value=1.0)  # (B, C), the background always there
+        frozen = step < self.warmup_steps
+        with self.phase("forward"):
+            scores = self.score(images, frozen=frozen)
+            probabilities = scores.probabilities  # (B, N, C)
+            losses = {"mce_loss": mce_loss(self._pool(probabilities), targets)}
+            total = losses["mce_loss"]
+            if self.l2_weight > 0:
+                losses["l2_loss"] = self.classifier.weight.square().sum()
+                total = total + self.l2_weight * losses["l2_loss"]
+        coverage = None
+        if self.pce_weight > 0:
+            with self.phase("pce"):
+                losses["pce_loss"], coverage = self._contrast(images, scores, targets)
+                total = total + self.pce_weight * losses["pce_loss"]
+        if self.equivariance_weight > 0:
+            with self.phase("equivariance"):
+                losses["equivariance_loss"] = self._equivariance(batch, targets, frozen=frozen)
+                total = total + self.equivariance_weight * losses["equivariance_loss"]
+        return StepResult(losses, total, coverage)
+
+    def _contrast(
+        self, images: Tensor, scores: PatchScores, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """PCE, and the share of present (image, category) pairs with at least two anchors."""
+        probabilities = scores.probabilities
+        if self.pce_sets == "no_dropout":
+            with evaluating(self):
+                probabilities = self.score(images).probabilities
+        present = targets > 0
+        if not self.pce_background:
+            present = present & (torch.arange(present.shape[1], device=present.device) > 0)
+        sets = confident_sets(probabilities, present, self.epsilon)
+        coverage = (sets.high.sum(-1) >= 2).sum() / present.sum().clamp_min(1)
+        embeddings = scores.embeddings if self.pce_embedding == "bilstm" else scores.tokens
+        if self.pce_scope == "batch":
+            embeddings, sets = across_images(embeddings, sets)
+        return pce_loss(embeddings, sets), coverage
+
+    def _equivariance(self, batch: Batch, targets: Tensor, *, frozen: bool) -> Tensor:
+        """Cross-entropy of mosaic views against the whole image's map, seen the same way."""
+        if "view" not in batch:
+            raise WSSSError(
+                f"method.equivariance_weight={self.equivariance_weight} needs second views: set "
+                "data.train_transform.view=true"
+            )
+        scores = self.score(mosaic(batch["view"]), frozen=frozen)
+        logits = tiles_of(scores.as_map(scores.logits)).float()  # (B, C, n, n)
+        target = self.equivariance_target(batch, targets, (logits.shape[2], logits.shape[3]))
+        return -(target * logits.log_softmax(1)).sum(1).mean()
+
+    def equivariance_target(self, batch: Batch, targets: Tensor, size: tuple[int, int]) -> Tensor:
+        """What the second views should show, (B, C, n, n): merged, without gradient or dropout.
+
+        Args:
+            batch: as in :meth:`compute_losses`.
+            targets: (B, C), background first.
+            size: (n, n), patches of a view.
+        """
+        with evaluating(self):
+            scores = self.score(batch["image"])
+            maps = scores.as_map(scores.probabilities)
+            upright = apply_symmetry(maps, batch["symmetry"], inverse=True)
+            parts = [
+                F.interpolate(one[None, :, r0:r1, c0:c1], size, mode="bilinear")
+                for one, (r0, r1, c0, c1) in zip(upright, batch["view_box"].tolist(), strict=True)
+            ]
+            return label_merge(apply_symmetry(torch.cat(parts), batch["view_symmetry"]), targets)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """BiLSTMs with classifier, and what of the encoder learns after the warm-up."""
+        heads = [*self.bilstm.parameters(), *self.classifier.parameters()]
+        encoder = [p for p in self.backbone.parameters() if p.requires_grad]
+        groups = [{"name": "heads", "params": [p for p in heads if p.requires_grad]}]
+        if encoder:
+            groups.append({"name": "encoder", "params": encoder})
+        return [{**group, "lr": self.warmup_lr} for group in groups]
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Adam with Keras' epsilon and no decay (tkp_pcl.md section 4)."""
+        return torch.optim.Adam(groups, eps=1e-7)
+
+    def lr_multiplier(self, step: int) -> float:
+        """1 during the warm-up, then constant at ``lr``."""
+        return 1.0 if step < self.warmup_steps else self.lr / self.warmup_lr

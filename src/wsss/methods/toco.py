@@ -260,6 +260,7 @@ class ToCo(WSSSModule):
         aux_layer: index into the block outputs for the auxiliary classifier (-3: third from last;
             the last entry is the output of the final norm).
         decoder_channels: hidden width of LargeFOV.
+        decoder_dilation: reach of its 3x3 convolutions in patches; 5 is for maps of 28 x 28.
         local_size: side of the local crops in pixels.
         scales: scales of the multi-scale CAM; each with its mirror image.
         high_threshold: score above which a pixel is foreground.
@@ -295,6 +296,7 @@ class ToCo(WSSSModule):
         weight_decay: float = 0.01,
         aux_layer: int = -3,
         decoder_channels: int = 512,
+        decoder_dilation: int = 5,
         local_size: int = 96,
         scales: Sequence[float] = (1.0, 0.5, 1.5),
         high_threshold: float = 0.7,
@@ -344,7 +346,10 @@ class ToCo(WSSSModule):
         self.classifier = nn.Conv2d(backbone.dim, num_classes, kernel_size=1, bias=False)
         self.aux_classifier = nn.Conv2d(backbone.dim, num_classes, kernel_size=1, bias=False)
         self.decoder = LargeFOV(
-            in_channels=backbone.dim, num_outputs=num_classes + 1, channels=decoder_channels
+            in_channels=backbone.dim,
+            num_outputs=num_classes + 1,
+            channels=decoder_channels,
+            dilation=decoder_dilation,
         )
         self.ctc_student = CTCHead(backbone.dim)
         self.ctc_teacher = CTCHead(backbone.dim)

@@ -46,7 +46,16 @@ MEASURING = {
     "seed": ("cam_resize", "use_image_labels", "cam_threshold_source"),
     "pseudo_label": ("cam_resize", "refine"),
     "seg": ("single_resize",),
-    "seg_miou_ms": ("resize", "seg_scales", "flip", "flip_merge", "scale_merge"),
+    "seg_miou_ms": (
+        "resize",
+        "seg_scales",
+        "seg_sizes",
+        "flip",
+        "flip_merge",
+        "scale_merge",
+        "merge_of",
+        "align_corners",
+    ),
     "crf": ("crf", "crf_prune", "crf_backend"),
 }
 #: what a fair comparison of methods holds fixed; a study of one of them says so with allow=

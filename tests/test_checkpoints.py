@@ -201,7 +201,8 @@ def test_missing_keys_of_ours_are_named_as_the_official_code_names_them() -> Non
 
 
 def test_unknown_method_is_refused() -> None:
-    with pytest.raises(WSSSError, match="no converter for method 'nope'; known: getam, toco"):
+    known = "no converter for method 'nope'; known: clustercam, getam, toco"
+    with pytest.raises(WSSSError, match=known):
         convert_official("nope", {})
 
 

@@ -132,6 +132,7 @@ def test_converted_checkpoint_is_read_back(tmp_path: Path) -> None:
         "backbone.name=vit_tiny_patch16_224",
         "+backbone.overrides.embed_dim=48",
         "backbone.overrides.patch_size=16",
+        "backbone.overrides.depth=4",
         "backbone.overrides.img_size=64",
         "method.decoder_channels=16",
         "method.official_compat=true",

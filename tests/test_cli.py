@@ -73,7 +73,7 @@ def test_overview_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["report", "no/such/run", "out=report"], "no/such/run"),
         (["report", "x"], "out is missing"),
         (["benchmark", "part=crv"], "part=crv"),
-        (["train", "data=minivoc", "eval.crf_backend=cuda"], "eval.crf_backend=cuda"),
+        (["train", "data=minivoc", "eval.crf_backend=cuda"], "eval.crf_backend='cuda'"),
         (["predict", "run=no/such/run", "images=x", "out=y"], "no/such/run"),
         (["pseudo", "run=no/such/run"], "no/such/run"),
         (["pseudo", "run=no/such/run", "source=cams"], "source=cams"),

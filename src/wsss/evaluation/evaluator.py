@@ -566,7 +566,7 @@ class Evaluator(Callback):
                 num_images=self.last["num_images"],
             )
         for key, _ in self.LOGGED:
-            if self.last[key] is not None:
+            if self.last.get(key) is not None:  # images without masks have image scores alone
                 # the value is the same on every rank already; sync_dist only quiets Lightning
                 pl_module.log(f"val/{key}", self.last[key], sync_dist=trainer.world_size > 1)
 
@@ -582,6 +582,6 @@ class Evaluator(Callback):
         for _, heading in self.LOGGED:
             table.add_column(heading, justify="right")
         for step, metrics in self.history:
-            values = [metrics[key] for key, _ in self.LOGGED]
+            values = [metrics.get(key) for key, _ in self.LOGGED]
             table.add_row(str(step), *("-" if v is None else f"{100 * v:.1f}" for v in values))
         return table

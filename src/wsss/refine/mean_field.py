@@ -66,7 +66,8 @@ def mean_field(images: Tensor, prob: Tensor, preset: CRFPreset) -> Tensor:
         indexing="ij",
     )
     place = torch.stack([columns, rows], dim=-1).view(1, -1, 2)  # (1, N, 2)
-    colour = images.to(prob.device).float().view(batch, -1, 3)
+    ordered = images.flip(-1) if preset.bgr else images
+    colour = ordered.to(prob.device).float().view(batch, -1, 3)
     bilateral = torch.cat(
         [place.expand(batch, -1, -1) / preset.bi_xy, colour / preset.bi_rgb], dim=-1
     )

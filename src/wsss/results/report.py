@@ -63,8 +63,8 @@ def main(arguments: list[str]) -> int:
     if not chosen.out:
         raise WSSSError("out is missing; give the folder of the report: out=report")
     out = Path(chosen.out)
+    comparisons = compare(paths, chosen)  # before anything is written
     make_writable(out)
-    comparisons = compare(paths, chosen)
     sections = [_section(comparison, chosen.gallery) for comparison in comparisons]
     page = TEMPLATE.read_text(encoding="utf-8")
     first = next(iter(comparisons[0].groups.values()))[0]

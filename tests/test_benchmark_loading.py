@@ -87,7 +87,7 @@ def test_the_built_in_pictures_have_vocs_usual_size() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["part=dta", "method=toco"], "part=dta: expected step"),
+        (["part=dta", "method=toco"], "part=dta: expected step or crf or data"),
         (["part=data", "method=tocco"], "expected one of"),
         (["part=data", "count=0"], "must be at least 1"),
         (["part=data", "batch_size=2"], "batch_size: unknown key"),

@@ -1,6 +1,6 @@
 """``wsss predict``: masks and overlays for one's own images."""
 
-import os
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from PIL import Image
 from rich.progress import track
 
 from wsss.arguments import parse_arguments
-from wsss.data.images import ImageFolderDataset, voc_palette
+from wsss.data.images import ImageFolderDataset, mask_png, voc_palette, write_atomically
 from wsss.errors import WSSSError
 from wsss.evaluation.inference import evaluating, localise, predict, predicted_labels
 from wsss.gallery import overlay
@@ -90,12 +90,7 @@ def predict_mask(run: LoadedRun, image: torch.Tensor, rgb: np.ndarray) -> np.nda
 
 def _save(mask: np.ndarray, rgb: np.ndarray, stem: Path) -> None:
     """Palette mask and overlay; each file appears whole or not at all."""
-    palette = Image.fromarray(mask, mode="P")
-    palette.putpalette(voc_palette())
-    for image, name in (
-        (palette, f"{stem.name}.png"),
-        (Image.fromarray(overlay(rgb, mask, voc_palette())), f"{stem.name}_overlay.jpg"),
-    ):
-        temporary = stem.with_name(f".{name}")
-        image.save(temporary, format="PNG" if name.endswith(".png") else "JPEG")
-        os.replace(temporary, stem.with_name(name))
+    write_atomically(stem.with_name(f"{stem.name}.png"), mask_png(mask))
+    drawn = io.BytesIO()
+    Image.fromarray(overlay(rgb, mask, voc_palette())).save(drawn, format="JPEG")
+    write_atomically(stem.with_name(f"{stem.name}_overlay.jpg"), drawn.getvalue())

@@ -60,7 +60,7 @@ def test_image_level_scores_are_taken_and_no_others(finished: tuple[Path, Path])
     metrics = read_results(run / "results.json")["splits"]["val"]
     assert 0 <= metrics["image_map"] <= 1
     for key in ("seed_miou", "seed_miou_oracle", "seg_miou", "seg_miou_crf"):
-        assert metrics.get(key) is None, key
+        assert metrics[key] is None, key
     assert metrics["num_images"] == 2
     assert metrics["notes"] == ["no masks: only image-level scores"]
     assert list((run / "gallery").glob("*.png"))

@@ -52,12 +52,19 @@ from cutouts import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from teacher import DIM as TEACHER_DIM
-from teacher import Teacher, identity_loss, split_tiles, top_mean, train_teacher
+from teacher import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Teacher,
+    identity_loss,
+    split_tiles,
+    top_mean,
+    train_teacher,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-MEAN = np.array((0.485, 0.456, 0.406), np.float32) * 255
-STD = np.array((0.229, 0.224, 0.225), np.float32) * 255
+MEAN, STD = (np.array(v, np.float32) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
 PATCH = 8
 GRID = 12  # patches on a side of the position embedding: 96 / 8
 MAX_OBJECTS = 3
@@ -420,24 +427,24 @@ class Pupil(nn.Module):
         the mean of the largest logits of a token, what a CAM shows: so many tokens, a share of
         ``TOP``, must show a class, and no token of a picture without it may. All but those of the
         class token are of each of the ``tiles ** 2`` pictures of a mosaic: ``(b * tiles ** 2, .)``.
-        ``token_logits`` and ``token_features`` are those of every token, ``(b, n, ...)``.
+        ``token_logits`` are those of every token, ``(b, n, 8)``; ``tokens`` is what they are read
+        from, ``(b, n, 192)``.
         """
         out = tokens(self.vit, images, window, patches, grid)
         cls, local = out[:, 0], out[:, 1:]
-        every = {
-            "token_logits": self.classes_token(local),
-            "token_features": self.teacher(local),
-        }
-        if tiles > 1:
-            local = split_tiles(local, tiles)
-        mean, peak = local.mean(1), local.amax(1)
-        return every | {
+        token_logits = self.classes_token(local)
+        pictures = split_tiles(local, tiles) if tiles > 1 else local
+        pooled = split_tiles(token_logits, tiles) if tiles > 1 else token_logits
+        mean, peak = pictures.mean(1), pictures.amax(1)
+        return {
+            "tokens": local,
+            "token_logits": token_logits,
             "identity_cls": self.identity_cls(cls),
             "identity_mean": self.identity_mean(mean),
             "classes_cls": self.classes_cls(cls),
             "classes_mean": self.classes_mean(mean),
             "classes_max": self.classes_max(peak),
-            "classes_token": top_mean(self.classes_token(local), TOP[tiles]),
+            "classes_token": top_mean(pooled, TOP[tiles]),
         }
 
 
@@ -552,15 +559,18 @@ def objective(out: dict[str, Tensor], batch: dict[str, Tensor], stage: str) -> d
     }
 
 
-def distillation(out: dict[str, Tensor], targets: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def distillation(
+    model: Pupil, out: dict[str, Tensor], targets: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
     """Returns the weighted terms that tie each token to the teacher at its place.
 
     Args:
-        out: of the pupil.
+        model: the pupil.
+        out: what it gave.
         targets: of :meth:`teacher.Teacher.targets`.
     """
     features, probabilities = targets
-    cosine = F.cosine_similarity(out["token_features"], features, dim=-1)
+    cosine = F.cosine_similarity(model.teacher(out["tokens"]), features, dim=-1)
     token = F.binary_cross_entropy_with_logits(out["token_logits"], probabilities)
     return {"teacher_features": 2 * (1 - cosine).mean(), "teacher_classes": 4 * token}
 
@@ -839,7 +849,8 @@ class Trainer:
         out = self.forward(batch["image"], batch["window"], batch["patches"], grid, tiles)
         terms = objective(out, batch, stage.name)
         if stage.name == "distil":
-            terms |= distillation(out, self.teacher.targets(batch["image"], batch["classes"]))
+            targets = self.teacher.targets(batch["image"], batch["classes"])
+            terms |= distillation(self.model, out, targets)
         self.model.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -1,6 +1,6 @@
 """``wsss predict``: masks and overlays for one's own images."""
 
-import os
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from PIL import Image
 from rich.progress import track
 
 from wsss.arguments import parse_arguments
-from wsss.data.images import ImageFolderDataset, voc_palette, write_mask
+from wsss.data.images import ImageFolderDataset, voc_palette, write_atomically, write_mask
 from wsss.errors import WSSSError
 from wsss.evaluation.inference import evaluating, localise, predict, predicted_labels
 from wsss.gallery import overlay
@@ -91,7 +91,6 @@ def predict_mask(run: LoadedRun, image: torch.Tensor, rgb: np.ndarray) -> np.nda
 def _save(mask: np.ndarray, rgb: np.ndarray, stem: Path) -> None:
     """Palette mask and overlay; each file appears whole or not at all."""
     write_mask(mask, stem.with_name(f"{stem.name}.png"))
-    name = f"{stem.name}_overlay.jpg"
-    temporary = stem.with_name(f".{name}")
-    Image.fromarray(overlay(rgb, mask, voc_palette())).save(temporary, format="JPEG")
-    os.replace(temporary, stem.with_name(name))
+    drawn = io.BytesIO()
+    Image.fromarray(overlay(rgb, mask, voc_palette())).save(drawn, format="JPEG")
+    write_atomically(stem.with_name(f"{stem.name}_overlay.jpg"), drawn.getvalue())

@@ -10,6 +10,7 @@ from PIL import Image
 
 from wsss.data.builtin import minivoc_root
 from wsss.data.datamodule import WSSSDataModule
+from wsss.data.dataset import saliency_guide
 from wsss.data.images import IMAGENET_MEAN, IMAGENET_STD, denormalise, read_saliency, squash_pixels
 from wsss.data.transforms import GETAMViews, ToCoViews
 from wsss.data.voc import VOCDataset
@@ -93,15 +94,15 @@ def names() -> list[str]:
 
 
 def dataset(folder: Path, threshold: int) -> VOCDataset:
-    return VOCDataset(
+    data = VOCDataset(
         root=minivoc_root(),
         split="train",
         class_names=CLASSES,
         transform=GETAMViews(crop_size=160, long_side=(1.0, 1.0)),
         limit=4,
-        saliency_folder=str(folder),
-        saliency_threshold=threshold,
     )
+    data.guided_by(saliency_guide(data.samples, folder, threshold))
+    return data
 
 
 @pytest.mark.parametrize(("threshold", "share"), [(127, 50 / 160), (0, 100 / 160)])

@@ -361,8 +361,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         sampler = UnpaddedDistributedSampler(length=len(dataset), num_replicas=processes, rank=rank)
         buckets = None
         if self.eval_batch_size > 1:
-            sizes = self._sizes.setdefault(split, dataset.sizes())
-            buckets = SizeBuckets(sampler, sizes=sizes, batch_size=self.eval_batch_size)
+            if split not in self._sizes:  # a header an image
+                self._sizes[split] = dataset.sizes()
+            buckets = SizeBuckets(
+                sampler, sizes=self._sizes[split], batch_size=self.eval_batch_size
+            )
         return make_loader(
             dataset,
             batch_size=1,
@@ -497,13 +500,11 @@ class WSSSDataModule(ImageDataModule):
 
     def samples(self, split: str) -> list[Sample]:
         """Returns the files that a list names."""
-        root = find_voc_root(self.root)
-        return voc_samples(root, split, self._mask_folder(split))[: self.limit]
+        return voc_samples(self.data_root(), split, self._mask_folder(split))[: self.limit]
 
     def label_reader(self) -> VOCLabels:
         """Returns labels from the prepared table, else from annotations or masks."""
-        root = find_voc_root(self.root)
-        return VOCLabels(root, self.class_names, self.label_source)  # type: ignore[arg-type]
+        return VOCLabels(self.data_root(), self.class_names, self.label_source)  # type: ignore[arg-type]
 
     def _dataset(
         self, split: str, *, transform: TrainTransform | None, with_mask: bool

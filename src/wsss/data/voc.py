@@ -19,7 +19,6 @@ from wsss.data.dataset import (
     check_class_names,
     check_files,
     multi_hot,
-    saliency_guide,
 )
 from wsss.data.images import read_mask
 from wsss.data.table import read_table
@@ -117,7 +116,6 @@ def labels_from_xml(path: Path, class_names: Sequence[str]) -> NDArray[np.float3
     Raises:
         WSSSError: the file is not XML or names an object outside `class_names`.
     """
-    labels = np.zeros(len(class_names), np.float32)
     try:
         objects = ET.parse(path).getroot().iterfind("object")
         names = [(item.findtext("name") or "").strip() for item in objects]
@@ -131,8 +129,7 @@ def labels_from_xml(path: Path, class_names: Sequence[str]) -> NDArray[np.float3
                 f"annotation {path} names the object {name!r}, which is none of the "
                 f"{len(class_names)} classes; correct it or the class list"
             )
-        labels[class_names.index(name)] = 1
-    return labels
+    return multi_hot(names, class_names)
 
 
 def labels_from_mask(mask: NDArray[np.uint8], num_classes: int) -> NDArray[np.float32]:
@@ -247,9 +244,6 @@ class VOCDataset(ImageDataset):
             masks of `mask_folder`, all of which are then read once, here).
         limit: keep only the first so many names of the list.
         seed: of the augmentation.
-        saliency_folder: folder of grey PNGs, relative to the root or absolute, that `transform`
-            gets as well; None: no saliency.
-        saliency_threshold: grey level above which a pixel is salient.
 
     Raises:
         WSSSError: one line that names the offending file.
@@ -267,8 +261,6 @@ class VOCDataset(ImageDataset):
         label_source: LabelSource = "xml",
         limit: int | None = None,
         seed: int = 0,
-        saliency_folder: str | None = None,
-        saliency_threshold: int = 127,
     ) -> None:
         root = find_voc_root(root)
         class_names = check_class_names(class_names)
@@ -290,6 +282,3 @@ class VOCDataset(ImageDataset):
             with_mask=with_mask,
             seed=seed,
         )
-        if saliency_folder:
-            folder = root / saliency_folder
-            self.guided_by(saliency_guide(self.samples, folder, saliency_threshold))

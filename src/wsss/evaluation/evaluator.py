@@ -352,6 +352,7 @@ class Tally(nn.Module):
     def _seeds(self, result: dict[str, Any]) -> None:
         thresholds = self.protocol.curve_thresholds
         matrices = self.seed.compute().cpu()
+        result |= {"seed_miou_oracle": None, "seed_miou_predicted_labels": None}
         predicted: float | None = None
         if self.both_labels:
             predicted = scores(self.seed_predicted.compute()[0]).miou
@@ -566,7 +567,7 @@ class Evaluator(Callback):
                 num_images=self.last["num_images"],
             )
         for key, _ in self.LOGGED:
-            if self.last.get(key) is not None:  # images without masks have image scores alone
+            if self.last[key] is not None:
                 # the value is the same on every rank already; sync_dist only quiets Lightning
                 pl_module.log(f"val/{key}", self.last[key], sync_dist=trainer.world_size > 1)
 
@@ -582,6 +583,6 @@ class Evaluator(Callback):
         for _, heading in self.LOGGED:
             table.add_column(heading, justify="right")
         for step, metrics in self.history:
-            values = [metrics.get(key) for key, _ in self.LOGGED]
+            values = [metrics[key] for key, _ in self.LOGGED]
             table.add_row(str(step), *("-" if v is None else f"{100 * v:.1f}" for v in values))
         return table

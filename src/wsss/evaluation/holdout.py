@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from wsss.data.datamodule import ImageDataModule
+from wsss.data.dataset import hash_names
 from wsss.evaluation.confusion import ThresholdConfusion, scores
 from wsss.evaluation.inference import evaluating, localise, predict, predicted_labels
 from wsss.evaluation.protocol import Protocol
@@ -83,7 +84,7 @@ class Holdout(Dataset[dict[str, Any]]):
     @property
     def list_hash(self) -> str:
         """SHA-256 of the names, one a line, as of a split's list."""
-        return _digest("".join(f"{name}\n" for name in self.names))
+        return hash_names(self.names)
 
     def loader(self) -> DataLoader[dict[str, Any]]:
         """This process's share, one image a batch."""

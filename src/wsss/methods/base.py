@@ -151,3 +151,11 @@ class WSSSModule(LightningModule):
             "config": self.run_config,
             "backbone": self.backbone.weights_info.as_dict(),
         }
+
+
+def check_thresholds(*, low: float, high: float) -> None:
+    """Raise WSSSError unless the two thresholds of pseudo labels are 0 <= low <= high <= 1."""
+    if not 0 <= low <= high <= 1:
+        raise WSSSError(
+            f"method: expected 0 <= low_threshold <= high_threshold <= 1, got {low} and {high}"
+        )

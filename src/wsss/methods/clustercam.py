@@ -52,7 +52,7 @@ from wsss.decoders import LargeFOV
 from wsss.errors import WSSSError
 from wsss.evaluation.inference import evaluating
 from wsss.losses import balanced_segmentation_loss
-from wsss.methods.base import Batch, Outputs, WSSSModule
+from wsss.methods.base import Batch, Outputs, WSSSModule, check_thresholds
 from wsss.methods.clustercam_start import start_as_official
 from wsss.pseudo_labels import refine_cam_to_label
 from wsss.refine.par import PAR
@@ -632,10 +632,7 @@ def _check_settings(
         raise WSSSError(
             f"method: expected epochs >= 1 and 0 <= drop_path < 1, got {epochs} and {drop_path}"
         )
-    if not 0 <= low <= high <= 1:
-        raise WSSSError(
-            f"method: expected 0 <= low_threshold <= high_threshold <= 1, got {low} and {high}"
-        )
+    check_thresholds(low=low, high=high)
 
 
 def prepare_backbone(backbone: Backbone, num_classes: int, drop_path: float) -> None:

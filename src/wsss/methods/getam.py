@@ -52,7 +52,7 @@ from wsss.losses import (
     full_precision,
     widened,
 )
-from wsss.methods.base import Batch, Outputs, WSSSModule
+from wsss.methods.base import Batch, Outputs, WSSSModule, check_thresholds
 from wsss.pseudo_labels import (
     cam_to_label_with_ignore,
     ignore_outside_boxes,
@@ -302,11 +302,7 @@ class GETAM(WSSSModule):
             raise WSSSError(
                 f"method=getam taps four blocks, and this backbone has {backbone.depth}"
             )
-        if not 0 <= low_threshold <= high_threshold <= 1:
-            raise WSSSError(
-                f"method: expected 0 <= low_threshold <= high_threshold <= 1, got "
-                f"{low_threshold} and {high_threshold}"
-            )
+        check_thresholds(low=low_threshold, high=high_threshold)
         if not 0 <= quantile < 1 or not 0 <= phase_one <= 1 or opening < 1:
             raise WSSSError(
                 "method: expected 0 <= quantile < 1, 0 <= phase_one <= 1 and opening of at least "

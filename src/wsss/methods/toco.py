@@ -47,7 +47,7 @@ from wsss.losses import (
     full_precision,
     widened,
 )
-from wsss.methods.base import Batch, Outputs, WSSSModule
+from wsss.methods.base import Batch, Outputs, WSSSModule, check_thresholds
 from wsss.pseudo_labels import (
     cam_to_label_with_ignore,
     ignore_outside_boxes,
@@ -320,11 +320,7 @@ class ToCo(WSSSModule):
             )
         if backbone.num_prefix_tokens == 0:
             raise WSSSError("method=toco contrasts class tokens, and this backbone has none")
-        if not 0 <= low_threshold <= high_threshold <= 1:
-            raise WSSSError(
-                f"method: expected 0 <= low_threshold <= high_threshold <= 1, got "
-                f"{low_threshold} and {high_threshold}"
-            )
+        check_thresholds(low=low_threshold, high=high_threshold)
         if not 0 <= momentum <= 1 or temperature <= 0:
             raise WSSSError(
                 f"method: expected 0 <= momentum <= 1 and temperature > 0, got {momentum} and "

@@ -20,6 +20,7 @@ from wsss.evaluation.ledger import enter
 from wsss.evaluation.protocol import Protocol, folder_card
 from wsss.reporting import (
     choose_device,
+    data_hashes,
     evaluate_and_report,
     make_writable,
     results_header,
@@ -100,6 +101,7 @@ def _evaluate_run(chosen: EvalArguments, overrides: list[str]) -> int:
         device=choose_device(chosen.device),
         cost=run.cost,
         run=Path(chosen.run),
+        train_list=run.train_list,
         purpose="wsss eval",
     )
     return 0
@@ -139,6 +141,7 @@ def evaluate_folder(chosen: EvalArguments, overrides: list[str]) -> int:
             supervision=chosen.supervision,
             seed=chosen.seed,
         ) | {"label_source": data.label_source}
+        metrics["data_sha256"] = data_hashes(data, split)
         if out:
             metrics["readings"] = enter(out, split=split, purpose="wsss eval of a folder")
         results["splits"][split] = metrics

@@ -34,6 +34,7 @@ def evaluate_and_report(
     logger: Any = None,
     cost: dict[str, Any] | None = None,
     run: Path | None = None,
+    train_list: str | None = None,
     purpose: str = "report",
 ) -> dict[str, Any]:
     """Evaluate on every split, store numbers with their protocol, print and draw.
@@ -51,6 +52,7 @@ def evaluate_and_report(
         cost: what training cost (:func:`wsss.costs.training_cost`), where that is known.
         run: run folder or checkpoint that is evaluated; default ``folder``. Readings are entered in
             the ledger of a run folder, wherever their numbers go.
+        train_list: SHA-256 of the list that the module was trained on, where that is known.
         purpose: of these readings.
 
     Returns:
@@ -89,10 +91,13 @@ def evaluate_and_report(
             global_batch_size=config["budget"]["global_batch_size"],
             seed=config["seed"],
             supervision=league(module, data),
-        ) | {"label_source": data.label_source, "train_masks": read_card(data.train_masks)}
+        ) | {
+            "label_source": data.label_source,
+            "train_list_sha256": train_list,
+            "train_masks": read_card(data.train_masks),
+        }
         if split != HOLDOUT:
-            kept = data.eval_dataset(split)
-            metrics["data_sha256"] = {"labels": kept.label_sha256(), "masks": kept.mask_sha256()}
+            metrics["data_sha256"] = data_hashes(data, split)
         if chosen:
             apply_threshold(metrics, chosen)
         if first:
@@ -131,6 +136,12 @@ def results_header(method: str, data: ImageDataModule, config: dict[str, Any]) -
         "status": "finished",
         "splits": {},
     }
+
+
+def data_hashes(data: ImageDataModule, split: str) -> dict[str, str | None]:
+    """What tells that two results are of the same labels and masks."""
+    dataset = data.eval_dataset(split)
+    return {"labels": dataset.label_sha256(), "masks": dataset.mask_sha256()}
 
 
 def store_and_show(results: dict[str, Any], cells: dict[str, dict[str, Any]], folder: Path) -> None:

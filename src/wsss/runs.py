@@ -14,7 +14,7 @@ from wsss.backbone import Backbone, WeightsInfo
 from wsss.checkpoints import first_line, fit_positions, load_state_dict_strictly
 from wsss.config import check_config, compose_config, config_hash, nearest_key, plain
 from wsss.costs import CostMeter, training_cost
-from wsss.data.datamodule import ImageDataModule
+from wsss.data.datamodule import TRAINING_LIST, ImageDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
@@ -85,6 +85,7 @@ class LoadedRun:
         folder: where results belong.
         step: optimiser steps of the checkpoint.
         cost: what training it cost, where the checkpoint says so.
+        train_list: SHA-256 of the list that it was trained on, where the checkpoint says so.
     """
 
     module: WSSSModule
@@ -93,7 +94,8 @@ class LoadedRun:
     config: dict[str, Any]
     folder: Path
     step: int
-    cost: dict[str, Any] | None
+    cost: dict[str, Any] | None = None
+    train_list: str | None = None
 
 
 def load_run(run: Path, overrides: list[str]) -> LoadedRun:
@@ -132,7 +134,15 @@ def load_run(run: Path, overrides: list[str]) -> LoadedRun:
         folder,
         int(checkpoint.get("global_step", 0)),
         training_cost(meter) if meter else None,
+        _training_list(checkpoint, data),
     )
+
+
+def _training_list(checkpoint: dict[str, Any], data: ImageDataModule) -> str | None:
+    """From what the data module left in a checkpoint to resume by."""
+    order = checkpoint.get(type(data).__qualname__, {}).get("order", {})
+    found: str | None = order.get(TRAINING_LIST)
+    return found
 
 
 def restore_state(module: WSSSModule, state: "dict[str, Tensor]", origin: str) -> None:

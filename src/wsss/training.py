@@ -203,6 +203,7 @@ def _fit_and_report(
         device=trainer.strategy.root_device,
         logger=_wandb(trainer),
         cost=_cost(trainer),
+        train_list=data.list_hash(data.train_split),
     )
 
 

@@ -1,6 +1,8 @@
 import csv
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +11,18 @@ from runs_on_disk import IMAGES, label_maps, make_run
 from wsss.cli import main
 from wsss.errors import WSSSError
 from wsss.evaluation.per_image import mean_iou
+from wsss.evaluation.protocol import Protocol
 from wsss.results.bootstrap import draw
-from wsss.results.compare import CompareArguments, compare, find_results, tables
+from wsss.results.compare import (
+    MEASURING,
+    OWN,
+    CompareArguments,
+    compare,
+    find_results,
+    tables,
+)
 from wsss.results.grids import Cell, Grid, html_tables, latex, markdown
-from wsss.results.store import RESULTS_FILE, read_cells
+from wsss.results.store import RESULTS_FILE, ROWS, read_cells
 
 
 def plain_miou(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
@@ -103,6 +113,114 @@ def test_a_difference_that_a_metric_does_not_touch_is_no_obstacle(tmp_path: Path
         grid_of(runs, allow=["crf"])
 
 
+def change(run: Path, **values: Any) -> Path:
+    """Changes a split's entries in results.json."""
+    results = json.loads((run / RESULTS_FILE).read_text())
+    results["splits"]["val"].update(values)
+    (run / RESULTS_FILE).write_text(json.dumps(results))
+    return run
+
+
+def test_every_setting_of_a_protocol_is_compared_or_is_a_methods_own() -> None:
+    assert set(MEASURING) == {key for _, key, _ in ROWS}
+    measured = {name for names in MEASURING.values() for name in names}
+    # what a holdout is says the hash of its list, wherever that was taken from
+    held_out = {"holdout_per_class", "holdout_split"}
+    assert {field.name for field in fields(Protocol)} <= measured | {*OWN} | held_out
+
+
+@pytest.mark.parametrize(
+    ("card", "touched", "untouched"),
+    [
+        ({"single_resize": 448}, ["image_map"], ["seed_miou", "seg_miou_ms_crf"]),
+        ({"single_resize": 448}, ["seg_miou"], ["seed_miou"]),
+        ({"resize": 448}, ["seg_miou_ms_crf"], ["seg_miou"]),
+        ({"merge_of": "probabilities"}, ["seg_miou_ms_crf"], ["seg_miou"]),
+        ({"seg_sizes": [256]}, ["seg_miou_ms_crf"], ["seg_miou"]),
+        ({"crf_backend": "torch"}, ["seg_miou_ms_crf"], ["seg_miou", "seed_miou"]),
+        ({"oracle_thresholds": [0.5]}, ["seed_threshold_oracle"], ["seed_miou"]),
+        ({"use_image_labels": False}, ["seed_miou"], ["seg_miou"]),
+        ({"train_list_sha256": "e" * 64}, ["seed_miou"], []),
+        ({"holdout_per_class": 9, "holdout_split": "train"}, [], ["seed_miou", "seg_miou"]),
+    ],
+)
+def test_a_setting_bars_the_numbers_that_it_decides_and_no_others(
+    tmp_path: Path, card: dict, touched: list[str], untouched: list[str]
+) -> None:
+    runs = [make_run(tmp_path / "a", method="A"), make_run(tmp_path / "b", method="B", **card)]
+    for metric in touched:
+        with pytest.raises(WSSSError, match=f"differ in .*{next(iter(card))}"):
+            grid_of(runs, metrics=[metric])
+    for metric in untouched:
+        assert grid_of(runs, metrics=[metric])
+
+
+def test_other_masks_and_another_holdout_are_refused_though_the_lists_agree(tmp_path: Path) -> None:
+    hashes = {"labels": "1" * 64, "masks": "2" * 64}
+    one = change(make_run(tmp_path / "a", method="A"), data_sha256=hashes)
+    other = make_run(tmp_path / "b", method="B")
+    change(other, data_sha256=hashes | {"masks": "3" * 64})
+    with pytest.raises(WSSSError, match="differ in masks_sha256"):
+        grid_of([one, other])
+    change(other, data_sha256=hashes | {"labels": "3" * 64})
+    with pytest.raises(WSSSError, match="differ in labels_sha256"):
+        grid_of([one, other])
+    assert grid_of([one, other], metrics=["seg_miou"]), "segmentation is told no labels"
+    held = [
+        make_run(tmp_path / name, method=name, holdout={"list_sha256": digit * 64})
+        for name, digit in (("C", "4"), ("D", "5"))
+    ]
+    assert grid_of(held)
+    for run in held:
+        change(run, seed_miou_holdout=0.5)
+    with pytest.raises(WSSSError, match="differ in holdout_list_sha256"):
+        grid_of(held)
+
+
+def test_encoders_that_start_at_random_are_alike(tmp_path: Path) -> None:
+    runs = [
+        make_run(
+            tmp_path / name,
+            method=name,
+            backbone={"name": "vit", "source": "random", "state_sha256": digit * 64},
+        )
+        for name, digit in (("A", "4"), ("B", "5"))
+    ]
+    assert grid_of(runs)
+
+
+def test_thresholds_are_a_methods_own_but_a_groups_runs_share_them(tmp_path: Path) -> None:
+    one, other = (
+        make_run(tmp_path / str(seed), seed=seed, cam_threshold=0.4 + seed / 10)
+        for seed in range(2)
+    )
+    with pytest.raises(WSSSError, match=r"eval\.cam_threshold differs; use by=eval\.cam_thr"):
+        grid_of([one, other])
+    assert grid_of([one, make_run(tmp_path / "b", method="B", cam_threshold=0.3)])
+
+
+def test_runs_without_masks_are_compared_by_image_scores(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, method=name) for name in ("A", "B")]
+    for run in runs:
+        change(run, seed_miou=None, seg_miou=None, seg_miou_ms_crf=None, maps={})
+    (numbers,) = grid_of(runs)
+    assert [cell.text for cell in row(numbers, "image mAP")] == ["50.0", "50.0"]
+
+
+def test_runs_of_other_data_are_listed_without_a_common_table_of_classes(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, method=name) for name in ("A", "B")]
+    results = json.loads((runs[1] / RESULTS_FILE).read_text())
+    columns = results["splits"]["val"]["per_class"]
+    results["splits"]["val"]["per_class"] = {key: values[:2] for key, values in columns.items()}
+    (runs[1] / RESULTS_FILE).write_text(json.dumps(results | {"data": "other"}))
+    numbers, details = grid_of(runs, unranked=True)
+    assert any("differs: data" in note for note in numbers.notes)
+    assert "in detail" in details.title
+    assert main(["report", *map(str, runs), f"out={tmp_path / 'r'}", "unranked=true"]) == 0
+    page = (tmp_path / "r" / "index.html").read_text()
+    assert "not evaluated on the same images" in page
+
+
 def test_leagues_are_kept_apart(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "a", method="A"),
@@ -110,6 +228,13 @@ def test_leagues_are_kept_apart(tmp_path: Path) -> None:
     ]
     found = compare(runs, CompareArguments(resamples=10))
     assert [c.league for c in found] == ["image labels", "image labels + saliency"]
+    change(runs[1], seed_miou=None)
+    wishes = CompareArguments(
+        resamples=10, baseline="a", metrics=["seed_miou"], metric="seed_miou"
+    )
+    assert [c.baseline for c in compare(runs, wishes)] == ["A", None], "of its own league"
+    again = make_run(tmp_path / "c", method="A", supervision="pixel masks")
+    assert len(compare([*runs, again], CompareArguments(resamples=10))) == 3
 
 
 def test_runs_of_a_group_differ_in_their_seed_alone(tmp_path: Path) -> None:

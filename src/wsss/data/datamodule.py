@@ -45,6 +45,9 @@ from wsss.data.voc import LabelSource, VOCDataset, VOCLabels, find_voc_root, voc
 from wsss.errors import WSSSError
 
 
+TRAINING_LIST = "training list (sha256)"  # in a checkpoint
+
+
 class OneLineErrorLoader(DataLoader[dict[str, Any]]):
     """A DataLoader that passes on a worker's `WSSSError` as it was raised.
 
@@ -386,7 +389,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def _order_identity(self) -> dict[str, Any]:
         """What must be unchanged for a position in the epoch to mean the same images."""
         return {
-            "training list (sha256)": hash_names(self._make_train_dataset().names),
+            TRAINING_LIST: hash_names(self._make_train_dataset().names),
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,

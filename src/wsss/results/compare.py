@@ -39,27 +39,40 @@ MIOUS = {
     "pseudo_label_miou_excluded": ("pseudo_label", True),
 }
 
-#: what must be equal for any number, and for numbers whose key starts as given
-IDENTITY = ("data", "split", "list_sha256", "num_images", "label_source", "metric",
+#: what must be equal for any number
+IDENTITY = ("data", "split", "list_sha256", "num_images", "label_source", "masks_sha256", "metric",
             "label_map_definitions")  # fmt: skip
-MEASURING = {
-    "seed": ("cam_resize", "use_image_labels", "cam_threshold_source"),
-    "pseudo_label": ("cam_resize", "refine"),
-    "seg": ("single_resize",),
-    "seg_miou_ms": (
-        "resize",
-        "seg_scales",
-        "seg_sizes",
-        "flip",
-        "flip_merge",
-        "scale_merge",
-        "merge_of",
-        "align_corners",
-    ),
-    "crf": ("crf", "crf_prune", "crf_backend"),
+_SEEDS = ("cam_resize", "use_image_labels", "cam_threshold_source", "labels_sha256")
+_SEARCHED = (*_SEEDS, "oracle_thresholds")
+_HELD_OUT = (*_SEARCHED, "holdout_list_sha256")
+_PSEUDO = ("cam_resize", "refine", "labels_sha256")
+_MERGED = ("resize", "seg_scales", "seg_sizes", "flip", "flip_merge", "scale_merge", "merge_of",
+           "align_corners")  # fmt: skip
+_CRF = ("crf", "crf_prune", "crf_backend")
+#: number -> what else decides it
+MEASURING: dict[str, tuple[str, ...]] = {
+    "seed_miou": _SEEDS,
+    "seed_miou_predicted_labels": (*_SEEDS, "single_resize"),
+    "seed_miou_holdout": _HELD_OUT,
+    "seed_threshold_holdout": _HELD_OUT,
+    "seed_miou_oracle": _SEARCHED,
+    "seed_threshold_oracle": _SEARCHED,
+    "seed_pixel_map": _SEEDS,
+    "pseudo_label_miou_ignored_as_background": _PSEUDO,
+    "pseudo_label_miou_excluded": _PSEUDO,
+    "pseudo_label_coverage": _PSEUDO,
+    "seg_miou": ("single_resize",),
+    "seg_miou_crf": ("single_resize", *_CRF),
+    "seg_miou_ms": _MERGED,
+    "seg_miou_ms_crf": (*_MERGED, *_CRF),
+    "image_map": ("single_resize", "labels_sha256"),
+    "image_f1": ("single_resize", "labels_sha256"),
 }
+#: thresholds are a method's own, as its losses are: they may differ between groups, not within one
+OWN = ("cam_threshold", "cam_high", "cam_low")
 #: what a fair comparison of methods holds fixed; a study of one of them says so with allow=
-TRAINING = ("backbone", "crop_size", "iterations", "global_batch_size", "selection")
+TRAINING = ("backbone", "crop_size", "iterations", "global_batch_size", "selection",
+            "train_list_sha256")  # fmt: skip
 
 COSTS = (
     ("training, wall hours", "train_wall_hours", 1.0, ".2f"),
@@ -79,8 +92,8 @@ class CompareArguments:
         split: which numbers; null: the first split that all runs have.
         metrics: keys of ``results.json`` to show; null: all that some run has.
         metric: mIoU of the per-class table; null: the most final one that all runs have.
-        allow: training conditions (backbone, crop_size, iterations, global_batch_size, selection)
-            that may differ among ranked runs.
+        allow: training conditions (backbone, crop_size, iterations, global_batch_size, selection,
+            train_list_sha256) that may differ among ranked runs.
         unranked: list runs of different protocols without ranking them.
         out: file to write, .md, .csv, .tex or .html.
         resamples: draws of the bootstrap.
@@ -127,8 +140,21 @@ class Entry:
 
     @property
     def card(self) -> dict[str, Any]:
-        """The protocol, with the data's name."""
-        return {"data": self.results["data"], **self.metrics["protocol"]}
+        """The protocol, with the data's name and hashes and the holdout's."""
+        protocol = self.metrics["protocol"]
+        hashes = self.metrics.get("data_sha256") or {}
+        return {
+            "data": self.results["data"],
+            **protocol,
+            "labels_sha256": hashes.get("labels"),
+            "masks_sha256": hashes.get("masks"),
+            "holdout_list_sha256": look_up(protocol, ("holdout", "list_sha256")),
+        }
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, background first."""
+        return list(self.metrics["per_class"]["class"])
 
     @cached_property
     def cells(self) -> dict[str, Any]:
@@ -138,8 +164,9 @@ class Entry:
     def counts(self, metric: str) -> NDArray[np.int64]:
         """(N, C, 3) counts of every image behind one of ``MIOUS``."""
         kind, exclude = MIOUS[metric]
-        classes = len(self.metrics["per_class"]["class"])
-        found = per_image_counts(self.cells[kind], num_classes=classes, exclude_ignored=exclude)
+        found = per_image_counts(
+            self.cells[kind], num_classes=len(self.classes), exclude_ignored=exclude
+        )
         return found.values
 
 
@@ -151,7 +178,8 @@ class Comparison:
         league: What all of them learn from.
         groups: name -> its runs, one a seed.
         metrics: Keys shown.
-        primary: The mIoU of the per-class table.
+        primary: The mIoU of the per-class table; None where the runs share none, as without
+            masks.
         draws: metric -> bootstrap; empty where runs are not ranked.
         baseline: Group that differences are taken to, or None for the best.
         notes: What a reader has to know.
@@ -160,10 +188,27 @@ class Comparison:
     league: str
     groups: dict[str, list[Entry]]
     metrics: list[str]
-    primary: str
+    primary: str | None
     draws: dict[str, Draws]
     baseline: str | None
     notes: list[str]
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All runs."""
+        return [entry for members in self.groups.values() for entry in members]
+
+    @property
+    def same_classes(self) -> bool:
+        """Whether the runs can stand in one table of classes; unranked ones may not."""
+        return all(entry.classes == self.entries[0].classes for entry in self.entries)
+
+    @property
+    def same_images(self) -> bool:
+        """Whether the runs were evaluated on the same images; unranked ones may not be."""
+        keys = ("data", "list_sha256")
+        found = {tuple(entry.card[key] for key in keys) for entry in self.entries}
+        return self.same_classes and len(found) == 1
 
     def best(self, metric: str) -> str:
         """The group of the highest mean."""
@@ -198,10 +243,43 @@ def compare(paths: Sequence[Path], chosen: CompareArguments) -> list[Comparison]
         WSSSError: Runs that cannot be read, grouped or ranked, with what to do about it.
     """
     entries = load(paths, by=chosen.by, split=chosen.split)
+    _check_wishes(entries, chosen)
     leagues: dict[str, list[Entry]] = {}
     for entry in entries:
         leagues.setdefault(entry.card["supervision"], []).append(entry)
-    return [_compare_league(name, members, chosen) for name, members in leagues.items()]
+    found = [_compare_league(name, members, chosen) for name, members in leagues.items()]
+    if chosen.metric is not None and not any(c.primary for c in found):
+        raise WSSSError(
+            f"metric={chosen.metric}: expected a mIoU that all runs have "
+            f"({', '.join(_shared_mious(entries)) or 'none'})"
+        )
+    return found
+
+
+def _check_wishes(entries: Sequence[Entry], chosen: CompareArguments) -> None:
+    """What is asked for by name exists in some league; another league may lack it.
+
+    Raises:
+        WSSSError: Unknown metrics, conditions or groups.
+    """
+    unknown = sorted(set(chosen.allow) - set(TRAINING))
+    if unknown:
+        raise WSSSError(
+            f"allow={unknown[0]}: only {', '.join(TRAINING)} may differ among ranked runs; list "
+            "runs of different protocols with unranked=true"
+        )
+    have = _metrics_of(entries)
+    for key in chosen.metrics or ():
+        if key not in have:
+            raise WSSSError(f"metrics: no run has {key}; they have {', '.join(have)}")
+    groups = list(dict.fromkeys(entry.group for entry in entries))
+    if chosen.baseline and chosen.baseline.lower() not in map(str.lower, groups):
+        raise WSSSError(f"baseline={chosen.baseline}: no such group; there are {', '.join(groups)}")
+
+
+def _metrics_of(entries: Sequence[Entry]) -> list[str]:
+    """Keys of the numbers that some run has, in the order of the table."""
+    return [key for _, key, _ in ROWS if any(e.metrics.get(key) is not None for e in entries)]
 
 
 def find_results(paths: Iterable[Path]) -> list[Path]:
@@ -274,21 +352,24 @@ def _group(results: Mapping[str, Any], folder: Path, by: str) -> str:
 
 
 def _check_groups(entries: Sequence[Entry], by: str) -> None:
-    """Runs of one group differ in their seed alone."""
-    seen: dict[str, Entry] = {}
-    seeds: dict[tuple[str, Any], Entry] = {}
+    """Runs of one group of a league differ in their seed alone."""
+    seen: dict[tuple[str, str], Entry] = {}
+    seeds: dict[tuple[str, str, Any], Entry] = {}
     for entry in entries:
-        first = seen.setdefault(entry.group, entry)
+        group = (entry.card["supervision"], entry.group)
+        first = seen.setdefault(group, entry)
         changed = _differing_keys(
             first.results.get("config", {}).get("method", {}),
             entry.results.get("config", {}).get("method", {}),
         )
+        changed = [f"method.{key}" for key in changed]
+        changed += [f"eval.{key}" for key in OWN if first.card.get(key) != entry.card.get(key)]
         if changed:
             raise WSSSError(
                 f"group {entry.group} mixes settings ({first.folder.name}, {entry.folder.name}): "
-                f"method.{changed[0]} differs; use by=method.{changed[0]}, by=study or by=run"
+                f"{changed[0]} differs; use by={changed[0]}, by=study or by=run"
             )
-        double = seeds.setdefault((entry.group, entry.results["seed"]), entry)
+        double = seeds.setdefault((*group, entry.results["seed"]), entry)
         if double is not entry:
             raise WSSSError(
                 f"group {entry.group} holds seed {entry.results['seed']} twice "
@@ -300,12 +381,16 @@ def _differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[st
     return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
 
 
-def relevant_fields(metrics: Sequence[str]) -> list[str]:
+def relevant_fields(entries: Sequence[Entry], metrics: Sequence[str]) -> list[str]:
     """Fields of a protocol that decide whether these numbers can be compared."""
-    fields = list(IDENTITY)
-    for start, names in MEASURING.items():
-        if any(key.startswith(start) or (start == "crf" and "crf" in key) for key in metrics):
-            fields += names
+    fields = [*IDENTITY, *(name for key in metrics for name in MEASURING[key])]
+    cards = [entry.card for entry in entries]
+    if any(key.startswith("seed") for key in metrics) and not all(
+        card.get("use_image_labels", True) for card in cards
+    ):
+        fields.append("single_resize")  # whence the labels are predicted
+    if any("crf" in key for key in metrics) and any(card.get("crf_prune") for card in cards):
+        fields.append("labels_sha256")
     return [*dict.fromkeys(fields), *TRAINING]
 
 
@@ -314,7 +399,7 @@ def differing_fields(
 ) -> dict[str, dict[str, list[str]]]:
     """Protocol fields that are not equal: field -> value -> groups that have it."""
     result: dict[str, dict[str, list[str]]] = {}
-    for name in relevant_fields(metrics):
+    for name in relevant_fields(entries, metrics):
         values: dict[str, list[str]] = {}
         for entry in entries:
             holders = values.setdefault(_readable(entry.card.get(name)), [])
@@ -329,6 +414,8 @@ def _readable(value: Any) -> str:
     """A field's value in few words."""
     if isinstance(value, Mapping):
         label = value.get("name")
+        if value.get("source") == "random":  # every seed draws its own
+            return f"{label} (random)"
         digest = value.get("state_sha256") or value.get("file_sha256")
         if label:
             return f"{label} ({digest[:8]})" if digest else str(label)
@@ -338,14 +425,8 @@ def _readable(value: Any) -> str:
 
 
 def _compare_league(league: str, entries: list[Entry], chosen: CompareArguments) -> Comparison:
-    metrics = _choose_metrics(entries, chosen.metrics)
+    metrics = [key for key in _metrics_of(entries) if key in (chosen.metrics or MEASURING)]
     primary = _choose_primary(entries, chosen.metric)
-    unknown = sorted(set(chosen.allow) - set(TRAINING))
-    if unknown:
-        raise WSSSError(
-            f"allow={unknown[0]}: only {', '.join(TRAINING)} may differ among ranked runs; list "
-            "runs of different protocols with unranked=true"
-        )
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.group, []).append(entry)
@@ -360,7 +441,8 @@ def _compare_league(league: str, entries: list[Entry], chosen: CompareArguments)
             f"evaluate them alike with `wsss eval`, {hint}metrics=[...] for numbers that the "
             "difference does not touch, or unranked=true to list them"
         )
-    baseline = _baseline(groups, chosen.baseline) if chosen.baseline else None
+    wanted = (chosen.baseline or "").lower()
+    baseline = next((name for name in groups if name.lower() == wanted), None)
     draws = {} if chosen.unranked else _bootstrap(groups, metrics, chosen.resamples)
     notes = [f"differs: {name}: {_told(values)}" for name, values in different.items()]
     return Comparison(
@@ -372,30 +454,13 @@ def _told(values: Mapping[str, Sequence[str]]) -> str:
     return " / ".join(f"{value} of {', '.join(holders)}" for value, holders in values.items())
 
 
-def _choose_metrics(entries: Sequence[Entry], wanted: Sequence[str] | None) -> list[str]:
-    have = [key for _, key, _ in ROWS if any(e.metrics.get(key) is not None for e in entries)]
-    for key in wanted or ():
-        if key not in have:
-            raise WSSSError(f"metrics: no run has {key}; they have {', '.join(have)}")
-    return [key for key in have if wanted is None or key in wanted]
+def _choose_primary(entries: Sequence[Entry], wanted: str | None) -> str | None:
+    """The mIoU asked for, else the most final one that all runs have."""
+    return next((key for key in _shared_mious(entries) if wanted in (None, key)), None)
 
 
-def _choose_primary(entries: Sequence[Entry], wanted: str | None) -> str:
-    shared = [key for key in MIOUS if all(e.metrics.get(key) is not None for e in entries)]
-    if wanted is None and shared:
-        return shared[0]
-    if wanted not in shared:
-        raise WSSSError(
-            f"metric={wanted}: expected a mIoU that all runs have ({', '.join(shared) or 'none'})"
-        )
-    return wanted
-
-
-def _baseline(groups: Mapping[str, Any], wanted: str) -> str:
-    for name in groups:
-        if name.lower() == wanted.lower():
-            return name
-    raise WSSSError(f"baseline={wanted}: no such group; there are {', '.join(groups)}")
+def _shared_mious(entries: Sequence[Entry]) -> list[str]:
+    return [key for key in MIOUS if all(e.metrics.get(key) is not None for e in entries)]
 
 
 def _bootstrap(
@@ -412,7 +477,8 @@ def _bootstrap(
             if all(entry.metrics.get(metric) is not None for entry in members)
         }
         counts = {name: [e.counts(metric) for e in es] for name, es in holders.items()}
-        result[metric] = draw(counts, resamples=resamples)
+        if counts:  # a group's runs may each have something else
+            result[metric] = draw(counts, resamples=resamples)
     return result
 
 
@@ -436,6 +502,11 @@ def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> l
     told = ", ".join(f"{n} {'/'.join(map(str, t))}" for n, t in thresholds.items() if t)
     if told:
         notes.append(f"declared CAM thresholds: {told}; oracle: best on this split's ground truth")
+    elsewhere = [
+        name for name, es in groups.items() if any(e.card.get("maps") == "made elsewhere" for e in es)
+    ]
+    if elsewhere:
+        notes.append(f"made elsewhere: {', '.join(elsewhere)}; null: not stated by their maker")
     often = [
         f"{e.folder.name} {e.metrics['readings']}"
         for es in groups.values()
@@ -452,7 +523,12 @@ def tables(comparison: Comparison) -> list[Grid]:
     grids = [_numbers(comparison)]
     if comparison.draws and len(comparison.groups) > 1:
         grids.append(_differences(comparison))
-    return [*grids, _details(comparison), _per_class(comparison)]
+    if comparison.primary is None:
+        return grids
+    grids.append(_details(comparison, comparison.primary))
+    if comparison.same_classes:
+        grids.append(_per_class(comparison, comparison.primary))
+    return grids
 
 
 def _numbers(c: Comparison) -> Grid:
@@ -532,9 +608,9 @@ def _interval(d: Difference) -> str:
     return f"{text} tie" if d.is_tie else text
 
 
-def _details(c: Comparison) -> Grid:
+def _details(c: Comparison, primary: str) -> Grid:
     """Precision, boundaries, sizes of the primary kind of label map."""
-    kind = MIOUS[c.primary][0]
+    kind = MIOUS[primary][0]
     grid = Grid(f"{MAP_NAMES[kind]} in detail (%)", ["", *c.groups])
     for heading, path in MAP_ROWS:
         values = [
@@ -550,15 +626,14 @@ def class_column(metric: str) -> str:
     return f"{kind}_iou_excluded" if excluded else f"{kind}_iou"
 
 
-def _per_class(c: Comparison) -> Grid:
+def _per_class(c: Comparison, primary: str) -> Grid:
     """IoU of every class, mean over seeds."""
-    heading = next(heading for heading, key, _ in ROWS if key == c.primary)
+    heading = next(heading for heading, key, _ in ROWS if key == primary)
     grid = Grid(f"{heading}: per class (%)", ["class", *c.groups])
-    classes = next(iter(c.groups.values()))[0].metrics["per_class"]["class"]
-    for row, name in enumerate(classes):
+    for row, name in enumerate(c.entries[0].classes):
         cells = []
         for members in c.groups.values():
-            values = [e.metrics["per_class"][class_column(c.primary)][row] for e in members]
+            values = [e.metrics["per_class"][class_column(primary)][row] for e in members]
             cells.append(Cell(mean_and_deviation(values, True)))
         grid.rows.append((name, cells))
     return grid

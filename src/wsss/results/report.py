@@ -85,17 +85,21 @@ def main(arguments: list[str]) -> int:
 def _section(c: Comparison, gallery: int) -> str:
     """All about one league."""
     grids = tables(c)
-    charts = [*_seed_charts(c), _class_bars(c), *_shape_charts(c), *_cost_charts(c)]
+    charts = _seed_charts(c)
+    if c.primary is not None:
+        bars = [_class_bars(c, c.primary)] if c.same_classes else []
+        charts += [*bars, *_shape_charts(c, c.primary), *_cost_charts(c, c.primary)]
+    first = 2 if c.draws and len(c.groups) > 1 else 1  # numbers, and where ranked differences
     curves = [_training_curves(name, es, k) for k, (name, es) in enumerate(c.groups.items())]
     curves += _validation_curves(c)
     parts = [
         f"<h2>Supervision: {html.escape(c.league)}</h2>",
         _legend(list(c.groups)),
-        html_tables(grids[:2]),
+        html_tables(grids[:first]),
         f"<div class=charts>{''.join(charts)}</div>",
         f"<h3>Training</h3><div class=charts>{''.join(curves)}</div>" if any(curves) else "",
         f"<h3>The same images</h3>{_gallery(c, gallery)}" if gallery > 0 else "",
-        f"<h3>In numbers</h3>{html_tables(grids[2:])}",
+        f"<h3>In numbers</h3>{html_tables(grids[first:])}" if grids[first:] else "",
         f"<h3>Protocols</h3>{_cards(c)}",
     ]
     return f"<section>{''.join(parts)}</section>"
@@ -148,10 +152,10 @@ def _seed_charts(c: Comparison) -> list[str]:
     return [line_chart(title, series, x_label="CAM threshold", y_label="mIoU (%)")]
 
 
-def _class_bars(c: Comparison) -> str:
+def _class_bars(c: Comparison, primary: str) -> str:
     """IoU per class of the primary metric."""
-    classes = next(iter(c.groups.values()))[0].metrics["per_class"]["class"]
-    column = class_column(c.primary)
+    classes = c.entries[0].classes
+    column = class_column(primary)
     series: list[tuple[str, int, list[float | None]]] = []
     for k, (name, members) in enumerate(c.groups.items()):
         values = [
@@ -159,12 +163,12 @@ def _class_bars(c: Comparison) -> str:
             for row in range(len(classes))
         ]
         series.append((name, k, [100 * v if math.isfinite(v) else None for v in values]))
-    return bar_chart(f"{_heading(c.primary)}: IoU per class (%)", classes, series)
+    return bar_chart(f"{_heading(primary)}: IoU per class (%)", classes, series)
 
 
-def _shape_charts(c: Comparison) -> list[str]:
+def _shape_charts(c: Comparison, primary: str) -> list[str]:
     """IoU by object size, and near boundaries, of the primary kind of label map."""
-    kind = MIOUS[c.primary][0]
+    kind = MIOUS[primary][0]
     charts = []
     for title, label, steps in (
         (
@@ -209,7 +213,7 @@ def _shape_charts(c: Comparison) -> list[str]:
     return charts
 
 
-def _cost_charts(c: Comparison) -> list[str]:
+def _cost_charts(c: Comparison, primary: str) -> list[str]:
     """Accuracy against hours of training and against time an image."""
     charts = []
     for path, label in (
@@ -217,24 +221,26 @@ def _cost_charts(c: Comparison) -> list[str]:
         (("train_wall_hours",), "training, wall hours"),
     ):
         series = [
-            _costed(c, name, k, [look_up(e.results.get("cost") or {}, path) for e in members])
+            _costed(c, primary, name, k, [look_up(e.results.get("cost") or {}, path) for e in members])
             for k, (name, members) in enumerate(c.groups.items())
         ]
         if chart := scatter(
-            f"{_heading(c.primary)} against training", series, x_label=label, y_label="mIoU (%)"
+            f"{_heading(primary)} against training", series, x_label=label, y_label="mIoU (%)"
         ):
             charts.append(chart)
             break
     series = [
-        _costed(c, n, k, [look_up(e.metrics, ("cost", "seconds_per_image")) for e in es])
+        _costed(c, primary, n, k, [look_up(e.metrics, ("cost", "seconds_per_image")) for e in es])
         for k, (n, es) in enumerate(c.groups.items())
     ]
-    title = f"{_heading(c.primary)} against evaluation"
+    title = f"{_heading(primary)} against evaluation"
     return [*charts, scatter(title, series, x_label="seconds an image", y_label="mIoU (%)")]
 
 
-def _costed(c: Comparison, name: str, k: int, costs: Sequence[float | None]) -> Series:
-    scores = [100 * e.metrics[c.primary] for e in c.groups[name]]
+def _costed(
+    c: Comparison, primary: str, name: str, k: int, costs: Sequence[float | None]
+) -> Series:
+    scores = [100 * e.metrics[primary] for e in c.groups[name]]
     spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
     return Series(name, k, [(_mean(costs), float(np.mean(scores)))], spread=spread)
 
@@ -322,10 +328,15 @@ def pick_images(scores: NDArray[np.float64], each: int) -> list[Pick]:
 
 def _gallery(c: Comparison, each: int) -> str:
     """The chosen images with every group's maps; a group that cannot be computed says why."""
+    if c.primary is None:
+        return "<p class=note>no pictures: the runs share no mIoU to choose them by</p>"
+    if not c.same_images:
+        return "<p class=note>no pictures: the runs were not evaluated on the same images</p>"
     members = {name: es[0] for name, es in c.groups.items()}
-    counts = {name: entry.counts(c.primary) for name, entry in members.items()}
+    primary = c.primary
+    counts = {name: entry.counts(primary) for name, entry in members.items()}
     scores = np.stack([mean_iou(values) for values in counts.values()])
-    kind = MIOUS[c.primary][0]
+    kind = MIOUS[primary][0]
     images = np.unique(next(iter(members.values())).cells[kind][:, 0])
     picks = [Pick(p.reason, p.index) for p in pick_images(scores, each)]
     indices = [int(images[pick.index]) for pick in picks]
@@ -344,7 +355,7 @@ def _gallery(c: Comparison, each: int) -> str:
         _image_card(pick, dataset[index], {n: m[row] for n, m in maps.items()}, values)
         for row, (pick, index) in enumerate(zip(picks, indices, strict=True))
     ]
-    classes = next(iter(members.values())).metrics["per_class"]["class"][1:]
+    classes = c.entries[0].classes[1:]
     told = f"Label maps: {MAP_NAMES[kind]}, with the image's own mIoU. CAMs: the largest class."
     return f"<p>{told}</p>{_class_legend(classes)}{''.join(notes)}{''.join(cards)}"
 

@@ -13,10 +13,15 @@ from rich.progress import track
 from wsss.arguments import parse_arguments
 from wsss.data.images import ImageFolderDataset, voc_palette, write_atomically, write_mask
 from wsss.errors import WSSSError
-from wsss.evaluation.inference import evaluating, localise, predict, predicted_labels
+from wsss.evaluation.inference import (
+    evaluating,
+    localise,
+    predict,
+    predicted_labels,
+    smoothed_label,
+)
 from wsss.gallery import overlay
 from wsss.pseudo_labels import cam_to_label
-from wsss.refine.dense_crf import dense_crf
 from wsss.reporting import choose_device, make_writable
 from wsss.runs import LoadedRun, load_run
 
@@ -82,10 +87,7 @@ def predict_mask(run: LoadedRun, image: torch.Tensor, rgb: np.ndarray) -> np.nda
         cams = localise(run.module, image[None], labels, size, protocol)
         label = cam_to_label(cams, labels, bg_threshold=protocol.cam_threshold)
         return label[0].cpu().numpy().astype(np.uint8)
-    probability = logits[0].softmax(0).cpu().numpy()
-    if protocol.crf_preset is not None:
-        probability = dense_crf(rgb, probability, protocol.crf_preset)
-    return probability.argmax(0).astype(np.uint8)
+    return smoothed_label(rgb, logits[0], protocol)
 
 
 def _save(mask: np.ndarray, rgb: np.ndarray, stem: Path) -> None:

@@ -94,6 +94,24 @@ def test_labelme_in_voc_style(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not (tmp_path / "wsss" / "masks").exists()  # its masks are indices already
 
 
+def test_labelme_before_5_keeps_its_masks_in_another_folder(tmp_path: Path) -> None:
+    labels = labelme_voc(tmp_path)
+    (tmp_path / "SegmentationClass").rename(tmp_path / "SegmentationClassPNG")
+    (tmp_path / "SegmentationClass").mkdir()
+    np.save(tmp_path / "SegmentationClass" / "000.npy", ids_of(labels[0]).astype(np.int32))
+    prepare("voc", f"root={tmp_path}")
+    check_masks(tmp_path, labels[:-1])
+
+
+def test_images_without_a_mask_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cvat_voc(tmp_path)
+    (tmp_path / "SegmentationClass" / "004.png").unlink()
+    prepare("voc", f"root={tmp_path}")
+    assert "5 images, 3 classes, 1 without an object left out" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("indexed", [False, True])
 def test_cvat_in_voc_style(tmp_path: Path, indexed: bool) -> None:
     labels = cvat_voc(tmp_path, indexed=indexed)
@@ -179,6 +197,10 @@ def no_picture(root: Path) -> None:
     (root / "JPEGImages" / "002.jpg").unlink()
 
 
+def twins(root: Path) -> None:
+    Image.new("RGB", (56, 48)).save(root / "JPEGImages" / "002.png")
+
+
 def separator_in_a_name(root: Path) -> None:
     (root / "labelmap.txt").write_text((root / "labelmap.txt").read_text().replace("sky", "a;b"))
 
@@ -189,6 +211,7 @@ def separator_in_a_name(root: Path) -> None:
         (other_colour, "002.png has the colour (1, 2, 3)"),
         (no_colour, "line 2 reads 'sky:red::'"),
         (no_picture, "002.png has no image"),
+        (twins, "002.png share the name '002'"),
         (separator_in_a_name, "the class 'a;b' holds ; or |"),
     ],
 )

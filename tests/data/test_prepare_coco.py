@@ -224,6 +224,17 @@ def without_images(root: Path) -> Path:
     return Path("COCO_val2014_000000000001.jpg")
 
 
+def one_file(root: Path) -> Path:
+    """Two images of the JSON are the same file."""
+
+    def unite(content: dict[str, Any]) -> None:
+        content["images"][1] |= {"file_name": content["images"][0]["file_name"], "width": 48}
+        content["annotations"] = [a for a in content["annotations"] if not a["iscrowd"]]
+
+    spoil(unite)(root)
+    return root / "wsss" / "labels.csv"
+
+
 def first(content: dict[str, Any]) -> dict[str, Any]:
     annotation: dict[str, Any] = content["annotations"][0]
     return annotation
@@ -240,6 +251,19 @@ SPOILT: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "annotation twice": (spoil(lambda c: first(c).update(id=2)), "id twice"),
     "image twice": (spoil(lambda c: c["images"].append(c["images"][0])), "id twice"),
+    "category twice": (
+        spoil(lambda c: c["categories"].append(c["categories"][0])),
+        "category id twice",
+    ),
+    "file of two images": (one_file, "list each image once"),
+    "path out of the folder": (
+        spoil(lambda c: c["images"][0].update(file_name="../annotations/x.jpg")),
+        "file_name '../annotations/x.jpg'",
+    ),
+    "absolute path": (
+        spoil(lambda c: c["images"][0].update(file_name="/etc/x.jpg")),
+        "file_name '/etc/x.jpg'",
+    ),
     "results file": (spoil(lambda c: c.pop("categories")), "not the structure"),
     "only boxes": (spoil(lambda c: first(c).update(segmentation=[])), "annotation 1 has no seg"),
     "a line": (spoil(lambda c: first(c).update(segmentation=[[1, 2, 3, 4]])), "three points"),

@@ -13,7 +13,7 @@ from PIL import Image
 from wsss.cli import main
 from wsss.data.builtin import minivoc_root
 from wsss.errors import WSSSError
-from wsss.evaluation.folders import read_class_maps, read_label_map
+from wsss.evaluation.folders import find_files, read_class_maps, read_label_map
 
 K = 8
 MINIVOC = minivoc_root() / "VOC2012"
@@ -180,6 +180,23 @@ def test_an_incomplete_folder_is_refused(
     assert main(["eval", f"masks={tmp_path}", *SMALL]) == 2
     error = capsys.readouterr().err
     assert f"3 of the split's 4 images have no file, the first is {NAMES[1]}" in error
+
+
+def test_names_with_folders_are_found_in_them_or_in_one_folder(tmp_path: Path) -> None:
+    names = ["val2014/COCO_val2014_000000000042", "val2014/COCO_val2014_000000000073"]
+    nested, flat = tmp_path / "nested" / "val2014", tmp_path / "flat"
+    for folder in (nested, flat):
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / f"{Path(name).name}.npy").touch()
+    suffixes = (".npy", ".npz")
+    for root, folder in ((nested.parent, nested), (flat, flat)):
+        found = find_files(root, names, suffixes, "cams")
+        assert found == {name: folder / f"{Path(name).name}.npy" for name in names}
+    twins = ["cats/001", "dogs/001"]  # one flat file could be of either
+    (flat / "001.npy").touch()
+    with pytest.raises(WSSSError, match="2 of the split's 2 images have no file"):
+        find_files(flat, twins, suffixes, "cams")
 
 
 def test_one_source_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,9 @@
 """GETAM's inference protocol: squashed sizes, mean of logits, PAMR of pseudo labels."""
 
+import sys
+
+import numpy as np
+import pytest
 import torch
 from tiny_module import TinyModule
 
@@ -10,9 +14,12 @@ from wsss.evaluation.inference import (
     pseudo_label,
     refinement,
     resized,
+    smoothed_label,
 )
 from wsss.evaluation.protocol import Protocol
+from wsss.refine.dense_crf import CRF_PRESETS, crf_label
 from wsss.refine.pamr import PAMR
+from wsss.results.panels import _from_cams
 
 
 def test_merged_logits_are_the_mean_over_squashed_sizes() -> None:
@@ -46,3 +53,23 @@ def test_pamr_refines_maps_before_they_are_thresholded() -> None:
     assert (made[0, :, 18:] == 2).all()
     assert (made[0, :, 12:14] != 2).all()
     assert (made[0, :, :4] == 0).all()
+    drawn = _from_cams("pseudo_label", cams, labels, rgb, protocol)
+    np.testing.assert_array_equal(drawn, made[0].numpy(), "a report shows what was scored")
+
+
+def test_a_single_image_is_smoothed_by_the_protocols_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = np.random.default_rng(0)
+    rgb = stream.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    logits = torch.from_numpy(stream.normal(size=(3, 12, 16)).astype(np.float32))
+    prob = logits.softmax(0).numpy()
+    plain = smoothed_label(rgb, logits, Protocol())
+    np.testing.assert_array_equal(plain, prob.argmax(0))
+    reference = crf_label(rgb, prob, CRF_PRESETS["toco"], [2])
+    theirs = smoothed_label(rgb, logits, Protocol(crf="toco"), [2])
+    np.testing.assert_array_equal(theirs, reference)
+    monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)  # our own does without
+    ours = smoothed_label(rgb, logits, Protocol(crf="toco", crf_backend="torch"), [2])
+    assert set(np.unique(ours)) <= {0, 2}
+    assert (ours == reference).mean() > 0.95

@@ -229,9 +229,7 @@ def test_leagues_are_kept_apart(tmp_path: Path) -> None:
     found = compare(runs, CompareArguments(resamples=10))
     assert [c.league for c in found] == ["image labels", "image labels + saliency"]
     change(runs[1], seed_miou=None)
-    wishes = CompareArguments(
-        resamples=10, baseline="a", metrics=["seed_miou"], metric="seed_miou"
-    )
+    wishes = CompareArguments(resamples=10, baseline="a", metrics=["seed_miou"], metric="seed_miou")
     assert [c.baseline for c in compare(runs, wishes)] == ["A", None], "of its own league"
     again = make_run(tmp_path / "c", method="A", supervision="pixel masks")
     assert len(compare([*runs, again], CompareArguments(resamples=10))) == 3

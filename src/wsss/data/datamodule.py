@@ -44,7 +44,6 @@ from wsss.data.train_masks import (
 from wsss.data.voc import LabelSource, VOCDataset, VOCLabels, find_voc_root, voc_samples
 from wsss.errors import WSSSError
 
-
 TRAINING_LIST = "training list (sha256)"  # in a checkpoint
 
 

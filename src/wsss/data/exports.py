@@ -1,13 +1,14 @@
 """VOC-style exports of annotation tools become a table (`wsss data prepare voc root=EXPORT`).
 
 * labelme (``labelme2voc``): ``class_names.txt`` (``_background_`` first), ``JPEGImages``,
-  ``SegmentationClass`` with ids in the order of the names.
+  ``SegmentationClass`` with ids in the order of the names (``SegmentationClassPNG`` before
+  labelme 5, whose ``SegmentationClass`` holds arrays).
 * CVAT ("Segmentation mask" and "PASCAL VOC"): ``labelmap.txt`` with ``name:r,g,b::`` lines,
   ``JPEGImages``, lists in ``ImageSets``, and ``SegmentationClass`` in those colours or, for boxes,
   only ``Annotations``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,15 +58,11 @@ def prepare_export(root: Path, *, jobs: int | None = None) -> int:
         WSSSError: a broken file, an unknown class or colour, an image that is missing.
     """
     class_names, colours = read_export_classes(root)
-    images = {
-        path.stem: path
-        for path in sorted((root / "JPEGImages").rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    }
+    images = _by_name(root / "JPEGImages", IMAGE_SUFFIXES)
     masks = _masks(root, colours, jobs)
     splits = _splits(root)
     rows: list[TableRow] = []
-    empty = 0
+    empty = len({*images} - {*masks}) if masks else 0
     for name in sorted(masks or images):
         if name not in images:
             raise WSSSError(f"{masks[name]} has no image in {root / 'JPEGImages'}; export it too")
@@ -138,18 +135,32 @@ def ids_of_colours(
     return ids
 
 
+def _by_name(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
+    """Files of a folder and those below it, by their names without suffix.
+
+    Raises:
+        WSSSError: two share a name, so that nobody could tell which mask is whose.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in suffixes or path.name.startswith("."):
+            continue
+        if path.stem in found:
+            raise WSSSError(
+                f"{found[path.stem]} and {path} share the name {path.stem!r}; rename one"
+            )
+        found[path.stem] = path
+    return found
+
+
 def _masks(
     root: Path,
     colours: tuple[tuple[tuple[int, int, int], int], ...],
     jobs: int | None,
 ) -> dict[str, Path]:
     """Index masks by image name; empty where the export has none."""
-    folder = root / "SegmentationClass"
-    sources = {
-        path.relative_to(folder).stem: path
-        for path in sorted(folder.rglob("*.png"))
-        if not path.name.startswith(".")
-    }
+    older = root / "SegmentationClassPNG"
+    sources = _by_name(older if older.is_dir() else root / "SegmentationClass", {".png"})
     if not colours:
         return sources
     target = root / FOLDER / "masks"

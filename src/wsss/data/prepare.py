@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from rich.progress import track
@@ -99,7 +99,7 @@ def write_table(folder: Path, rows: Iterable[TableRow], class_names: Sequence[st
     """Writes ``labels.csv`` and ``classes.txt`` into a folder, without columns that nobody fills.
 
     Raises:
-        WSSSError: a class name holds a separator, or there is no row.
+        WSSSError: a class name holds a separator, there is no row, or two images share a name.
     """
     listed = list(rows)
     bad = [name for name in class_names if set(name) & set(";|\r\n") or name != name.strip()]
@@ -107,6 +107,15 @@ def write_table(folder: Path, rows: Iterable[TableRow], class_names: Sequence[st
         raise WSSSError(f"the class {bad[0]!r} holds ; or | or blanks at its ends; rename it")
     if not listed:
         raise WSSSError(f"nothing to list in {folder / TABLE_FILE}: no image has a label")
+    by_name: dict[PurePosixPath, str] = {}
+    for row in listed:
+        name = PurePosixPath(row.image).with_suffix("")
+        if name in by_name:
+            raise WSSSError(
+                f"{by_name[name]} and {row.image} would be one row of {folder / TABLE_FILE}; list "
+                "each image once, and rename one where only the suffixes differ"
+            )
+        by_name[name] = row.image
     write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in class_names))
     return write_text(folder / TABLE_FILE, table_text(listed))
 

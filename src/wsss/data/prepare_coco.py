@@ -9,7 +9,7 @@ COCO-style exports of labelme and CVAT take the same way.
 import json
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -234,6 +234,7 @@ def read_instances(path: Path) -> Instances:
         images = {int(i["id"]): i for i in content["images"]}
         annotations = content["annotations"]
         doubled = len(images) < len(content["images"])
+        doubled |= len(categories) < len(content["categories"])
         keys = {int(a["id"]) for a in annotations}
     except ValueError as error:
         raise WSSSError(f"{path} is no complete JSON ({error}); unpack it again") from error
@@ -243,7 +244,7 @@ def read_instances(path: Path) -> Instances:
             "expected images, annotations and categories with ids"
         ) from error
     if doubled or len(keys) < len(annotations):
-        raise WSSSError(f"{path} has an image or annotation id twice; expected each once")
+        raise WSSSError(f"{path} has an image, annotation or category id twice; expected each once")
     things = [key for key in sorted(categories) if categories[key] not in BACKGROUND]
     class_names = tuple(categories[key] for key in things)
     if _subset(path) in OFFICIAL and class_names != COCO_CLASSES:
@@ -291,6 +292,11 @@ def _picture(path: Path, image: Any, instances: list[Instance]) -> Picture:
         raise WSSSError(
             f"{path}: image {image['id']} lacks file_name, height or width; export it again"
         ) from None
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise WSSSError(
+            f"{path}: image {image['id']} has the file_name {name!r}; expected a path below the "
+            "folder of images, export it again"
+        )
     return Picture(name, height, width, instances)
 
 

@@ -12,6 +12,9 @@ Values are in [0, 1], or uint8 in 0..255; another size than the mask's is resize
 Label maps (``wsss eval masks=FOLDER``), one ``NAME.png`` (palette or grey class ids) or
 ``NAME.npy`` (H, W) an image, at the mask's own size; 255 means undecided.
 
+Names of COCO and of own data hold folders (``val2014/COCO_val2014_000000000042``); files may lie
+in the same folders, or all in one where their names are unique.
+
 Pickles of strangers can run code when they are read. These are read by an unpickler that knows
 NumPy arrays, torch tensors and containers, and refuses everything else.
 """
@@ -19,9 +22,11 @@ NumPy arrays, torch tensors and containers, and refuses everything else.
 from __future__ import annotations
 
 import io
+import os
 import pickle
+from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -71,19 +76,28 @@ def find_files(
     """
     if not folder.is_dir():
         raise WSSSError(f"{key}={folder}: no such folder")
-    have = {path.name: path for path in folder.iterdir()}
+    plain = Counter(PurePosixPath(name).name for name in names)
+    parents = {PurePosixPath(name).parent for name in names} | {PurePosixPath()}
+    have = {
+        str(parent / file)
+        for parent in parents
+        if (folder / parent).is_dir()
+        for file in os.listdir(folder / parent)
+    }
     found, missing = {}, []
     for name in names:
-        path = next((have[name + suffix] for suffix in suffixes if name + suffix in have), None)
-        if path is None:
-            missing.append(name)
+        last = PurePosixPath(name).name
+        stems = [name, last] if plain[last] == 1 else [name]
+        files = [stem + suffix for stem in stems for suffix in suffixes if stem + suffix in have]
+        if files:
+            found[name] = folder / files[0]
         else:
-            found[name] = path
+            missing.append(name)
     if missing:
         raise WSSSError(
             f"{key}={folder}: {len(missing)} of the split's {len(names)} images have no file, the "
             f"first is {missing[0]}{'|'.join(suffixes)}; every image must be scored, complete the "
-            "folder or name its split with split="
+            "folder or name its split with splits=[...]"
         )
     return found
 

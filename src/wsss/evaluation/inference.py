@@ -11,14 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol as Interface
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wsss.cams import normalise_maximum
 from wsss.data.images import squash_pixels
 from wsss.evaluation.protocol import Protocol, ScaleMerge
 from wsss.pseudo_labels import cam_to_label_with_ignore, refine_cam_to_label
+from wsss.refine.dense_crf import crf_label
+from wsss.refine.mean_field import MeanFieldPool
 from wsss.refine.pamr import PAMR
 from wsss.refine.par import PAR
 
@@ -169,6 +173,33 @@ def localise(
     """
     cams = module.cams(_squash(images, protocol.cam_resize), labels)
     return resized(cams, size) * labels[:, :, None, None].to(cams.device)
+
+
+def smoothed_label(
+    rgb: NDArray[np.uint8],
+    logits: Tensor,
+    protocol: Protocol,
+    present: Sequence[int] | None = None,
+) -> NDArray[np.uint8]:
+    """Label map of one image by the protocol's CRF, or plainly where it has none.
+
+    Args:
+        rgb: (H, W, 3) uint8.
+        logits: (C, H, W), already merged over scales and flip.
+        protocol: Gives preset and backend.
+        present: Class ids to keep beside the background, or None for all classes.
+
+    Returns:
+        uint8 (H, W).
+    """
+    prob = logits.softmax(0).cpu().numpy()
+    preset = protocol.crf_preset
+    if preset is None:
+        return prob.argmax(0).astype(np.uint8)
+    if protocol.crf_backend == "torch":
+        pool = MeanFieldPool(preset, device=logits.device)
+        return pool.submit(rgb, prob, present).result()
+    return crf_label(rgb, prob, preset, present)
 
 
 def predicted_labels(class_logits: Tensor) -> Tensor:

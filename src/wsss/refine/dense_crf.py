@@ -140,10 +140,17 @@ def prune(prob: Probabilities, present: Sequence[int]) -> tuple[list[int], Proba
     return kept, chosen / np.maximum(chosen.sum(axis=0, keepdims=True), 1e-12)
 
 
-def _crf_label(
-    image: Image, prob: Probabilities, preset: CRFPreset, present: Sequence[int] | None
+def crf_label(
+    image: Image, prob: Probabilities, preset: CRFPreset, present: Sequence[int] | None = None
 ) -> Labels:
-    """The (H, W) uint8 argmax of the CRF, at module level so that a worker can import it."""
+    """The (H, W) uint8 argmax of the CRF, at module level so that a worker can import it.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        prob: (C, H, W) probabilities.
+        preset: CRF parameters.
+        present: Class ids to keep beside the background, or None for all classes.
+    """
     if present is None:
         posterior = dense_crf(image, prob, preset)
     else:
@@ -198,4 +205,4 @@ class CRFPool:
         Returns:
             A future of the (H, W) uint8 label map.
         """
-        return self._pool.submit(_crf_label, image, prob, self.preset, present)
+        return self._pool.submit(crf_label, image, prob, self.preset, present)

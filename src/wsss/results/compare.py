@@ -503,7 +503,9 @@ def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> l
     if told:
         notes.append(f"declared CAM thresholds: {told}; oracle: best on this split's ground truth")
     elsewhere = [
-        name for name, es in groups.items() if any(e.card.get("maps") == "made elsewhere" for e in es)
+        name
+        for name, es in groups.items()
+        if any(e.card.get("maps") == "made elsewhere" for e in es)
     ]
     if elsewhere:
         notes.append(f"made elsewhere: {', '.join(elsewhere)}; null: not stated by their maker")

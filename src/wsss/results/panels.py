@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,19 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from wsss.evaluation.folders import find_files, read_class_maps, read_label_map
+from wsss.evaluation.holdout import HOLDOUT, Holdout
 from wsss.evaluation.inference import (
     evaluating,
     localise,
     predict,
     predicted_labels,
     pseudo_label,
+    refinement,
     resized,
+    smoothed_label,
 )
 from wsss.evaluation.protocol import Protocol
 from wsss.pseudo_labels import cam_to_label
-from wsss.refine.dense_crf import dense_crf, dense_crf_pruned
-from wsss.refine.par import PAR
 from wsss.results.compare import Entry
 from wsss.runs import LoadedRun, build_data, load_run
 
@@ -52,7 +53,11 @@ def open_dataset(entry: Entry) -> Any:
     Raises:
         WSSSError: The data is not where the run found it.
     """
-    return build_data(dict(entry.results["config"])).eval_dataset(entry.split)
+    config = entry.results["config"]
+    data = build_data(dict(config))
+    if entry.split == HOLDOUT:
+        return Holdout(data, Protocol(**config["eval"]))
+    return data.eval_dataset(entry.split)
 
 
 def maps_of(entry: Entry, kind: str, dataset: Any, indices: list[int]) -> list[Maps]:
@@ -91,7 +96,9 @@ def _from_run(run: LoadedRun, protocol: Protocol, kind: str, item: Mapping[str, 
     else:
         logits = prediction.merged if "ms" in kind else prediction.single
         assert logits is not None  # its score exists
-        label = _segmented(logits, labels, rgb, protocol, with_crf="crf" in kind)
+        shown = protocol if "crf" in kind else replace(protocol, crf=None, crf_prune=False)
+        present = (labels[0].nonzero().flatten() + 1).tolist() if shown.crf_prune else None
+        label = smoothed_label(rgb[0].numpy(), logits[0], shown, present)
     return Maps(label, cams[0].numpy())
 
 
@@ -99,27 +106,10 @@ def _from_cams(
     kind: str, cams: Tensor, allowed: Tensor, rgb: Tensor, protocol: Protocol
 ) -> NDArray[np.uint8]:
     if kind == "pseudo_label":
-        par = PAR() if protocol.refine == "par" else None
-        label = pseudo_label(par, rgb, cams, allowed, protocol)
+        label = pseudo_label(refinement(protocol), rgb, cams, allowed, protocol)
     else:
         label = cam_to_label(cams, allowed, bg_threshold=protocol.cam_threshold)
     found: NDArray[np.uint8] = label[0].numpy().astype(np.uint8)
-    return found
-
-
-def _segmented(
-    logits: Tensor, labels: Tensor, rgb: Tensor, protocol: Protocol, *, with_crf: bool
-) -> NDArray[np.uint8]:
-    probability = logits[0].softmax(0).numpy()
-    preset = protocol.crf_preset
-    if with_crf and preset is not None:
-        present = (labels[0].nonzero().flatten() + 1).tolist()
-        probability = (
-            dense_crf_pruned(rgb[0].numpy(), probability, preset, present)
-            if protocol.crf_prune
-            else dense_crf(rgb[0].numpy(), probability, preset)
-        )
-    found: NDArray[np.uint8] = probability.argmax(0).astype(np.uint8)
     return found
 
 
@@ -136,8 +126,11 @@ def _from_folder(
     folder = Path(source["cams"])
     path = find_files(folder, [item["name"]], (".npy", ".npz"), "cams")[item["name"]]
     maps = read_class_maps(path, num_classes=num_classes, first_class=source["first_class"])
+    cams = resized(torch.from_numpy(maps)[None], (height, width))
     labels = item["labels"][None]
-    cams = resized(torch.from_numpy(maps)[None], (height, width)) * labels[..., None, None]
+    if kind == "seed" and not protocol.use_image_labels:
+        labels = (cams.amax((2, 3)) > 0).float()  # as `wsss eval` scored them
+    cams = cams * labels[..., None, None]
     rgb = torch.from_numpy(item["rgb"])[None]
     return Maps(_from_cams(kind, cams, labels, rgb, protocol), cams[0].numpy())
 

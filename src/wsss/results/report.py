@@ -221,7 +221,9 @@ def _cost_charts(c: Comparison, primary: str) -> list[str]:
         (("train_wall_hours",), "training, wall hours"),
     ):
         series = [
-            _costed(c, primary, name, k, [look_up(e.results.get("cost") or {}, path) for e in members])
+            _costed(
+                c, primary, name, k, [look_up(e.results.get("cost") or {}, path) for e in members]
+            )
             for k, (name, members) in enumerate(c.groups.items())
         ]
         if chart := scatter(

@@ -57,12 +57,18 @@ def parse_arguments(
 def split_arguments(schema: type[T], arguments: Sequence[str]) -> tuple[list[Path], T]:
     """Split run folders from ``KEY=VALUE``, which may also be written ``--key value``.
 
+    A bare ``--key`` sets what is true or false to true.
+
     Raises:
         WSSSError: No run, or an unknown key.
     """
     paths, settings = [], []
+    switches = {name for name, kind in get_type_hints(schema).items() if kind is bool}
     pending: str | None = None
     for argument in arguments:
+        if pending in switches and argument not in ("true", "false"):
+            settings.append(f"{pending}=true")
+            pending = None
         if pending is not None:
             settings.append(f"{pending}={argument}")
             pending = None
@@ -76,7 +82,9 @@ def split_arguments(schema: type[T], arguments: Sequence[str]) -> tuple[list[Pat
             settings.append(argument)
         else:
             paths.append(Path(argument))
-    if pending is not None:
+    if pending in switches:
+        settings.append(f"{pending}=true")
+    elif pending is not None:
         raise WSSSError(f"--{pending}: a value is missing")
     if not paths:
         raise WSSSError("no run is given; expected run folders, or a folder that holds some")

@@ -36,7 +36,7 @@ def plain_miou(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
 
 
 def grid_of(paths: list[Path], **options: object) -> list[Grid]:
-    (comparison,) = compare(paths, CompareArguments(resamples=300, **options))  # type: ignore[arg-type]
+    (comparison,) = compare(paths, CompareArguments(**{"resamples": 300, **options}))  # type: ignore[arg-type]
     return tables(comparison)
 
 
@@ -291,6 +291,23 @@ def test_every_format_through_the_command(three_seeds: list[Path], tmp_path: Pat
     assert {"table", "row", "column", "value", "bold"} == set(rows[0])
 
 
+def test_a_bare_switch_may_stand_anywhere(tmp_path: Path) -> None:
+    one, other = make_run(tmp_path / "a"), make_run(tmp_path / "b", method="B", crf=None)
+    for switch in (["--unranked"], ["--unranked", "true"], ["unranked=true"]):
+        assert main(["compare", str(one), *switch, str(other)]) == 0
+        assert main(["compare", str(one), str(other), *switch]) == 0
+    assert main(["compare", str(one), str(other), "--unranked", "false"]) == 2
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "a")
+    (tmp_path / "file").touch()
+    assert main(["compare", str(run), f"out={tmp_path / 'file' / 't.md'}"]) == 2
+    assert "t.md: cannot be written" in capsys.readouterr().err
+
+
 def test_text_is_escaped() -> None:
     grid = Grid("a & b", ["x|y", "A_1"], [("50%", [Cell("1 ± 2", True)])], ["<note>"])
     assert r"\&" in latex([grid])
@@ -317,6 +334,7 @@ def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
         ({"metric": "image_map"}, "expected a mIoU"),
         ({"baseline": "afa"}, "there are ToCo"),
         ({"by": "method.wieght"}, "no such key"),
+        ({"resamples": 0}, "expected at least 1 draw"),
     ):
         with pytest.raises(WSSSError, match=message):
             grid_of([run], **options)

@@ -67,7 +67,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), ("{", "not valid JSON"), ("[]", "schema None"), ("{}", "schema")],
+    [
+        (None, "cannot be read"),
+        ("{", "not valid JSON"),
+        ("[]", "schema None"),
+        ("{}", "schema"),
+        ('{"schema": 1}', "holds no splits"),
+    ],
 )
 def test_unreadable_results_are_named(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "results.json"

@@ -231,7 +231,10 @@ def main(arguments: list[str]) -> int:
     print_grids(grids, Console())
     if chosen.out:
         out = Path(chosen.out)
-        write_atomically(out, FORMATS[out.suffix](grids).encode())
+        try:
+            write_atomically(out, FORMATS[out.suffix](grids).encode())
+        except OSError as error:
+            raise WSSSError(f"out={out}: cannot be written ({error.strerror})") from error
         print(out)
     return 0
 
@@ -268,6 +271,8 @@ def _check_wishes(entries: Sequence[Entry], chosen: CompareArguments) -> None:
             f"allow={unknown[0]}: only {', '.join(TRAINING)} may differ among ranked runs; list "
             "runs of different protocols with unranked=true"
         )
+    if chosen.resamples < 1:
+        raise WSSSError(f"resamples={chosen.resamples}: expected at least 1 draw")
     have = _metrics_of(entries)
     for key in chosen.metrics or ():
         if key not in have:

@@ -62,6 +62,8 @@ def main(arguments: list[str]) -> int:
     paths, chosen = split_arguments(ReportArguments, arguments)
     if not chosen.out:
         raise WSSSError("out is missing; give the folder of the report: out=report")
+    if chosen.gallery < 0:
+        raise WSSSError(f"gallery={chosen.gallery}: expected 0 or more images of each kind")
     out = Path(chosen.out)
     comparisons = compare(paths, chosen)  # before anything is written
     make_writable(out)

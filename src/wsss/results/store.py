@@ -186,6 +186,8 @@ def read_results(path: Path) -> dict[str, Any]:
     found = results.get("schema") if isinstance(results, dict) else None
     if found != SCHEMA:
         raise WSSSError(f"{path}: schema {found}, expected {SCHEMA}; run `wsss eval` again")
+    if not isinstance(results.get("splits"), dict):
+        raise WSSSError(f"{path}: holds no splits; run `wsss eval` again")
     return results
 
 

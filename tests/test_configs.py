@@ -14,6 +14,7 @@ from wsss.config import (
     second_stage_config,
 )
 from wsss.data.prepare_coco import COCO_CLASSES
+from wsss.data.train_masks import PIXEL_MASKS
 from wsss.errors import WSSSError
 from wsss.runs import build_data, build_module, override_config
 
@@ -132,6 +133,18 @@ def test_second_stage_leaves_the_first_one_what_it_is() -> None:
 def test_second_stage_is_checked_before_the_first_begins(override: str, expected: str) -> None:
     with pytest.raises(WSSSError, match=expected):
         compose_config(["+experiments=tkp_pcl/minivoc", override])
+
+
+def test_second_stage_sees_no_saliency_of_the_first() -> None:
+    """Its crops have no place for it: the data module would refuse after the whole first stage."""
+    config = plain(
+        compose_config(["method=getam", "data=minivoc", "data.saliency_folder=somewhere"])
+    )
+    segmenter = plain(compose_config(["method=segmenter_vit", "data=minivoc"]))
+    stage = {key: segmenter[key] for key in ("method", "backbone", "eval")}
+    stage["data"] = {"train_transform": segmenter["data"]["train_transform"]}
+    second = second_stage_config(config | {"second_stage": stage}, "ground_truth")
+    assert build_data(second).supervision == PIXEL_MASKS
 
 
 def test_masks_of_a_moved_first_stage_do_not_orphan_a_second() -> None:

@@ -160,7 +160,7 @@ def _untrained(*overrides: str) -> LoadedRun:
     data = build_data(config)
     torch.manual_seed(0)
     module = build_module(config, data.num_classes).eval()
-    return LoadedRun(module, data, Protocol(**config["eval"]), config, Path(), 0)
+    return LoadedRun(module, data, Protocol(**config["eval"]), config, Path(), 0, None)
 
 
 @torch.no_grad()

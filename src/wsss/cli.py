@@ -373,4 +373,6 @@ def telling_errors(name: str, run: Callable[[], int]) -> int:
 
 
 if __name__ == "__main__":
+    # after `python -m wsss.cli` Lightning would start further DDP processes as -m, without the verb
+    sys.modules["__main__"].__spec__ = None
     sys.exit(main())

@@ -235,6 +235,8 @@ def second_stage_config(config: Mapping[str, Any], train_masks: str) -> dict[str
     merged["data"]["global_batch_size"] = merged["budget"]["global_batch_size"]
     merged["trainer"]["max_steps"] = merged["budget"]["max_steps"]
     merged["data"]["train_masks"] = train_masks
+    # what the first stage saw beside image labels is on its pseudo labels' card
+    merged["data"].pop("saliency_folder", None)
     return merged | {"second_stage": None}
 
 

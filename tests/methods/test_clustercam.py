@@ -261,6 +261,10 @@ def test_wrong_settings_are_refused() -> None:
         tiny(drop_path=1.0)
     with pytest.raises(WSSSError, match="epochs >= 1"):
         tiny(epochs=0)
+    with pytest.raises(WSSSError, match="lr > 0"):
+        tiny(lr=0.0)
+    with pytest.raises(WSSSError, match="positive scales"):
+        tiny(scales=[1.0, 0.0])
 
 
 # ---- what the golden files say a mistake would do ------------------------------------------------

@@ -67,6 +67,14 @@ def test_losses_are_of_each_scale_and_their_maximum() -> None:
     assert list(light(backbone=pico(), loss_scales=(1.0,)).compute_losses(batch)) == ["seg_1_loss"]
 
 
+def test_one_image_is_too_few_for_a_head_that_normalises_over_the_batch() -> None:
+    one = {name: value[:1] for name, value in make_batch().items()}
+    with pytest.raises(WSSSError, match=r"head=v3 .*budget\.global_batch_size"):
+        light(head="v3").compute_losses(one)
+    assert light(head="v3").eval().compute_losses(one)
+    assert light().compute_losses(one)
+
+
 @pytest.mark.parametrize("head", ["v2", "v3"])
 def test_a_light_encoder_learns_and_gives_what_an_evaluator_asks(head: str) -> None:
     module = light(head=head, freeze_batch_norm=False, optimiser="adamw", lr=1e-3, rates=(1, 2))

@@ -496,7 +496,7 @@ def test_target_of_a_view_is_what_the_view_shows() -> None:
     maps = apply_symmetry(
         scores.as_map(scores.probabilities), batch["symmetry"], inverse=True
     )  # upright, 4 x 4 patches
-    whole = batch["view_box"][:, 1] - batch["view_box"][:, 0] == 4
+    whole = batch["view_box"][:, 1] - batch["view_box"][:, 0] == SIDE
     assert whole.any()
     for index in whole.nonzero().flatten().tolist():
         small = F.interpolate(maps[index : index + 1], (2, 2), mode="bilinear")
@@ -504,6 +504,20 @@ def test_target_of_a_view_is_what_the_view_shows() -> None:
         torch.testing.assert_close(
             target[index : index + 1], label_merge(small, targets[index : index + 1])
         )
+
+
+def test_boxes_of_views_mean_the_same_for_any_size_of_patches() -> None:
+    """Views drawn on a coarser grid than the encoder's show the same part of its map."""
+    module = without_dropout(equivariance_weight=1.0)
+    batch = equivariance_batch(np.random.default_rng(0))
+    batch["view_box"] = torch.tensor([[16, 32, 0, 16]]).expand(4, 4)
+    batch["view_symmetry"] = batch["symmetry"] = torch.zeros(4, 3, dtype=torch.bool)
+    targets = F.pad(batch["labels"], (1, 0), value=1.0)
+    with torch.no_grad():
+        scores = module.eval().score(batch["image"])
+    shown = scores.as_map(scores.probabilities)[..., 2:4, 0:2]  # of 4 x 4 patches of 8 px
+    target = module.equivariance_target(batch, targets, (2, 2))
+    torch.testing.assert_close(target, label_merge(shown, targets))
 
 
 def test_view_shows_the_box_that_it_names() -> None:
@@ -515,12 +529,12 @@ def test_view_shows_the_box_that_it_names() -> None:
     parts = 0
     for seed in range(30):
         sample = views(rgb, np.random.default_rng(seed))
-        r0, r1, c0, c1 = (sample["view_box"] * 4).tolist()
+        r0, r1, c0, c1 = sample["view_box"].tolist()
         upright = apply_symmetry(sample["image"][None], sample["symmetry"][None], inverse=True)
         shown = apply_symmetry(sample["view"][None], sample["view_symmetry"][None], inverse=True)
         expected = F.interpolate(upright[..., r0:r1, c0:c1], (12, 12), mode="bilinear")
         assert (shown - expected).abs().mean() < 0.05
-        parts += r1 - r0 == 8
+        parts += r1 - r0 == 8  # two of six patches
     assert 3 <= parts <= 20
 
 
@@ -531,6 +545,10 @@ def test_equivariance_trains_and_says_what_it_misses() -> None:
     assert result.losses["equivariance_loss"] > 0
     with pytest.raises(WSSSError, match=r"train_transform\.view=true"):
         module.compute_losses(make_batch(), 5)
+    batch = equivariance_batch(np.random.default_rng(0))
+    batch["view_box"] = torch.tensor([[4, 20, 0, 16]]).expand(4, 4)
+    with pytest.raises(WSSSError, match=r"patch_size: .* patches of 8 px; set it to 8"):
+        module.compute_losses(batch, 5)
     with pytest.raises(WSSSError, match="patch_size=16"):
         SquareViews(size=96 + 16, view=True)
 
@@ -590,6 +608,7 @@ def test_schedule_has_two_steps() -> None:
         ({"epsilon": 0.4}, "epsilon=0.4"),
         ({"top_k": 0}, "top_k"),
         ({"top_k_fraction": 1.5}, "top_k_fraction=1.5"),
+        ({"warmup_lr": 0.0}, "warmup_lr > 0"),
     ],
 )
 def test_bad_settings_are_named(changes: dict[str, Any], expected: str) -> None:

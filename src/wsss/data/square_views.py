@@ -56,7 +56,7 @@ class SquareViews:
             ``image``: float32 (3, size, size) normalised; ``symmetry``: bool (3,), which of flip
             columns, flip rows, transpose made it. With ``view`` also ``view`` (3, size/2, size/2),
             ``view_symmetry`` (3,) and ``view_box``, int64 (4,): rows r0:r1 and columns c0:c1 of the
-            unturned main view that it shows, in patches.
+            unturned main view that it shows, in pixels, on the patch grid.
         """
         square = Image.fromarray(rgb).resize((self.size, self.size), Image.Resampling.BILINEAR)
         symmetry = rng.random(3) < 0.5
@@ -76,8 +76,8 @@ class SquareViews:
         if rng.random() < PART_PROBABILITY:
             part = max(1, patches // PART)
             row, column = (int(start) for start in rng.integers(patches - part + 1, size=2))
-        box = np.array([row, row + part, column, column + part])
-        top, bottom, left, right = (box * self.patch_size).tolist()
+        box = np.array([row, row + part, column, column + part]) * self.patch_size
+        top, bottom, left, right = box.tolist()
         half = (self.size // 2, self.size // 2)
         shown = square.resize(half, Image.Resampling.BILINEAR, box=(left, top, right, bottom))
         symmetry = rng.random(3) < 0.5

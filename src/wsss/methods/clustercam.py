@@ -304,7 +304,8 @@ class ClusterCAM(WSSSModule):
         official_compat: bool = False,
     ) -> None:
         super().__init__(backbone=backbone, num_classes=num_classes, max_steps=max_steps)
-        _check_settings(backbone, epochs, drop_path, high_threshold, low_threshold)
+        _check_settings(backbone, epochs, drop_path, lr, scales)
+        check_thresholds(low=low_threshold, high=high_threshold)
         self.epochs, self.seg_from_epoch = epochs, seg_from_epoch
         self.lr, self.warmup_epochs, self.weight_decay = lr, warmup_epochs, weight_decay
         self.scales = tuple(scales)
@@ -621,7 +622,7 @@ class ClusterCAM(WSSSModule):
 
 
 def _check_settings(
-    backbone: Backbone, epochs: int, drop_path: float, high: float, low: float
+    backbone: Backbone, epochs: int, drop_path: float, lr: float, scales: Sequence[float]
 ) -> None:
     if backbone.num_prefix_tokens != 1 or backbone.vit.no_embed_class:
         raise WSSSError(
@@ -632,7 +633,9 @@ def _check_settings(
         raise WSSSError(
             f"method: expected epochs >= 1 and 0 <= drop_path < 1, got {epochs} and {drop_path}"
         )
-    check_thresholds(low=low, high=high)
+    if lr <= 0 or min(scales, default=1) <= 0:
+        # both would be met late: the warm-up's start is a share of lr, CAMs begin with the decoder
+        raise WSSSError(f"method: expected lr > 0 and positive scales, got {lr} and {list(scales)}")
 
 
 def prepare_backbone(backbone: Backbone, num_classes: int, drop_path: float) -> None:

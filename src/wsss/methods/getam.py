@@ -344,7 +344,7 @@ class GETAM(WSSSModule):
     # ---- what an evaluator sees -------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Outputs:
-        """Class logits (B, K) and segmentation logits (B, K+1, H, W) at image size."""
+        """Class logits (B, K) and segmentation logits (B, K+1, H, W) of the whole patches."""
         features = self.backbone(images, taps=tuple(self.taps.values()))
         coarsest = self.level_map(features, 4)
         return Outputs(self.classify(coarsest), self.segment(features, coarsest))
@@ -428,7 +428,9 @@ class GETAM(WSSSModule):
         images, boxes, labels = batch["image"], batch["box"], targets.labels
         compat = self.official_compat
         with self.phase("forward"):
-            seg_logits = self.segment(features, coarsest)  # (B, K+1, H, W)
+            seg_logits = self.segment(features, coarsest)  # (B, K+1, h * patch, w * patch)
+            if seg_logits.shape[-2:] != images.shape[-2:]:  # no whole number of patches
+                seg_logits = F.interpolate(seg_logits, images.shape[-2:], mode="bilinear")
             losses = {"cls_loss": F.multilabel_soft_margin_loss(class_logits, batch["labels"])}
             total = losses["cls_loss"]
             if self.weights.seg > 0:
@@ -473,7 +475,8 @@ class GETAM(WSSSModule):
             return 1.0
         drops = 0
         if self.step_decay:
-            drops = int((step - self.phase_one * self.max_steps) // (self.max_steps // 6))
+            sixth = max(1, self.max_steps // 6)
+            drops = int((step - self.phase_one * self.max_steps) // sixth)
         return self.phase_two_lr_scale * 0.1**drops
 
     # ---- pieces ------------------------------------------------------------------------------

@@ -128,6 +128,11 @@ class Segmenter(WSSSModule):
     def compute_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of a batch: ``image`` (B, 3, H, W), ``target`` (B, H, W) class ids and 255."""
         images, target = batch["image"], batch["target"]
+        if len(images) == 1 and isinstance(self.head, DeepLabHead) and self.head.training:
+            raise WSSSError(
+                "method.head=v3 normalises pooled features over the batch and needs at least 2 "
+                "images a device and step; raise budget.global_batch_size or use method.head=v2"
+            )
         every: list[Tensor] = []
         losses = {}
         for scale in self.loss_scales:

@@ -28,7 +28,9 @@ Departures, from ViT-PCM and from the page:
     * One dropout mask for both directions of a BiLSTM; Keras draws one for each.
     * Brightness is not jittered (ViT-PCM's is without effect) and jittered pixels are clipped.
     * The merged map reaches the evaluator as shares against the background (:meth:`TKPPCL.cams`),
-      whose values do not depend on the other labels; argmax and CRF input are those of the merge.
+      whose values do not depend on the other labels. On the patch grid argmax and CRF input are
+      those of the merge; between patches of an image with several labels the shares are
+      interpolated where the page interpolates the merged map.
     * With fewer blocks than ``trained_blocks`` all of them are trained after the warm-up.
 """
 
@@ -377,6 +379,8 @@ class TKPPCL(WSSSModule):
                 f"method: expected top_k >= 1, trained_blocks >= 0 and warmup_steps >= 0, got "
                 f"{top_k}, {trained_blocks} and {warmup_steps}"
             )
+        if warmup_lr <= 0 or lr <= 0:
+            raise WSSSError(f"method: expected warmup_lr > 0 and lr > 0, got {warmup_lr} and {lr}")
         if top_k_fraction is not None and not 0 < top_k_fraction <= 1:
             raise WSSSError(f"method.top_k_fraction={top_k_fraction}: expected above 0, up to 1")
         self.warmup_steps, self.warmup_lr, self.lr = warmup_steps, warmup_lr, lr
@@ -465,7 +469,8 @@ class TKPPCL(WSSSModule):
 
         Args:
             batch: ``image`` (B, 3, H, H), ``labels`` (B, K); for equivariance also ``symmetry``
-                (B, 3), ``view`` (B, 3, H/2, H/2), ``view_symmetry`` (B, 3) and ``view_box`` (B, 4).
+                (B, 3), ``view`` (B, 3, H/2, H/2), ``view_symmetry`` (B, 3) and ``view_box`` (B, 4),
+                rows and columns of the upright image in pixels.
             step: decides whether the encoder learns.
         """
         images = batch["image"]
@@ -528,15 +533,26 @@ class TKPPCL(WSSSModule):
             targets: (B, C), background first.
             size: (n, n), patches of a view.
         """
+        boxes = self._in_patches(batch["view_box"])
         with evaluating(self):
             scores = self.score(batch["image"])
             maps = scores.as_map(scores.probabilities)
             upright = apply_symmetry(maps, batch["symmetry"], inverse=True)
             parts = [
                 F.interpolate(one[None, :, r0:r1, c0:c1], size, mode="bilinear")
-                for one, (r0, r1, c0, c1) in zip(upright, batch["view_box"].tolist(), strict=True)
+                for one, (r0, r1, c0, c1) in zip(upright, boxes.tolist(), strict=True)
             ]
             return label_merge(apply_symmetry(torch.cat(parts), batch["view_symmetry"]), targets)
+
+    def _in_patches(self, boxes: Tensor) -> Tensor:
+        """Boxes (B, 4) of pixels as such of this encoder's patches."""
+        patch = self.backbone.patch_size
+        if (boxes % patch).any():
+            raise WSSSError(
+                "data.train_transform.patch_size: second views do not lie on the encoder's "
+                f"patches of {patch} px; set it to {patch}"
+            )
+        return boxes // patch
 
     def param_groups(self) -> list[dict[str, Any]]:
         """BiLSTMs with classifier, and what of the encoder learns after the warm-up."""

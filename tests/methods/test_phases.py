@@ -1,0 +1,162 @@
+"""Methods of two phases: runs resumed over the boundary, and two processes, end as they should."""
+
+import itertools
+import os
+import socket
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from wsss.data.datamodule import ImageDataModule
+from wsss.methods.base import WSSSModule
+from wsss.methods.clustercam import ClusterCAM
+from wsss.methods.getam import GETAM
+from wsss.methods.tkp_pcl import TKPPCL
+from wsss.runs import build_data, build_module, compose_run
+from wsss.training import SaveOnStop
+
+STEPS = 6  # 0 to 3 are the first phase
+METHODS = {
+    "clustercam": ["method.epochs=3", "method.seg_from_epoch=2", "method.decoder_channels=16"],
+    "getam": ["method.decoder_channels=16", "method.energy_weight=0.0"],
+    "tkp_pcl": ["budget.warmup_steps=4", "method.lstm_hidden=8", "method.trained_blocks=2"],
+}
+
+
+def build(method: str) -> tuple[ImageDataModule, WSSSModule]:
+    config = compose_run(
+        [
+            f"method={method}",
+            *METHODS[method],
+            "data=minivoc",
+            "backbone.weights=random",
+            "+backbone.overrides.embed_dim=48",
+            "backbone.overrides.depth=4",
+            f"budget.max_steps={STEPS}",
+            "budget.crop_size=64",
+            "budget.local_size=16",
+            "budget.global_batch_size=4",
+            "data.limit=8",
+            "data.num_workers=0",
+            "data.test_splits=[]",
+        ]
+    )
+    lightning.seed_everything(0, verbose=False)
+    data = build_data(config)
+    return data, build_module(config, data.num_classes)
+
+
+def in_second_phase(module: WSSSModule, step: int) -> bool:
+    if isinstance(module, ClusterCAM):
+        return module.learns_segmentation(step)
+    if isinstance(module, GETAM):
+        return module.in_phase_two(step)
+    assert isinstance(module, TKPPCL)
+    return step >= module.warmup_steps
+
+
+def make_trainer(callback: Callback, **settings: Any) -> lightning.Trainer:
+    return lightning.Trainer(
+        accelerator="cpu",
+        max_steps=STEPS,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        callbacks=[callback],
+        **settings,
+    )
+
+
+class StopAfter(SaveOnStop):
+    """Ctrl-C during a given step."""
+
+    def __init__(self, path: Path, steps: int) -> None:
+        super().__init__(path)
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
+        self.asked = trainer.global_step == self.steps < trainer.max_steps
+        super().on_train_batch_end(trainer, pl_module, *batch)
+
+
+def fit(method: str, path: Path, *, stop: int = STEPS) -> dict[str, Tensor]:
+    """Train to step ``stop``, from a checkpoint if there is one; the weights then."""
+    data, module = build(method)
+    assert [in_second_phase(module, t) for t in range(STEPS)] == [False] * 4 + [True] * 2
+    data.setup("fit")
+    trainer = make_trainer(StopAfter(path, stop))
+    checkpoint = str(path) if path.is_file() else None
+    with nullcontext() if stop == STEPS else pytest.raises(SystemExit):
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    assert trainer.global_step == stop
+    return module.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_resumed_over_the_boundary_ends_with_the_same_weights(
+    method: str, tmp_path: Path
+) -> None:
+    """Both sides of the boundary, and the boundary itself."""
+    straight = fit(method, tmp_path / "straight.ckpt")
+    for stop in (3, 4, 5):
+        path = tmp_path / f"{stop}.ckpt"
+        fit(method, path, stop=stop)
+        resumed = fit(method, path)
+        for name, value in straight.items():
+            assert torch.equal(value, resumed[name]), (stop, name)
+
+
+class Weights(Callback):
+    """All parameters after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        flat = [p.detach().flatten() for p in pl_module.parameters()]
+        self.seen.append(torch.cat(flat).clone())
+
+
+def train_rank(rank: int, port: int, out: str) -> None:
+    """One of two processes that train every method in turn, as those of a sweep or a study do."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "NODE_RANK": "0",
+        "LOCAL_RANK": str(rank),
+    }
+    torch.set_num_threads(1)
+    seen = {}
+    for method in METHODS:
+        weights = Weights()
+        trainer = make_trainer(weights, devices=2, strategy="ddp_find_unused_parameters_true")
+        data, module = build(method)
+        trainer.fit(module, datamodule=data)
+        seen[method] = weights.seen
+    torch.save(seen, Path(out) / f"rank{rank}.pt")
+
+
+@pytest.mark.slow
+def test_both_ranks_have_the_same_weights_in_both_phases(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(train_rank, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    for method in METHODS:
+        assert len(first[method]) == len(second[method]) == STEPS
+        for step, (a, b) in enumerate(zip(first[method], second[method], strict=True)):
+            assert torch.equal(a, b), (method, step)
+        assert all(not torch.equal(a, b) for a, b in itertools.pairwise(first[method])), method

@@ -255,12 +255,13 @@ class Backbone(nn.Module):
 
         Args:
             images: (B, 3, H, W), normalised.
-            stem_maps: what a hybrid's stem made of them.
+            stem_maps: what a hybrid's stem made of them, where the caller has that already.
 
         Raises:
             WSSSError: the image is smaller than one patch.
         """
         vit, patch = self.vit, self.patch_size
+        stem_maps = stem_maps or self._stem_maps(images)
         square = images.shape[-2] == images.shape[-1]
         images = self._whole_patches(images)
         grid = (images.shape[-2] // patch, images.shape[-1] // patch)

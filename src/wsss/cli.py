@@ -165,7 +165,8 @@ entered in the run's ledger.jsonl.
 
 cams=FOLDER holds NAME.npy or NAME.npz: {keys, high_res|cam} as IRN and CLIP-ES write them,
 {class: map} as PSA and MCTformer do, or arrays (K, h, w); pickles are read without running code.
-masks=FOLDER holds NAME.png or NAME.npy of class ids, 255 where undecided. Both take data=NAME,
+masks=FOLDER holds NAME.png or NAME.npy of class ids, 255 where undecided. Where names hold folders
+(COCO: val2014/...) the files may also lie in FOLDER itself. Both take data=NAME,
 data.KEY=VALUE, name=METHOD, supervision=LEAGUE, seed=N; masks also kind=pseudo_label|seg|...;
 eval.seg_scales and the like are taken down as declared. out=FOLDER stores for compare and report.
 
@@ -181,11 +182,12 @@ Examples:
         "runs side by side: mean and deviation over seeds, intervals, what may not be ranked",
         """\
 RUNS are run folders, evaluations (out= of wsss eval), or folders that hold some. --key value is
-the same as key=value.
+the same as key=value, and --unranked as unranked=true.
   by=method       or study, run, or a key such as method.ptc_weight; a group's runs are its seeds
   baseline=GROUP  to which differences are taken; default the best
   split=val  metrics=[seed_miou,...]  metric=seed_miou (of the per-class table)  resamples=2000
-  allow=[iterations]   training conditions that may differ among ranked runs
+  allow=[iterations]   training conditions that may differ among ranked runs: backbone, crop_size,
+                  iterations, global_batch_size, selection, train_list_sha256
   unranked=true        list runs of different protocols without ranking them
 Differences come with a paired bootstrap over images; ties are not set in bold. Supervision leagues
 are kept apart.

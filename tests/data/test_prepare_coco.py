@@ -176,6 +176,18 @@ def test_masks_of_two_rules_never_mix(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "prepared with annotations=" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{cut", "[1]", "{}"])
+def test_a_damaged_note_of_the_rules_is_named(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_coco(tmp_path)
+    path = root / "wsss" / "prepare.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    assert main(["data", "prepare", "coco", f"root={root}"]) == 2
+    assert f"{path} does not say by which rules" in capsys.readouterr().err
+
+
 def test_the_validation_set_alone_can_be_prepared(tmp_path: Path) -> None:
     root = make_coco(tmp_path)
     (root / "annotations" / "instances_train2014.json").unlink()
@@ -264,6 +276,9 @@ SPOILT: dict[str, tuple[Callable[[Path], Path], str]] = {
         spoil(lambda c: c["images"][0].update(file_name="/etc/x.jpg")),
         "file_name '/etc/x.jpg'",
     ),
+    "list of categories": (spoil(lambda c: first(c).update(category_id=[1])), "category_id [1]"),
+    "area in words": (spoil(lambda c: first(c).update(area="big")), "has the area 'big'"),
+    "crowd in words": (spoil(lambda c: first(c).update(iscrowd="no")), "iscrowd 'no'"),
     "results file": (spoil(lambda c: c.pop("categories")), "not the structure"),
     "only boxes": (spoil(lambda c: first(c).update(segmentation=[])), "annotation 1 has no seg"),
     "a line": (spoil(lambda c: first(c).update(segmentation=[[1, 2, 3, 4]])), "three points"),

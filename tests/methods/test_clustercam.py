@@ -225,6 +225,14 @@ def test_any_depth_head_and_class_count(depth: int, heads: int, classes: int) ->
     assert cam.shape == (2, classes, 80, 112)
 
 
+def test_a_hybrid_is_an_encoder_like_others() -> None:
+    overrides = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 64}
+    backbone = Backbone(name="vit_base_r50_s16_384", weights="random", overrides=overrides)
+    module = ClusterCAM(backbone=backbone, num_classes=NUM_CLASSES, max_steps=1).eval()
+    outputs = module(make_images(64, 64))
+    assert outputs.seg_logits.shape == (2, NUM_CLASSES + 1, 4, 4)
+
+
 def test_start_copies_the_encoder() -> None:
     torch.manual_seed(0)
     backbone = backbone_of()

@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,11 @@ def test_a_difference_that_a_metric_does_not_touch_is_no_obstacle(tmp_path: Path
         make_run(tmp_path / "a", method="A"),
         make_run(tmp_path / "b", method="B", crf={"name": "psa"}, seg_scales=[0.5]),
     ]
-    assert grid_of(runs, metrics=["seed_miou"])
+    with pytest.raises(WSSSError, match="metrics=") as caught:
+        grid_of(runs)
+    (untouched,) = re.findall(r"metrics=\[(.*?)\]", str(caught.value))
+    assert untouched == "seed_miou,seed_threshold_oracle,seg_miou,image_map"
+    assert grid_of(runs, metrics=untouched.split(","))
     training = [make_run(tmp_path / "c", method="C", crop_size=448), runs[0]]
     numbers, *_ = grid_of(training, allow=["crop_size"])
     assert any(note.startswith("differs: crop_size") for note in numbers.notes)

@@ -144,14 +144,17 @@ def settle_rules(folder: Path, rules: dict[str, Any]) -> None:
             before = json.loads(read_text(path))
         except ValueError:
             before = None
-        if before != rules:
-            changed = [key for key in rules if not before or before.get(key) != rules[key]]
-            key = changed[0] if changed else "format"
-            was = (before or {}).get(key)
+        if not isinstance(before, dict) or before.keys() != rules.keys():
             raise WSSSError(
-                f"{folder} was prepared with {key}={was}, now it is {rules[key]}; remove "
-                f"{folder} to prepare it anew, or give the former"
+                f"{path} does not say by which rules {folder} was prepared; remove {folder} to "
+                "prepare it anew"
             )
+        for key, now in rules.items():
+            if before[key] != now:
+                raise WSSSError(
+                    f"{folder} was prepared with {key}={before[key]}, now it is {now}; remove "
+                    f"{folder} to prepare it anew, or give the former"
+                )
         return
     write_text(path, json.dumps(rules, indent=2) + "\n")
 

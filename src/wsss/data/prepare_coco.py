@@ -268,18 +268,20 @@ def _group(
     for entry in annotations:
         category, image = entry.get("category_id"), entry.get("image_id")
         for key, known, kind in ((category, class_ids, "category"), (image, images, "image")):
-            if key not in known:
+            if not isinstance(key, int) or key not in known:
                 raise WSSSError(
                     f"{path}: annotation {entry['id']} has the {kind}_id {key}, which is none of "
                     f"the file's {len(known)}; correct it or remove the annotation"
                 )
+        area, crowd = entry.get("area"), entry.get("iscrowd", 0)
+        if not isinstance(area, int | float | None) or crowd not in (0, 1):
+            raise WSSSError(
+                f"{path}: annotation {entry['id']} has the area {area!r} and iscrowd {crowd!r}; "
+                "expected a number, and 0 or 1"
+            )
         by_image[image].append(
             Instance(
-                int(entry["id"]),
-                class_ids[category],
-                entry.get("area"),
-                bool(entry.get("iscrowd", 0)),
-                entry.get("segmentation"),
+                int(entry["id"]), class_ids[category], area, bool(crowd), entry.get("segmentation")
             )
         )
     return by_image

@@ -441,10 +441,14 @@ def _compare_league(league: str, entries: list[Entry], chosen: CompareArguments)
         told = "; ".join(f"{name}: {_told(different[name])}" for name in barred)
         training = [name for name in barred if name in TRAINING]
         hint = f"allow=[{','.join(training)}] where that is what you study, " if training else ""
+        untouched = [
+            key for key in metrics if differing_fields(entries, [key]).keys() <= {*chosen.allow}
+        ]
+        if untouched:
+            hint += f"metrics=[{','.join(untouched)}], which the difference does not touch, "
         raise WSSSError(
             f"these runs are not ranked, their protocols differ in {', '.join(barred)} ({told}); "
-            f"evaluate them alike with `wsss eval`, {hint}metrics=[...] for numbers that the "
-            "difference does not touch, or unranked=true to list them"
+            f"evaluate them alike with `wsss eval`, {hint}or unranked=true to list them"
         )
     wanted = (chosen.baseline or "").lower()
     baseline = next((name for name in groups if name.lower() == wanted), None)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 380, 260
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40  # left: five digits beside the axis label
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 2", "10 4")
 NUM_COLOURS = 8
 

@@ -330,6 +330,17 @@ def test_rand_augment_is_the_increasing_recipe() -> None:
     assert 0.13 < untouched / 200 < 0.33
 
 
+def test_the_strongest_draws_of_every_operation_work() -> None:
+    """One draw in fifty is cut off at level 10, where posterising keeps no bit: a black image."""
+    picture = Image.fromarray(photo(32, 32))
+    for operation in ClusterCAMView(crop_size=32).rand_augment.ops:
+        operation.prob, operation.magnitude, operation.magnitude_std = 1.0, 10, 0
+        strongest = operation(picture)
+        assert strongest.size == picture.size
+        if operation.name == "PosterizeIncreasing":
+            assert not np.array(strongest).any()
+
+
 def test_erasing_fills_one_box_with_unit_noise() -> None:
     erased, shares, values = 0, [], []
     for seed in range(400):

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from torch import Tensor
 
 from wsss.data.images import IMAGENET_MEAN, IMAGENET_STD, normalise
@@ -258,6 +258,9 @@ class ClusterCAMView:
             "rand-m9-mstd0.5-inc1",
             {"img_mean": mean, "interpolation": Image.Resampling.BICUBIC},
         )
+        for operation in self.rand_augment.ops:
+            if operation.name == "PosterizeIncreasing":
+                operation.aug_fn = _posterize
 
     def __call__(self, rgb: NDArray[np.uint8], rng: np.random.Generator) -> dict[str, Tensor]:
         """Draws the view of one image.
@@ -277,6 +280,11 @@ class ClusterCAMView:
             for index in rng.integers(len(operations), size=self.rand_augment.num_layers):
                 augmented = operations[index](augmented)
         return {"image": erase_box(normalise(np.array(augmented)), rng)}
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's operation; its strongest level keeps no bit, black until Pillow 13 refused it."""
+    return posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def erase_box(image: Tensor, rng: np.random.Generator, probability: float = 0.25) -> Tensor:

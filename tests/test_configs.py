@@ -29,8 +29,8 @@ DATA = sorted(path.stem for path in (ROOT / "conf" / "data").glob("*.yaml"))
 GIVEN = ["data.root=unset", "backbone.weights=random"]
 # a table names its classes itself, where there is one
 CLASSES = {"table": ["data.class_names=[apple,leaf,sky]"]}
-# a study of a method under another name
-STUDIES = {"vit_pcm": "tkp_pcl"}
+# a study of a method under another name; what all methods share goes with the default one
+STUDIES = {"vit_pcm": "tkp_pcl", "minivoc": "toco"}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

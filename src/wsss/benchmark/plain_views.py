@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from wsss.data.images import IMAGENET_MEAN, IMAGENET_STD
+from wsss.data.transforms import increasing_rand_augment
 
 PlainViews = Callable[[Image.Image], dict[str, Tensor]]
 
@@ -75,17 +76,8 @@ class PlainClusterCAMViews:
     """ClusterCAM's view (methods/clustercam.md section 4), with timm's RandAugment on Pillow."""
 
     def __init__(self, size: int) -> None:
-        from timm.data.auto_augment import rand_augment_transform
-
-        mean = tuple(round(255 * value) for value in IMAGENET_MEAN)
-        settings = {
-            "translate_const": int(0.45 * size),
-            "img_mean": mean,
-            "interpolation": Image.Resampling.BICUBIC,
-        }
-        augment = rand_augment_transform("rand-m9-mstd0.5-inc1", settings)
         crop = T.RandomResizedCrop(size, (0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC)
-        self.view = _normalised(crop, T.RandomHorizontalFlip(), augment)
+        self.view = _normalised(crop, T.RandomHorizontalFlip(), increasing_rand_augment())
         self.erase = T.RandomErasing(p=0.25, value="random")
 
     def __call__(self, picture: Image.Image) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data.auto_augment import posterize, rand_augment_transform
+from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
 from torch import Tensor
 
 from wsss.data.images import IMAGENET_MEAN, IMAGENET_STD, normalise
@@ -253,14 +253,7 @@ class ClusterCAMView:
 
     def __init__(self, *, crop_size: int = 448) -> None:
         self.crop_size = crop_size
-        mean = tuple(round(255 * value) for value in IMAGENET_MEAN)  # fills what a shift uncovers
-        self.rand_augment = rand_augment_transform(
-            "rand-m9-mstd0.5-inc1",
-            {"img_mean": mean, "interpolation": Image.Resampling.BICUBIC},
-        )
-        for operation in self.rand_augment.ops:
-            if operation.name == "PosterizeIncreasing":
-                operation.aug_fn = _posterize
+        self.rand_augment = increasing_rand_augment()
 
     def __call__(self, rgb: NDArray[np.uint8], rng: np.random.Generator) -> dict[str, Tensor]:
         """Draws the view of one image.
@@ -282,8 +275,20 @@ class ClusterCAMView:
         return {"image": erase_box(normalise(np.array(augmented)), rng)}
 
 
+def increasing_rand_augment() -> RandAugment:
+    """Timm's ``rand-m9-mstd0.5-inc1`` on Pillow images, filling with ImageNet's mean colour."""
+    mean = tuple(round(255 * value) for value in IMAGENET_MEAN)
+    augment = rand_augment_transform(
+        "rand-m9-mstd0.5-inc1", {"img_mean": mean, "interpolation": Image.Resampling.BICUBIC}
+    )
+    for operation in augment.ops:
+        if operation.name == "PosterizeIncreasing":
+            operation.aug_fn = _posterize
+    return augment
+
+
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's operation; its strongest level keeps no bit, black until Pillow 13 refused it."""
+    """Timm's operation; its strongest level keeps no bit, black until Pillow 13 refused it."""
     return posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 

@@ -412,9 +412,12 @@ class GETAMViews:
     def render(self, rgb: NDArray[np.uint8], place: Placement) -> Tensor:
         """The normalised crop (3, C, C) of a placed picture."""
         size = (place.width, place.height)
-        scaled = cv2.resize(rgb.astype(np.float64), size, interpolation=cv2.INTER_LINEAR)
-        normal = (scaled / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
-        crop = self._placed(normal, place).astype(np.float32)
+        # double precision in the official order: PAMR's guide is cut to integers afterwards
+        normal = cv2.resize(rgb.astype(np.float64), size, interpolation=cv2.INTER_LINEAR)
+        normal /= 255
+        normal -= np.array(IMAGENET_MEAN)
+        normal /= np.array(IMAGENET_STD)
+        crop = self._placed(normal.astype(np.float32), place)
         return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
 
     def _placed(self, scaled: NDArray[Any], place: Placement) -> NDArray[Any]:

@@ -27,4 +27,5 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs dist build .pytest_cache .mypy_cache .ruff_cache
+# runs/ stays: hours of work
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

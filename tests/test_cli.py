@@ -64,6 +64,8 @@ def test_overview_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "rum=x"], "run"),
         (["eval", "masks=no/such/folder", "data=minivoc", "data.limit=4"], "no/such/folder"),
         (["eval", "run=x", "masks=y"], "one of run="),
+        (["eval", "run=x", "name=IRN"], "name=IRN"),
+        (["eval", "run=x", "seed=1"], "seed=1"),
         (["eval", "masks=x", "kind=boundary"], "kind=boundary"),
         (["compare"], "no run is given"),
         (["compare", "no/such/run"], "no/such/run"),

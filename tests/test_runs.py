@@ -203,6 +203,19 @@ def test_predict_refuses_to_write_among_the_images(
     assert "choose another folder" in capsys.readouterr().err
 
 
+def test_predict_names_a_broken_image_before_it_writes(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for name in ("first.jpg", "second.jpg"):
+        Image.new("RGB", (40, 40), (90, 60, 30)).save(folder / name)
+    _cut(folder / "second.jpg")
+    assert _wsss("predict", f"run={finished}", f"images={folder}", f"out={out}") == 2
+    assert "second.jpg" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_truncated_and_foreign_checkpoints_are_refused(finished: Path, tmp_path: Path) -> None:
     whole = (finished / "checkpoints" / "last.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
@@ -302,6 +315,51 @@ def test_bad_data_is_named_before_anything_is_written(
     assert victim.name in error
     assert expected in error
     assert len(error.splitlines()) == 1
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("trainer.strategy=dpp", "dpp"),
+        ("trainer.accumulate_grad_batches=3", "accumulate_grad_batches=3"),
+        ("data.num_workers=-1", "data.num_workers is -1"),
+        ("method.local_size=4", "method.local_size=4"),
+        ("method.ptc_weight=-1", "ptc_weight"),
+        ("method.lr=0", "lr > 0"),
+        ("method.scales=[1,0]", "positive scales"),
+    ],
+)
+def test_impossible_settings_are_told_before_anything_is_written(
+    setting: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    assert _wsss("train", *TINY, "budget.max_steps=4", setting, f"runs_dir={runs}") == 2
+    error = capsys.readouterr().err.strip()
+    assert expected in error
+    assert len(error.splitlines()) == 1
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "setting", "expected"),
+    [
+        ("pydensecrf.densecrf", "eval.crf=toco", "pip install pydensecrf2"),
+        ("wandb", "logger=wandb", "pip install wandb"),
+    ],
+)
+def test_missing_package_is_told_before_training(
+    package: str,
+    setting: str,
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    runs = tmp_path / "runs"
+    assert _wsss("train", *TINY, "budget.max_steps=4", setting, f"runs_dir={runs}") == 2
+    assert expected in capsys.readouterr().err
     assert not runs.exists()
 
 

@@ -162,6 +162,7 @@ the protocol are not the run's own), or into out=FOLDER. Every reading of a spli
 entered in the run's ledger.jsonl.
   splits=[holdout] eval.holdout_per_class=5   a declared holdout of the training data, on which
                                               thresholds and CRFs may be chosen
+  device=auto   or cpu, cuda, cuda:1         gallery=16   images on the sheets, 0: none
 
 cams=FOLDER holds NAME.npy or NAME.npz: {keys, high_res|cam} as IRN and CLIP-ES write them,
 {class: map} as PSA and MCTformer do, or arrays (K, h, w); pickles are read without running code.
@@ -214,7 +215,7 @@ Example:
         "segment one's own images",
         """\
 Writes NAME.png (palette mask, pixel = class id) and NAME_overlay.jpg for every image of the
-folder, and classes.txt with the class names.
+folder, and classes.txt with the class names. device=auto, or cpu, cuda, cuda:1.
 
 Example:
   wsss predict run=runs/default/toco-minivoc-s0-1a2b3c4d images=photos out=masks""",

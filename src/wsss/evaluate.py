@@ -64,6 +64,10 @@ class EvalArguments:
     device: str = "auto"
 
 
+#: arguments that say of a folder what a run knows of itself
+OF_FOLDERS = ("name", "supervision", "seed", "kind", "first_class")
+
+
 def main(arguments: list[str]) -> int:
     """The verb."""
     chosen, overrides = parse_arguments(
@@ -75,6 +79,12 @@ def main(arguments: list[str]) -> int:
             "give one of run=RUN_DIR, cams=FOLDER and masks=FOLDER"
             + (f", not {' and '.join(sources)}" if sources else "; run is missing")
         )
+    if sources == ["run"]:
+        for key in OF_FOLDERS:
+            if getattr(chosen, key) != getattr(EvalArguments, key):
+                raise WSSSError(
+                    f"{key}={getattr(chosen, key)}: is for cams= and masks=; a run says it itself"
+                )
     if chosen.kind not in LABEL_MAPS:
         raise WSSSError(f"kind={chosen.kind}: expected one of {', '.join(LABEL_MAPS)}")
     if sources == ["run"]:

@@ -11,7 +11,14 @@ from PIL import Image
 from rich.progress import track
 
 from wsss.arguments import parse_arguments
-from wsss.data.images import ImageFolderDataset, voc_palette, write_atomically, write_mask
+from wsss.data.dataset import in_threads
+from wsss.data.images import (
+    ImageFolderDataset,
+    image_size,
+    voc_palette,
+    write_atomically,
+    write_mask,
+)
 from wsss.errors import WSSSError
 from wsss.evaluation.inference import (
     evaluating,
@@ -52,6 +59,7 @@ def main(arguments: list[str]) -> int:
     out = Path(chosen.out)
     if out.resolve() == Path(chosen.images).resolve():
         raise WSSSError(f"out={out}: masks would lie among the images; choose another folder")
+    in_threads(image_size, images.paths)  # a broken file is told before a mask is written
     make_writable(out)
     device = choose_device(chosen.device)
     run.module.to(device)

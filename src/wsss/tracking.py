@@ -41,6 +41,16 @@ def run_id(folder: Path) -> str:
     return new
 
 
+def import_wandb() -> None:
+    """Raises WSSSError unless W&B is installed."""
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        raise WSSSError(
+            "logger=wandb needs the package wandb (pip install wandb), or give logger=csv"
+        ) from error
+
+
 def make_wandb_logger(config: Mapping[str, Any], folder: Path) -> WandbLogger:
     """The W&B logger of a run.
 
@@ -58,12 +68,7 @@ def make_wandb_logger(config: Mapping[str, Any], folder: Path) -> WandbLogger:
     Raises:
         WSSSError: If wandb is not installed.
     """
-    try:
-        import wandb  # noqa: F401
-    except ImportError as error:
-        raise WSSSError(
-            "logger=wandb needs the package wandb: pip install 'wsss[wandb]', or logger=csv"
-        ) from error
+    import_wandb()
     mode = os.environ.get("WANDB_MODE")
     return WandbLogger(
         project=config["logger"]["project"],

@@ -38,10 +38,11 @@ from wsss.evaluation.evaluator import Evaluator
 from wsss.evaluation.holdout import Holdout
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
+from wsss.refine.dense_crf import import_pydensecrf
 from wsss.reporting import evaluate_and_report, make_writable
 from wsss.results.store import RESULTS_FILE, print_table, read_results, write_atomically
 from wsss.runs import LAST_CHECKPOINT, build, build_data, build_module, run_folder, write_config
-from wsss.tracking import make_wandb_logger
+from wsss.tracking import import_wandb, make_wandb_logger
 
 DATA_FILE = "data.json"  # in the run folder: hashes of what it was trained and evaluated on
 
@@ -131,11 +132,23 @@ def train(config: dict[str, Any]) -> Path:
     if protocol.holdout_per_class:
         Holdout(data, protocol)
     module = build_module(config, data.num_classes)
-    if module.backbone.patch_size > config["budget"]["crop_size"]:
-        raise WSSSError(
-            f"budget.crop_size={config['budget']['crop_size']}: smaller than one patch of "
-            f"{module.backbone.patch_size} px"
-        )
+    sides = {
+        "budget.crop_size": config["budget"]["crop_size"],
+        "method.local_size": config["method"].get("local_size"),  # where the method has one
+    }
+    for key, side in sides.items():
+        if side is not None and side < module.backbone.patch_size:
+            raise WSSSError(
+                f"{key}={side}: smaller than one patch of {module.backbone.patch_size} px"
+            )
+    # what is missing or impossible is told before anything is written, not after hours
+    if protocol.crf and protocol.crf_backend == "pydensecrf":
+        import_pydensecrf()
+    if config["logger"]["wandb"]:
+        import_wandb()
+    trainer = build_trainer(config, folder, data, protocol)
+    data.trainer = trainer  # whose accumulation has its share in a batch
+    data.per_device_batch_size()
     make_writable(folder)
     with holding(folder):
         write_config(folder, config)
@@ -143,7 +156,9 @@ def train(config: dict[str, Any]) -> Path:
             text = json.dumps(data.fingerprint(), indent=2)
             write_atomically(folder / DATA_FILE, f"{text}\n".encode())
         print(f"run folder: {folder}")
-        _fit_and_report(config, folder, data, module)
+        if config["logger"]["wandb"]:
+            trainer.loggers = [*trainer.loggers, make_wandb_logger(config, folder)]
+        _fit_and_report(config, folder, data, module, trainer)
     return folder
 
 
@@ -170,11 +185,14 @@ def _is_finished(folder: Path, data: ImageDataModule) -> bool:
 
 
 def _fit_and_report(
-    config: dict[str, Any], folder: Path, data: ImageDataModule, module: WSSSModule
+    config: dict[str, Any],
+    folder: Path,
+    data: ImageDataModule,
+    module: WSSSModule,
+    trainer: lightning.Trainer,
 ) -> None:
     """Train from the last checkpoint, if there is one, then evaluate."""
     protocol = Protocol(**config["eval"])
-    trainer = build_trainer(config, folder, data, protocol)
     checkpoint = folder / LAST_CHECKPOINT
     if checkpoint.is_file():
         print(f"resuming from {checkpoint}")
@@ -230,14 +248,11 @@ def build_trainer(
         CostMeter(),
         NamedLosses(),
     ]
-    # a resumed run gets a folder of its own: CSVLogger would delete the first one's file
-    loggers: list[Logger] = [CSVLogger(folder, name="logs")]
-    if config["logger"]["wandb"]:
-        loggers.append(make_wandb_logger(config, folder))
     return build(
         config["trainer"],
         callbacks=callbacks,
-        logger=loggers,
+        # a resumed run gets a folder of its own: CSVLogger would delete the first one's file
+        logger=[CSVLogger(folder, name="logs")],
         default_root_dir=str(folder),
         val_check_interval=every * config["trainer"]["accumulate_grad_batches"],
         check_val_every_n_epoch=None,

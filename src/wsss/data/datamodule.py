@@ -158,6 +158,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
         super().__init__()
         if limit is not None and limit < 1:
             raise WSSSError(f"data.limit is {limit}; expected at least 1, or null for all images")
+        if num_workers < 0:
+            raise WSSSError(f"data.num_workers is {num_workers}; expected 0 or more processes")
         if eval_batch_size < 1:
             raise WSSSError(f"data.eval_batch_size is {eval_batch_size}; expected at least 1")
         self.name = name

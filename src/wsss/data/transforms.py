@@ -288,7 +288,7 @@ def increasing_rand_augment() -> RandAugment:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Timm's operation; its strongest level keeps no bit, black until Pillow 13 refused it."""
+    """As timm does; its strongest level keeps no bit, black until Pillow 13 refused it."""
     return posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 

@@ -24,7 +24,8 @@ Same numbers, less work (always): one encoder pass serves the input, both global
 unflipped CAM of scale 1; the decoder is not run for CAMs; PAR's affinity is computed once for both
 thresholds; CTC is a closed form; attention is fused.
 Kept as official: the learning rate jumps after warm-up (the polynomial is not rebased), CTC's
-second logarithm and same-view pairs (Q6), the teacher is a head only (Q7).
+second logarithm and same-view pairs (Q6), the teacher is a head only (Q7), auxiliary tokens are not
+normed (Q8).
 """
 
 from collections.abc import Sequence
@@ -321,6 +322,16 @@ class ToCo(WSSSModule):
         if backbone.num_prefix_tokens == 0:
             raise WSSSError("method=toco contrasts class tokens, and this backbone has none")
         check_thresholds(low=low_threshold, high=high_threshold)
+        if lr <= 0 or min(scales, default=1) <= 0:
+            raise WSSSError(
+                f"method: expected lr > 0 and positive scales, got {lr} and {list(scales)}"
+            )
+        self.weights = LossWeights(ptc_weight, ctc_weight, seg_weight, reg_weight)
+        if min(self.weights) < 0:  # would pass for a weight of zero
+            raise WSSSError(
+                "method: expected ptc_weight, ctc_weight, seg_weight and reg_weight >= 0, got "
+                f"{list(self.weights)}"
+            )
         if not 0 <= momentum <= 1 or temperature <= 0:
             raise WSSSError(
                 f"method: expected 0 <= momentum <= 1 and temperature > 0, got {momentum} and "
@@ -332,7 +343,6 @@ class ToCo(WSSSModule):
         self.local_size, self.scales = local_size, tuple(scales)
         self.high_threshold, self.low_threshold = high_threshold, low_threshold
         self.temperature, self.momentum = temperature, momentum
-        self.weights = LossWeights(ptc_weight, ctc_weight, seg_weight, reg_weight)
         self.contrast_after, self.seg_after = contrast_after, seg_after
         self.aux_labels_until = aux_labels_until
         self.energy_kernel: Literal["lattice", "gaussian"] = energy_kernel

@@ -69,6 +69,17 @@ Probabilities = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.uint8]
 
 
+def import_pydensecrf() -> None:
+    """Raises WSSSError unless pydensecrf is installed."""
+    try:
+        import pydensecrf.densecrf  # noqa: F401
+    except ImportError as error:
+        raise WSSSError(
+            "the dense CRF needs the package pydensecrf2 (pip install pydensecrf2; the older "
+            "pydensecrf does not compile on current Pythons), or eval.crf_backend=torch"
+        ) from error
+
+
 def dense_crf(image: Image, prob: Probabilities, preset: CRFPreset) -> Probabilities:
     """Run mean-field inference on one image.
 
@@ -83,14 +94,10 @@ def dense_crf(image: Image, prob: Probabilities, preset: CRFPreset) -> Probabili
     Raises:
         WSSSError: pydensecrf is not installed, or image and probabilities do not fit together.
     """
-    try:
-        from pydensecrf.densecrf import DenseCRF2D
-        from pydensecrf.utils import unary_from_softmax
-    except ImportError as error:
-        raise WSSSError(
-            "the dense CRF needs the package pydensecrf2 (pip install pydensecrf2; the older "
-            "pydensecrf does not compile on current Pythons)"
-        ) from error
+    import_pydensecrf()
+    from pydensecrf.densecrf import DenseCRF2D
+    from pydensecrf.utils import unary_from_softmax
+
     height, width = image.shape[:2]
     if image.dtype != np.uint8 or image.shape != (*prob.shape[1:], 3):
         raise WSSSError(

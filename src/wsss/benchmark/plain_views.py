@@ -27,6 +27,10 @@ def _blur(picture: Image.Image) -> Image.Image:
     return picture.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
+def _transposed(picture: Image.Image) -> Image.Image:
+    return picture.transpose(Image.Transpose.TRANSPOSE)
+
+
 def _padded_crop(picture: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int, int, int]]:
     """Pads with zeros at a random offset, then crops at random."""
     width, height = max(picture.width, size), max(picture.height, size)
@@ -85,6 +89,24 @@ class PlainClusterCAMViews:
         return {"image": self.erase(self.view(picture))}
 
 
+class PlainTKPPCLView:
+    """TKP-PCL's square view (methods/tkp_pcl.md section 4), without a second one."""
+
+    def __init__(self, size: int) -> None:
+        self.view = _normalised(
+            T.Resize((size, size)),
+            T.RandomHorizontalFlip(),
+            T.RandomVerticalFlip(),
+            T.RandomApply([_transposed], p=0.5),
+            T.ColorJitter(contrast=(0.5, 2.0), saturation=(0.5, 1.5), hue=0.1),
+            T.RandomGrayscale(0.1),
+        )
+
+    def __call__(self, picture: Image.Image) -> dict[str, Tensor]:
+        """Returns the view of one decoded picture."""
+        return {"image": self.view(picture)}
+
+
 class PlainGETAMViews:
     """GETAM's view (methods/getam.md section 4) without saliency; padded with the mean colour."""
 
@@ -111,4 +133,5 @@ PLAIN: dict[str, Callable[[int], PlainViews]] = {
     "toco": PlainToCoViews,
     "clustercam": PlainClusterCAMViews,
     "getam": PlainGETAMViews,
+    "tkp_pcl": PlainTKPPCLView,
 }

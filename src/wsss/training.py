@@ -132,15 +132,11 @@ def train(config: dict[str, Any]) -> Path:
     if protocol.holdout_per_class:
         Holdout(data, protocol)
     module = build_module(config, data.num_classes)
-    sides = {
-        "budget.crop_size": config["budget"]["crop_size"],
-        "method.local_size": config["method"].get("local_size"),  # where the method has one
-    }
-    for key, side in sides.items():
-        if side is not None and side < module.backbone.patch_size:
-            raise WSSSError(
-                f"{key}={side}: smaller than one patch of {module.backbone.patch_size} px"
-            )
+    if module.backbone.patch_size > config["budget"]["crop_size"]:
+        raise WSSSError(
+            f"budget.crop_size={config['budget']['crop_size']}: smaller than one patch of "
+            f"{module.backbone.patch_size} px"
+        )
     # what is missing or impossible is told before anything is written, not after hours
     if protocol.crf and protocol.crf_backend == "pydensecrf":
         import_pydensecrf()

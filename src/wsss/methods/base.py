@@ -1,7 +1,7 @@
 """What every method is: a LightningModule that gives logits, localisation maps and a loss."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -151,6 +151,12 @@ class WSSSModule(LightningModule):
             "config": self.run_config,
             "backbone": self.backbone.weights_info.as_dict(),
         }
+
+
+def check_rate_and_scales(*, lr: float, scales: Sequence[float]) -> None:
+    """Raise WSSSError unless the learning rate and the scales of CAMs are above zero."""
+    if lr <= 0 or min(scales, default=1) <= 0:
+        raise WSSSError(f"method: expected lr > 0 and positive scales, got {lr} and {list(scales)}")
 
 
 def check_thresholds(*, low: float, high: float) -> None:

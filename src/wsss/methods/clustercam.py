@@ -52,7 +52,13 @@ from wsss.decoders import LargeFOV
 from wsss.errors import WSSSError
 from wsss.evaluation.inference import evaluating
 from wsss.losses import balanced_segmentation_loss
-from wsss.methods.base import Batch, Outputs, WSSSModule, check_thresholds
+from wsss.methods.base import (
+    Batch,
+    Outputs,
+    WSSSModule,
+    check_rate_and_scales,
+    check_thresholds,
+)
 from wsss.methods.clustercam_start import start_as_official
 from wsss.pseudo_labels import refine_cam_to_label
 from wsss.refine.par import PAR
@@ -304,7 +310,9 @@ class ClusterCAM(WSSSModule):
         official_compat: bool = False,
     ) -> None:
         super().__init__(backbone=backbone, num_classes=num_classes, max_steps=max_steps)
-        _check_settings(backbone, epochs, drop_path, lr, scales)
+        _check_settings(backbone, epochs, drop_path)
+        # both would be met late: the warm-up's start is a share of lr, CAMs begin with the decoder
+        check_rate_and_scales(lr=lr, scales=scales)
         check_thresholds(low=low_threshold, high=high_threshold)
         self.epochs, self.seg_from_epoch = epochs, seg_from_epoch
         self.lr, self.warmup_epochs, self.weight_decay = lr, warmup_epochs, weight_decay
@@ -621,9 +629,7 @@ class ClusterCAM(WSSSModule):
         )
 
 
-def _check_settings(
-    backbone: Backbone, epochs: int, drop_path: float, lr: float, scales: Sequence[float]
-) -> None:
+def _check_settings(backbone: Backbone, epochs: int, drop_path: float) -> None:
     if backbone.num_prefix_tokens != 1 or backbone.vit.no_embed_class:
         raise WSSSError(
             "method=clustercam turns the class token into one a class; this backbone has "
@@ -633,9 +639,6 @@ def _check_settings(
         raise WSSSError(
             f"method: expected epochs >= 1 and 0 <= drop_path < 1, got {epochs} and {drop_path}"
         )
-    if lr <= 0 or min(scales, default=1) <= 0:
-        # both would be met late: the warm-up's start is a share of lr, CAMs begin with the decoder
-        raise WSSSError(f"method: expected lr > 0 and positive scales, got {lr} and {list(scales)}")
 
 
 def prepare_backbone(backbone: Backbone, num_classes: int, drop_path: float) -> None:

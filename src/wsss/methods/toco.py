@@ -48,7 +48,13 @@ from wsss.losses import (
     full_precision,
     widened,
 )
-from wsss.methods.base import Batch, Outputs, WSSSModule, check_thresholds
+from wsss.methods.base import (
+    Batch,
+    Outputs,
+    WSSSModule,
+    check_rate_and_scales,
+    check_thresholds,
+)
 from wsss.pseudo_labels import (
     cam_to_label_with_ignore,
     ignore_outside_boxes,
@@ -322,9 +328,11 @@ class ToCo(WSSSModule):
         if backbone.num_prefix_tokens == 0:
             raise WSSSError("method=toco contrasts class tokens, and this backbone has none")
         check_thresholds(low=low_threshold, high=high_threshold)
-        if lr <= 0 or min(scales, default=1) <= 0:
+        check_rate_and_scales(lr=lr, scales=scales)
+        if local_size < backbone.patch_size:
             raise WSSSError(
-                f"method: expected lr > 0 and positive scales, got {lr} and {list(scales)}"
+                f"method.local_size={local_size}: smaller than one patch of "
+                f"{backbone.patch_size} px"
             )
         self.weights = LossWeights(ptc_weight, ctc_weight, seg_weight, reg_weight)
         if min(self.weights) < 0:  # would pass for a weight of zero

@@ -24,6 +24,7 @@ from wsss.data.transforms import (
     _random_resized_crop,
     erase_box,
 )
+from wsss.errors import WSSSError
 
 
 def photo(height: int = 120, width: int = 160, seed: int = 0) -> np.ndarray:
@@ -298,6 +299,29 @@ def test_cluster_view_is_one_normalised_square() -> None:
         assert sample["image"].shape == (3, 64, 64)
         assert sample["image"].dtype == torch.float32
         assert torch.isfinite(sample["image"]).all()
+
+
+def test_the_share_of_the_image_that_a_cluster_view_shows_can_be_chosen() -> None:
+    ramp = np.zeros((64, 64, 3), np.uint8)
+    ramp[:] = np.arange(0, 256, 4, dtype=np.uint8)[None, :, None]  # grey level = 4 x column
+
+    def narrowest(area: tuple[float, float]) -> float:
+        view = ClusterCAMView(crop_size=32, area=area)
+        view.rand_augment.num_layers = 0
+        spans = []
+        for seed in range(20):
+            row = pixels(view(ramp, rng(seed))["image"])[0, :, 0].astype(int)
+            spans.append(abs(int(row[-1]) - int(row[0])) / 252)
+        return min(spans)
+
+    assert narrowest((0.08, 0.1)) < 0.4
+    assert narrowest((0.9, 1.0)) > 0.8
+
+
+@pytest.mark.parametrize("area", [(0.0, 1.0), (0.5, 0.4), (0.5, 1.5)])
+def test_a_share_that_is_no_share_is_refused(area: tuple[float, float]) -> None:
+    with pytest.raises(WSSSError, match="area"):
+        ClusterCAMView(area=area)
 
 
 def test_cluster_view_depends_on_its_generator_alone() -> None:

@@ -426,13 +426,31 @@ def test_a_few_steps_lower_the_loss(official_compat: bool) -> None:
 
 
 def test_every_parameter_is_in_exactly_one_group() -> None:
-    module = tiny(lr=1e-4, weight_decay=0.02)
+    module = tiny(lr=1e-4, weight_decay=0.02, head_lr_factor=5.0)
     groups = module.param_groups()
     listed = [id(p) for group in groups for p in group["params"]]
     assert len(listed) == len(set(listed))
     assert set(listed) == {id(p) for p in module.parameters()}
-    assert {group["lr"] for group in groups} == {1e-4}
-    assert [group["weight_decay"] for group in groups] == [0.02, 0.0]
+    settings = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
+    assert settings == {
+        "decayed": (1e-4, 0.02),
+        "not decayed": (1e-4, 0.0),
+        "decayed, new": (pytest.approx(5e-4), 0.02),
+        "not decayed, new": (pytest.approx(5e-4), 0.0),
+    }
+
+
+def test_what_pretraining_does_not_give_has_a_rate_of_its_own() -> None:
+    module = tiny(head_lr_factor=5.0)
+    groups = module.param_groups()
+    fast = {id(p) for g in groups if g["lr"] > module.lr for p in g["params"]}
+    names = {name for name, parameter in module.named_parameters() if id(parameter) in fast}
+    assert names == {
+        "backbone.vit.cls_token",
+        *(name for name, _ in module.named_parameters() if name.startswith(("patch_", "decoder"))),
+        *(f"branches.{i}.{part}" for i in range(4) for part in ("mixing", "to_space.weight")),
+        *(f"branches.{i}.to_space.bias" for i in range(4)),
+    }
 
 
 def fit(module: ClusterCAM, folder: Path, steps: int) -> lightning.Trainer:
@@ -538,7 +556,8 @@ def test_q7_the_mixing_scalars_start_at_random() -> None:
 @both_ways
 def test_q8_tokens_and_positions_are_decayed_officially_alone(official_compat: bool) -> None:
     module = tiny(official_compat=official_compat)
-    decayed = {id(p) for p in module.param_groups()[0]["params"]}
+    groups = module.param_groups()
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     vit: Any = module.backbone.vit
     assert (id(vit.cls_token) in decayed) is official_compat
     assert (id(vit.pos_embed) in decayed) is official_compat

@@ -243,16 +243,25 @@ def _draw_area(
 class ClusterCAMView:
     """Makes the one view of a ClusterCAM training sample (clustercam.md section 4).
 
-    Random resized crop (area 0.08-1, ratio 3/4-4/3, bicubic), flip with p = 0.5, RandAugment
-    ``rand-m9-mstd0.5-inc1`` (two of timm's operations, each with p = 0.5), normalisation, random
-    erasing with p = 0.25 (one box of 2-33 % filled with N(0, 1) values).
+    Random resized crop (area 0.08-1 unless told otherwise, ratio 3/4-4/3, bicubic), flip with
+    p = 0.5, RandAugment ``rand-m9-mstd0.5-inc1`` (two of timm's operations, each with p = 0.5),
+    normalisation, random erasing with p = 0.25 (one box of 2-33 % filled with N(0, 1) values).
 
     Args:
         crop_size: side of the view in pixels (448 in the paper).
+        area: bounds of the crop's share of the image; small shares lose labelled objects.
+
+    Raises:
+        WSSSError: bounds that are no shares.
     """
 
-    def __init__(self, *, crop_size: int = 448) -> None:
+    def __init__(self, *, crop_size: int = 448, area: tuple[float, float] = IMAGENET_AREA) -> None:
         self.crop_size = crop_size
+        if not 0 < area[0] <= area[1] <= 1:
+            raise WSSSError(
+                f"data.train_transform.area={list(area)}: expected two rising shares in (0, 1]"
+            )
+        self.area = (area[0], area[1])
         self.rand_augment = increasing_rand_augment()
 
     def __call__(self, rgb: NDArray[np.uint8], rng: np.random.Generator) -> dict[str, Tensor]:
@@ -266,7 +275,7 @@ class ClusterCAMView:
             ``image``: float32 (3, C, C), normalised.
         """
         picture = Image.fromarray(rgb)
-        view = _random_resized_crop(picture, self.crop_size, IMAGENET_AREA, rng)
+        view = _random_resized_crop(picture, self.crop_size, self.area, rng)
         augmented = Image.fromarray(view)
         operations = self.rand_augment.ops
         with _own_random(rng):

@@ -35,6 +35,7 @@ file) and Q13 (fp16 in PAR: ours stays float32). Q1: the missing COCO margin is 
 ignored pixels gives 0, where the official loop crashes. Q7: the scalars are logged.
 """
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -73,6 +74,8 @@ WARMUP_START = 1e-6  # learning rates, absolute as officially
 OFFICIAL_FLOOR = 1e-5
 FLOOR_RATIO = 0.16  # 1e-5 / 6.25e-5, MCTformer's floor over its base rate
 QUERY_ROWS = 128  # of attention held at once in CAM passes
+# parameters that take ``head_lr_factor``: class tokens are copies of one and have to part
+NOT_PRETRAINED = re.compile(r"cls_token|to_space|mixing|^patch_head|^decoder")
 
 
 # ---- clustering --------------------------------------------------------------------------------
@@ -272,6 +275,8 @@ class ClusterCAM(WSSSModule):
         epochs: equal parts of the run, in which the schedules count.
         seg_from_epoch: 0-based epoch with which the segmentation loss begins.
         lr: base learning rate; officially 5e-4 x batch / 512.
+        head_lr_factor: times ``lr`` for what pretraining does not give: the class tokens' own
+            values, the space of clusters, mixing scalars, patch head and decoder; officially 1.
         warmup_epochs: epochs of linear warm-up from 1e-6.
         weight_decay: of weights of two and more dimensions.
         drop_path: rate of the last block, rising linearly from 0.
@@ -299,6 +304,7 @@ class ClusterCAM(WSSSModule):
         epochs: int = 80,
         seg_from_epoch: int = 50,
         lr: float = 8.7890625e-6,
+        head_lr_factor: float = 1.0,
         warmup_epochs: float = 5.0,
         weight_decay: float = 0.05,
         drop_path: float = 0.1,
@@ -315,7 +321,8 @@ class ClusterCAM(WSSSModule):
         check_rate_and_scales(lr=lr, scales=scales)
         check_thresholds(low=low_threshold, high=high_threshold)
         self.epochs, self.seg_from_epoch = epochs, seg_from_epoch
-        self.lr, self.warmup_epochs, self.weight_decay = lr, warmup_epochs, weight_decay
+        self.lr, self.head_lr_factor = lr, head_lr_factor
+        self.warmup_epochs, self.weight_decay = warmup_epochs, weight_decay
         self.scales = tuple(scales)
         self.high_threshold, self.low_threshold = high_threshold, low_threshold
         self.seg_weight = seg_weight
@@ -590,25 +597,25 @@ class ClusterCAM(WSSSModule):
 
         Class tokens and positions count as vectors; officially they are decayed (Q8).
         """
-        named = list(self.named_parameters())
         tokens = (
             () if self.official_compat else ("backbone.vit.cls_token", "backbone.vit.pos_embed")
         )
-        decayed = {name for name, p in named if p.ndim > 1 and name not in tokens}
-        return [
-            {
-                "name": "decayed",
-                "params": [p for name, p in named if name in decayed],
-                "lr": self.lr,
-                "weight_decay": self.weight_decay,
-            },
-            {
-                "name": "not decayed",
-                "params": [p for name, p in named if name not in decayed],
-                "lr": self.lr,
-                "weight_decay": 0.0,
-            },
-        ]
+        groups: dict[str, dict[str, Any]] = {}
+        for name, parameter in self.named_parameters():
+            decay = parameter.ndim > 1 and name not in tokens
+            fresh = NOT_PRETRAINED.search(name) is not None
+            key = ("" if decay else "not ") + "decayed" + (", new" if fresh else "")
+            group = groups.setdefault(
+                key,
+                {
+                    "name": key,
+                    "params": [],
+                    "lr": self.lr * (self.head_lr_factor if fresh else 1.0),
+                    "weight_decay": self.weight_decay if decay else 0.0,
+                },
+            )
+            group["params"].append(parameter)
+        return list(groups.values())
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW (clustercam.md section 4)."""

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
 from wsss.runs import build_data, build_module, compose_run
-from wsss.training import build_trainer
+from wsss.training import accelerate, build_trainer
 
 STEPS = 6  # of which 0 to 3 are the first phase
 METHODS = {
@@ -61,6 +62,8 @@ class States(Callback):
         self.kept: dict[int, dict[str, Tensor]] = {}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step in (0, *self.hashes):  # between two passes of a step
+            return
         state = pl_module.state_dict()
         self.hashes[trainer.global_step] = state_sha256(state)
         if trainer.global_step in (4, STEPS):
@@ -77,14 +80,21 @@ def prepare(
     return build_trainer(config, folder, data, protocol), module, data, protocol
 
 
-def train(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
-    """What one process sees of a training and of the evaluation after it."""
+def train(
+    method: str, folder: Path, *overrides: str
+) -> tuple[States, Callable[..., dict[str, Any]]]:
+    """What one process sees of a training, and the evaluation that may follow."""
     trainer, module, data, protocol = prepare(method, folder, *overrides)
     states = States()
     trainer.callbacks.append(states)
     trainer.fit(module, datamodule=data)
-    result = evaluate(module, data.eval_dataloader("val"), protocol, data.class_names)
-    return {"hashes": states.hashes, "states": states.kept, "counts": counts(result)}
+
+    def evaluation(state: dict[str, Tensor] | None = None) -> dict[str, Any]:
+        module.load_state_dict(state or module.state_dict())
+        result = evaluate(module, data.eval_dataloader("val"), protocol, data.class_names)
+        return counts(result)
+
+    return states, evaluation
 
 
 def counts(result: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +113,10 @@ def train_rank(rank: int, port: int, out: str) -> None:
         "LOCAL_RANK": str(rank),
     }
     torch.set_num_threads(1)
-    seen = {method: train(method, Path(out) / method, "trainer=ddp_cpu") for method in METHODS}
+    seen = {}
+    for method in METHODS:
+        states, evaluation = train(method, Path(out) / method, "trainer=ddp_cpu")
+        seen[method] = {"hashes": states.hashes, "states": states.kept, "counts": evaluation()}
     torch.save(seen, Path(out) / f"rank{rank}.pt")
 
 
@@ -138,15 +151,13 @@ def test_two_processes_evaluate_and_learn_as_one_that_accumulates(
 
     But the statistics of batch norms, which one process moves pass by pass, two both at once.
     """
-    one = train(method, tmp_path, "trainer=cpu", "trainer.accumulate_grad_batches=2")
+    one, evaluation = train(method, tmp_path, "trainer=cpu", "trainer.accumulate_grad_batches=2")
     for step, state in ranks[0][method]["states"].items():
         for name, value in state.items():
             if "running" not in name and "num_batches" not in name:
-                assert torch.equal(value, one["states"][step][name]), (step, name)
-    _, module, data, protocol = prepare(method, tmp_path)
-    module.load_state_dict(ranks[0][method]["states"][STEPS])
-    alone = evaluate(module, data.eval_dataloader("val"), protocol, data.class_names)
-    assert counts(alone) == ranks[0][method]["counts"] == ranks[1][method]["counts"]
+                assert torch.equal(value, one.kept[step][name]), (step, name)
+    alone = evaluation(ranks[0][method]["states"][STEPS])
+    assert alone == ranks[0][method]["counts"] == ranks[1][method]["counts"]
     assert sum(map(sum, alone["confusion"]["seed"])) > 0
 
 
@@ -187,7 +198,7 @@ def test_losses_of_a_batch_are_the_means_of_its_halves_where_the_docstring_says_
     assert set(whole) == PER_IMAGE[method] | PER_PASS.get(method, set())
     for name, value in whole.items():
         mean = (first[name] + second[name]) / 2
-        assert (name in PER_IMAGE[method]) == torch.allclose(value, mean, rtol=1e-5), name
+        assert (name in PER_IMAGE[method]) == torch.allclose(value, mean, rtol=1e-4, atol=0), name
 
 
 @pytest.mark.parametrize(
@@ -267,3 +278,31 @@ def test_a_killed_process_ends_the_run_which_resumes(tmp_path: Path) -> None:
     (results,) = tmp_path.rglob("results.json")
     assert json.loads(results.read_text())["splits"]["val"]["protocol"]["iterations"] == 12
     assert "resuming from" in output
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_parts_and_another_layout_change_no_loss(method: str, tmp_path: Path) -> None:
+    """Captured by dynamo and run as they are; what inductor makes of them is torch's affair."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    totals, gradients = [], []
+    for settings in ({}, {"compile": "eager", "channels_last": True}):
+        _, module, data, _ = prepare(method, tmp_path)
+        accelerate(module.eval(), settings)
+        torch.manual_seed(0)
+        total = module.compute_losses(next(iter(data.train_dataloader())), STEPS - 1).total
+        total.backward()
+        totals.append(total.detach())
+        gradients.append([p.grad for p in module.parameters() if p.grad is not None])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.testing.assert_close(*totals, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_debugging_leaves_a_profile(tmp_path: Path) -> None:
+    tiny = [setting for setting in TINY if not setting.startswith("trainer")]
+    command = ["train", "method=tkp_pcl", *tiny, *METHODS["tkp_pcl"], "trainer=debug"]
+    assert main([*command, "trainer.accelerator=cpu", f"runs_dir={tmp_path}"]) == 0
+    (profile,) = tmp_path.rglob("profile/*")
+    assert "optimizer_step" in profile.read_text()

@@ -139,7 +139,7 @@ Examples:
 Hydra composes the run from groups; any value can be set on the line:
   method=toco|clustercam|getam|tkp_pcl|segmenter|segmenter_vit  data=minivoc|voc|coco|table
   backbone=vit_pico|deit_small|deit_base|vit_base|vit_hybrid|dinov2_small|resnet101
-  trainer=auto|cpu|gpu|ddp   logger=csv|wandb           +experiments=toco/minivoc
+  trainer=auto|cpu|gpu|ddp|ddp_cpu|multinode|debug  logger=csv|wandb  +experiments=toco/minivoc
   seed=0  study=NAME  runs_dir=runs  budget.max_steps=600  method.ptc_weight=0 ...
 --cfg job prints the composed configuration; -m sweeps over comma-separated values.
 

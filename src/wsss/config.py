@@ -108,6 +108,23 @@ class LoggerConfig:
 
 
 @dataclass(frozen=True)
+class Acceleration:
+    """What the trainer's configuration says beside the arguments of ``lightning.Trainer``.
+
+    Attributes:
+        compile: backend of ``torch.compile`` (``inductor``) for the parts of a method that keep
+            their structure; None: nothing is compiled.
+        channels_last: keep the weights of convolutions channels-last, as tensor cores read them.
+    """
+
+    compile: str | None = None
+    channels_last: bool = False
+
+
+ACCELERATION = tuple(field.name for field in fields(Acceleration))
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Top level of ``conf/train.yaml``; groups are checked against their own targets."""
 
@@ -201,6 +218,11 @@ def config_hash(config: Mapping[str, Any]) -> str:
     }
     if masks := relevant["data"].get("train_masks"):  # a first stage's: named inside runs_dir
         relevant["data"]["train_masks"] = str(masks).removeprefix(str(config["runs_dir"]))
+    relevant["trainer"] = {
+        key: value
+        for key, value in config["trainer"].items()
+        if key != "profiler" and (value or key not in ACCELERATION)
+    }
     text = json.dumps(relevant, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -254,7 +276,10 @@ def check_config(config: DictConfig) -> None:
             _check_node(content[field.name], _parameters(schema), field.name, supplied=set())
             schema(**content[field.name])  # its own checks of values
     for path, node in _targets(content):
-        _check_node(node, _parameters(_target(node["_target_"], path)), path, supplied=SUPPLIED)
+        parameters = _parameters(_target(node["_target_"], path))
+        if path == "trainer":
+            parameters |= _parameters(Acceleration)
+        _check_node(node, parameters, path, supplied=SUPPLIED)
     if not 0 <= content["seed"] < 2**32:
         raise WSSSError(f"seed={content['seed']}: expected 0 to 2**32 - 1")
     if content["gallery"] < 0:

@@ -3,11 +3,10 @@
 import argparse
 import fcntl
 import json
-import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,11 +18,13 @@ from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from wsss.checkpoints import save_atomically
 from wsss.cli import run_verb, telling_errors
 from wsss.config import (
+    ACCELERATION,
     check_config,
     compose_config,
     config_root,
@@ -38,6 +39,7 @@ from wsss.evaluation.evaluator import Evaluator
 from wsss.evaluation.holdout import Holdout
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
+from wsss.parallel import GradientAveraging, choose_strategy, naming_lost_processes
 from wsss.refine.dense_crf import import_pydensecrf
 from wsss.reporting import evaluate_and_report, make_writable
 from wsss.results.store import RESULTS_FILE, print_table, read_results, write_atomically
@@ -98,7 +100,8 @@ def _run_job(config: DictConfig) -> int:
         check_config(config)
         from wsss.stages import train_stages  # which imports this module
 
-        train_stages(plain(config))
+        with naming_lost_processes():
+            train_stages(plain(config))
         return 0
 
     # told here, since Hydra would wrap an exception in lines of its own
@@ -132,6 +135,7 @@ def train(config: dict[str, Any]) -> Path:
     if protocol.holdout_per_class:
         Holdout(data, protocol)
     module = build_module(config, data.num_classes)
+    accelerate(module, config["trainer"])
     if module.backbone.patch_size > config["budget"]["crop_size"]:
         raise WSSSError(
             f"budget.crop_size={config['budget']['crop_size']}: smaller than one patch of "
@@ -147,11 +151,11 @@ def train(config: dict[str, Any]) -> Path:
     data.per_device_batch_size()
     make_writable(folder)
     with holding(folder):
-        write_config(folder, config)
         if _is_first_process():
+            write_config(folder, config)
             text = json.dumps(data.fingerprint(), indent=2)
             write_atomically(folder / DATA_FILE, f"{text}\n".encode())
-        print(f"run folder: {folder}")
+            print(f"run folder: {folder}")
         if config["logger"]["wandb"]:
             trainer.loggers = [*trainer.loggers, make_wandb_logger(config, folder)]
         _fit_and_report(config, folder, data, module, trainer)
@@ -190,7 +194,7 @@ def _fit_and_report(
     """Train from the last checkpoint, if there is one, then evaluate."""
     protocol = Protocol(**config["eval"])
     checkpoint = folder / LAST_CHECKPOINT
-    if checkpoint.is_file():
+    if checkpoint.is_file() and _is_first_process():
         print(f"resuming from {checkpoint}")
     try:
         trainer.fit(
@@ -200,7 +204,9 @@ def _fit_and_report(
             weights_only=True,
         )
     except SystemExit as leave:  # how Lightning ends after Ctrl-C
-        print(f"stopped at step {trainer.global_step}; the same command resumes", file=sys.stderr)
+        if _is_first_process():
+            text = f"stopped at step {trainer.global_step}; the same command resumes"
+            print(text, file=sys.stderr)
         raise SystemExit(130) from leave
     except WSSSError as error:
         if not checkpoint.is_file():
@@ -244,8 +250,10 @@ def build_trainer(
         CostMeter(),
         NamedLosses(),
     ]
-    return build(
-        config["trainer"],
+    settings = {k: v for k, v in config["trainer"].items() if k not in ACCELERATION}
+    trainer: lightning.Trainer = build(
+        settings,
+        strategy=choose_strategy(settings),
         callbacks=callbacks,
         # a resumed run gets a folder of its own: CSVLogger would delete the first one's file
         logger=[CSVLogger(folder, name="logs")],
@@ -257,11 +265,39 @@ def build_trainer(
         enable_model_summary=False,
         plugins=[AtomicCheckpointIO()],
     )
+    if settings.get("profiler"):
+        profiler = trainer.profiler  # type: ignore[attr-defined]
+        # without a file it would report through a logger that is silent here
+        profiler.dirpath, profiler.filename = folder / "profile", "profile"
+    return trainer
+
+
+def accelerate(module: WSSSModule, settings: Mapping[str, Any]) -> None:
+    """Compile a method's parts and lay out its convolutions as the trainer's configuration says.
+
+    Args:
+        module: changed in place; its parameters keep their names.
+        settings: the trainer's configuration, see :class:`wsss.config.Acceleration`.
+
+    Raises:
+        WSSSError: no such backend of ``torch.compile``.
+    """
+    if settings.get("channels_last"):
+        module.to(memory_format=torch.channels_last)
+    backend = settings.get("compile")
+    if backend is None:
+        return
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if backend not in backends:
+        raise WSSSError(f"trainer.compile={backend}: expected null or one of {', '.join(backends)}")
+    for part in module.compiled_parts():
+        part.compile(backend=backend)
 
 
 def _is_first_process() -> bool:
-    """Whether this is no further process of a DDP run."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Whether this is no further process of a run, be it on this machine or on another."""
+    rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+    return rank == 0
 
 
 @contextmanager
@@ -326,15 +362,17 @@ class SaveOnStop(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        """Stop here if asked to."""
+        """Stop here if asked to; several processes stop after the same step, whoever was asked."""
+        if trainer.world_size > 1:
+            self.asked = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
         if self.asked:
             raise KeyboardInterrupt
 
     def on_validation_batch_end(
         self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        """Stop here if asked to."""
-        if self.asked:
+        """Stop here if asked to; several processes, whose shares may differ, stop afterwards."""
+        if self.asked and trainer.world_size == 1:
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
@@ -350,6 +388,8 @@ class SaveOnStop(Callback):
         self, trainer: lightning.Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Save where training stood, unless the weights are what broke or a step was cut."""
+        if isinstance(trainer.strategy, GradientAveraging):
+            trainer.strategy.alone = True  # the others may be dead, or anywhere else
         cut = isinstance(exception, KeyboardInterrupt) and not self.asked
         finite = all(bool(torch.isfinite(p).all()) for p in pl_module.parameters())
         if trainer.global_step > 0 and finite and not cut:

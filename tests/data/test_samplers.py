@@ -17,7 +17,12 @@ def train_order(replicas: int, *, epoch: int = 0) -> list[set[int]]:
     shares = []
     for rank in range(replicas):
         sampler = TrainSampler(
-            length=50, global_batch_size=12, num_replicas=replicas, rank=rank, seed=1
+            length=50,
+            global_batch_size=12,
+            per_device=12 // replicas,
+            num_replicas=replicas,
+            rank=rank,
+            seed=1,
         )
         sampler.set_epoch(epoch)
         items = list(sampler)
@@ -36,6 +41,25 @@ def test_steps_hold_the_same_images_for_any_number_of_processes(replicas: int) -
     assert train_order(replicas, epoch=2) == train_order(1, epoch=2)
 
 
+def test_two_processes_share_a_step_as_two_passes_of_one_do() -> None:
+    def share(replicas: int, rank: int) -> list[tuple[int, int]]:
+        return list(
+            TrainSampler(
+                length=50,
+                global_batch_size=12,
+                per_device=6,
+                num_replicas=replicas,
+                rank=rank,
+                seed=1,
+            )
+        )
+
+    alone = share(1, 0)  # accumulates two passes of six
+    passes = [alone[start : start + 6] for start in range(0, 48, 6)]
+    for rank in (0, 1):
+        assert share(2, rank) == [pair for one in passes[rank::2] for pair in one]
+
+
 def test_an_epoch_repeats_no_image_and_epochs_differ() -> None:
     first, second = train_order(1), train_order(1, epoch=1)
     assert sum(map(len, first)) == len(set().union(*first)) == 48
@@ -45,7 +69,13 @@ def test_an_epoch_repeats_no_image_and_epochs_differ() -> None:
 def test_start_skips_only_in_its_own_epoch() -> None:
     def sampler(**changes: tuple[int, int]) -> TrainSampler:
         return TrainSampler(
-            length=50, global_batch_size=10, num_replicas=1, rank=0, seed=1, **changes
+            length=50,
+            global_batch_size=10,
+            per_device=10,
+            num_replicas=1,
+            rank=0,
+            seed=1,
+            **changes,
         )
 
     whole, resumed = sampler(), sampler(start=(3, 20))

@@ -1,8 +1,5 @@
-"""Methods of two phases: runs resumed over the boundary, and two processes, end as they should."""
+"""Methods of two phases: runs resumed over the boundary end as they should."""
 
-import itertools
-import os
-import socket
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -115,48 +112,3 @@ def test_a_run_resumed_over_the_boundary_ends_with_the_same_weights(
         resumed = fit(method, path)
         for name, value in straight.items():
             assert torch.equal(value, resumed[name]), (stop, name)
-
-
-class Weights(Callback):
-    """All parameters after every step."""
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        flat = [p.detach().flatten() for p in pl_module.parameters()]
-        self.seen.append(torch.cat(flat).clone())
-
-
-def train_rank(rank: int, port: int, out: str) -> None:
-    """One of two processes that train every method in turn, as those of a sweep or a study do."""
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-    }
-    torch.set_num_threads(1)
-    seen = {}
-    for method in METHODS:
-        weights = Weights()
-        trainer = make_trainer(weights, devices=2, strategy="ddp_find_unused_parameters_true")
-        data, module = build(method)
-        trainer.fit(module, datamodule=data)
-        seen[method] = weights.seen
-    torch.save(seen, Path(out) / f"rank{rank}.pt")
-
-
-@pytest.mark.slow
-def test_both_ranks_have_the_same_weights_in_both_phases(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(train_rank, (port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    for method in METHODS:
-        assert len(first[method]) == len(second[method]) == STEPS
-        for step, (a, b) in enumerate(zip(first[method], second[method], strict=True)):
-            assert torch.equal(a, b), (method, step)
-        assert all(not torch.equal(a, b) for a, b in itertools.pairwise(first[method])), method

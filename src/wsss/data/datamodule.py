@@ -344,6 +344,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         sampler = TrainSampler(
             length=len(dataset),
             global_batch_size=self.global_batch_size,
+            per_device=per_device,
             num_replicas=processes,
             rank=rank,
             seed=self.seed,

@@ -18,11 +18,14 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
 
     The epoch travels with the index because workers that live through many epochs hold a copy of
     the dataset that nobody can tell the epoch. Only whole global batches are given, so the images
-    of optimiser step n are the same however many processes share them.
+    of optimiser step n are the same however many processes share them. A global batch is cut into
+    forward passes of `per_device` images, and the processes take these in turn: two processes see
+    the images together that one process would in two passes (``accumulate_grad_batches=2``).
 
     Args:
         length: number of images, at least `global_batch_size`.
         global_batch_size: images per optimiser step over all processes and accumulated batches.
+        per_device: images per process and forward pass.
         num_replicas: number of processes.
         rank: of this process.
         seed: of the order.
@@ -34,6 +37,7 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
         *,
         length: int,
         global_batch_size: int,
+        per_device: int,
         num_replicas: int,
         rank: int,
         seed: int,
@@ -41,6 +45,7 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
     ) -> None:
         super().__init__(range(length), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
         self.total_size = length // global_batch_size * global_batch_size
+        self.per_device = per_device
         self.num_samples = self.total_size // num_replicas
         self.start_epoch, self.start_offset = start
         # Lightning asks for the first iterator before it calls set_epoch
@@ -49,7 +54,8 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         stream = np.random.SeedSequence(self.seed, spawn_key=(self.epoch,))
         order = np.random.default_rng(stream).permutation(len(self.dataset))  # type: ignore[arg-type]
-        own = order[: self.total_size][self.rank :: self.num_replicas]
+        passes = order[: self.total_size].reshape(-1, self.num_replicas, self.per_device)
+        own = passes[:, self.rank].ravel()
         first = self.start_offset if self.epoch == self.start_epoch else 0
         return iter([(self.epoch, int(index)) for index in own[first:]])
 

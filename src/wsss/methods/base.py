@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from wsss.backbone import Backbone
@@ -35,6 +35,12 @@ class WSSSModule(LightningModule):
     A method writes out its own ``training_step``; an evaluator uses only :meth:`forward` and
     :meth:`cams`. Everything a method needs is a keyword-only, typed constructor argument, since
     Hydra checks configurations against it.
+
+    Several processes average their gradients (:mod:`wsss.parallel`). What a loss divides by, and
+    the batch that a batch norm sees, are those of one forward pass: ``global_batch_size`` over
+    processes times ``accumulate_grad_batches``. Where that quotient stays, a run is the same on any
+    number of processes, random draws included (:meth:`own_draws`); each method says below
+    *Several processes* for which losses it is also the same for any quotient.
 
     Args:
         backbone: the shared encoder.
@@ -80,6 +86,10 @@ class WSSSModule(LightningModule):
         """
         return {}
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """What ``trainer.compile`` compiles: parts whose graph is the same at every step."""
+        return list(self.backbone.vit.blocks)
+
     @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups: each with ``name``, ``params`` and ``lr``."""
@@ -110,7 +120,9 @@ class WSSSModule(LightningModule):
 
     @contextmanager
     def own_draws(self, batch_idx: int, *, enabled: bool) -> Iterator[None]:
-        """Random draws that depend on seed, rank and batch alone: a resumed run draws the same.
+        """Random draws that depend on seed, step and place within the global batch alone.
+
+        So a resumed run draws the same, and so do two processes and one that accumulates.
 
         Args:
             batch_idx: of the training step.
@@ -119,8 +131,9 @@ class WSSSModule(LightningModule):
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices, enabled=enabled):
             if enabled:
-                place = (self._seed, self.global_rank, self.global_step, batch_idx)
-                torch.manual_seed(hash(place) % 2**63)
+                batch, part = divmod(batch_idx, self.trainer.accumulate_grad_batches)
+                place = part * self.trainer.world_size + self.global_rank
+                torch.manual_seed(hash((self._seed, place, self.global_step, batch)) % 2**63)
             yield
 
     def require_finite(self, losses: Mapping[str, Tensor], total: Tensor, batch: Batch) -> None:

@@ -28,6 +28,9 @@ Same numbers, less work (always): attention between patches is never kept, its s
 accumulated row by row, and only in CAM passes; CAMs are made before the training graph exists and
 of the batch's classes alone; PAR's affinity is computed once for both thresholds; patch logits come
 from nine sums a channel.
+Several processes: both losses of classification are means over images; the segmentation loss
+divides by pixels of one forward pass, officially those of the whole batch, which DataParallel
+gathers before its losses. It is the same on one device with ``accumulate_grad_batches=1``.
 Kept as official: positions scaled by (h + 0.1) / n; LayerNorm eps 1e-5 in both branches and 1e-6
 before the MLP (Q11); the final norm exists and is never applied; assignments lag one update behind
 the centres. Nothing here corresponds to Q2 (in-training mIoU), Q3 (selection on val), Q5 (label
@@ -591,6 +594,11 @@ class ClusterCAM(WSSSModule):
             for parameter in self.parameters():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """Clustering branches and MLPs; the blocks themselves are written out above."""
+        blocks: Any = self.backbone.vit.blocks
+        return [*self.branches, *(block.mlp for block in blocks)]
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Weights that are decayed, and vectors (biases, norms, mixing scalars) that are not.

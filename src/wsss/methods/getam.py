@@ -27,6 +27,10 @@ Ours, since the official code has no such thing: without saliency maps a pixel i
 ``low_threshold`` of its refined maps, foreground above ``high_threshold``, undecided between; runs
 whose size is not a multiple of two patches; encoders of any depth (taps after each quarter of the
 blocks, maps of the last six at most). In parallel runs all gradients are averaged in both phases.
+Several processes: the classification loss, and so the first phase, and the energy are means over
+images. Cross-entropy and saliency loss divide by pixels of one forward pass, and the decoder's
+batch norms see the images of one; ``trainer.sync_batchnorm=true`` lets them see those of all
+processes (on GPUs). Without it their running statistics are averaged after each step.
 Same numbers, less work (always): one forward pass for maps and losses; one backward pass a class
 *slot* of the batch, through activations of the last blocks only; the class token's row of attention
 and gradient in closed form, so that attention stays fused; PAMR of present classes alone, batched;
@@ -454,6 +458,11 @@ class GETAM(WSSSModule):
     def in_phase_two(self, step: int) -> bool:
         """Whether a 0-based step trains everything (getam.md section 4, "Steps")."""
         return step - 1 >= self.phase_one * self.max_steps
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """The blocks; of those whose attention is read, their MLPs."""
+        blocks: Any = self.backbone.vit.blocks
+        return [b.mlp if i in self.map_blocks else b for i, b in enumerate(blocks)]
 
     def param_groups(self) -> list[dict[str, Any]]:
         """One group of everything."""

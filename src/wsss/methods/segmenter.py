@@ -149,6 +149,12 @@ class Segmenter(WSSSModule):
             losses["seg_max_loss"] = masked_cross_entropy(torch.stack(every).amax(0), target)
         return losses
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """The convolutional encoder, or the transformer's blocks."""
+        if isinstance(self.backbone, ConvBackbone):
+            return [self.backbone.body]
+        return super().compiled_parts()
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Encoder, head's weights, head's biases (no decay), as in the cited code."""
         head = list(self.head.named_parameters())

@@ -23,6 +23,10 @@ What is known how:
       over present categories, with sets taken from the same forward pass; annotation-level labels
       with the background always present; the last iterate is the result.
 
+Several processes: every loss is a mean over images, so a step is the same however its images are
+shared out; but for the equivariance term's mosaics and ``pce_scope=batch``, which join the images
+of one forward pass.
+
 Departures, from ViT-PCM and from the page:
     * PCE in closed form: O(N C e) sums, no N x N matrix; value and gradient are those of all pairs.
     * One dropout mask for both directions of a BiLSTM; Keras draws one for each.

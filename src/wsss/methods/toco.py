@@ -23,6 +23,9 @@ Departures (``official_compat=True`` takes each of them back):
 Same numbers, less work (always): one encoder pass serves the input, both global views and the
 unflipped CAM of scale 1; the decoder is not run for CAMs; PAR's affinity is computed once for both
 thresholds; CTC is a closed form; attention is fused.
+Several processes: the losses of classification, CTC and the energy are means over images. PTC
+divides by pairs and the segmentation loss by pixels of one forward pass, here as on the official
+code's GPUs, so the images a pass are part of a run's settings.
 Kept as official: the learning rate jumps after warm-up (the polynomial is not rebased), CTC's
 second logarithm and same-view pairs (Q6), the teacher is a head only (Q7), auxiliary tokens are not
 normed (Q8).

@@ -1,0 +1,308 @@
+"""Two CPU processes (gloo) train and evaluate as one does; a run survives the death of either."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from wsss.backbone import state_sha256
+from wsss.cli import main
+from wsss.data.datamodule import ImageDataModule
+from wsss.evaluation.evaluator import evaluate
+from wsss.evaluation.protocol import Protocol
+from wsss.methods.base import WSSSModule
+from wsss.runs import build_data, build_module, compose_run
+from wsss.training import accelerate, build_trainer
+
+STEPS = 6  # of which 0 to 3 are the first phase
+METHODS = {
+    "toco": ["method.seg_after=0.5", "method.decoder_channels=16"],
+    "clustercam": ["method.epochs=3", "method.seg_from_epoch=2", "method.decoder_channels=16"],
+    "tkp_pcl": ["budget.warmup_steps=4", "method.lstm_hidden=8", "method.trained_blocks=2"],
+    "getam": ["method.decoder_channels=16"],
+}
+TINY = [
+    "data=minivoc",
+    "backbone.weights=random",
+    "+backbone.overrides.embed_dim=48",
+    "backbone.overrides.depth=4",
+    f"budget.max_steps={STEPS}",
+    "budget.eval_every=100",
+    "budget.crop_size=64",
+    "budget.local_size=16",
+    "budget.global_batch_size=4",
+    "data.limit=8",
+    "data.num_workers=0",
+    "data.test_splits=[]",
+    "eval.holdout_per_class=0",
+    "eval.seg_scales=[1.0]",
+    "eval.crf=null",
+    "gallery=0",
+    "trainer.deterministic=true",
+]
+
+
+class States(Callback):
+    """Hashes of parameters and buffers after every optimiser step; at the phases' ends they too."""
+
+    def __init__(self) -> None:
+        self.hashes: dict[int, str] = {}
+        self.kept: dict[int, dict[str, Tensor]] = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step in (0, *self.hashes):  # between two passes of a step
+            return
+        state = pl_module.state_dict()
+        self.hashes[trainer.global_step] = state_sha256(state)
+        if trainer.global_step in (4, STEPS):
+            self.kept[trainer.global_step] = {k: value.clone() for k, value in state.items()}
+
+
+def prepare(
+    method: str, folder: Path, *overrides: str
+) -> tuple[lightning.Trainer, WSSSModule, ImageDataModule, Protocol]:
+    config = compose_run([f"method={method}", *TINY, *METHODS[method], *overrides])
+    lightning.seed_everything(0, verbose=False)
+    data, protocol = build_data(config), Protocol(**config["eval"])
+    module = build_module(config, data.num_classes)
+    return build_trainer(config, folder, data, protocol), module, data, protocol
+
+
+def train(
+    method: str, folder: Path, *overrides: str
+) -> tuple[States, Callable[..., dict[str, Any]]]:
+    """What one process sees of a training, and the evaluation that may follow."""
+    trainer, module, data, protocol = prepare(method, folder, *overrides)
+    states = States()
+    trainer.callbacks.append(states)
+    trainer.fit(module, datamodule=data)
+
+    def evaluation(state: dict[str, Tensor] | None = None) -> dict[str, Any]:
+        module.load_state_dict(state or module.state_dict())
+        result = evaluate(module, data.eval_dataloader("val"), protocol, data.class_names)
+        return counts(result)
+
+    return states, evaluation
+
+
+def counts(result: dict[str, Any]) -> dict[str, Any]:
+    """All integers of an evaluation."""
+    cells = {kind: cells.tolist() for kind, cells in result["cells"].items()}
+    return {"confusion": result["confusion"], "cells": cells, "curve": result["seed_curve"]}
+
+
+def train_rank(rank: int, port: int, out: str) -> None:
+    """One of two processes that train every method in turn, as those of torchrun would."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "NODE_RANK": "0",
+        "LOCAL_RANK": str(rank),
+    }
+    torch.set_num_threads(1)
+    seen = {}
+    for method in METHODS:
+        states, evaluation = train(method, Path(out) / method, "trainer=ddp_cpu")
+        seen[method] = {"hashes": states.hashes, "states": states.kept, "counts": evaluation()}
+    torch.save(seen, Path(out) / f"rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes saw: method -> states, counts."""
+    out = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(train_rank, (port, str(out)), nprocs=2)
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_both_ranks_have_the_same_weights_after_every_step(
+    method: str, ranks: list[dict[str, Any]]
+) -> None:
+    first, second = (rank[method]["hashes"] for rank in ranks)
+    assert list(first) == list(range(1, STEPS + 1))
+    assert first == second
+    assert len(set(first.values())) == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_evaluate_and_learn_as_one_that_accumulates(
+    method: str, ranks: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """To the bit: images, random draws and normalisers are those of a place in the global batch.
+
+    But the statistics of batch norms, which one process moves pass by pass, two both at once.
+    """
+    one, evaluation = train(method, tmp_path, "trainer=cpu", "trainer.accumulate_grad_batches=2")
+    for step, state in ranks[0][method]["states"].items():
+        for name, value in state.items():
+            if "running" not in name and "num_batches" not in name:
+                assert torch.equal(value, one.kept[step][name]), (step, name)
+    alone = evaluation(ranks[0][method]["states"][STEPS])
+    assert alone == ranks[0][method]["counts"] == ranks[1][method]["counts"]
+    assert sum(map(sum, alone["confusion"]["seed"])) > 0
+
+
+# what the docstrings say below "Several processes"
+PER_IMAGE = {
+    "toco": {"cls_loss", "cls_aux_loss", "ctc_loss", "reg_loss"},
+    "clustercam": {"cls_loss", "patch_loss"},
+    "tkp_pcl": {"mce_loss", "pce_loss", "l2_loss"},
+    "getam": {"cls_loss", "reg_loss"},
+}
+PER_PASS = {"toco": {"ptc_loss", "seg_loss"}, "clustercam": {"seg_loss"}, "getam": {"seg_loss"}}
+
+
+@pytest.mark.parametrize("official_compat", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_of_a_batch_are_the_means_of_its_halves_where_the_docstring_says_so(
+    method: str, official_compat: bool, tmp_path: Path
+) -> None:
+    if official_compat and method == "tkp_pcl":
+        pytest.skip("has no official code")
+    compat = ["method.official_compat=true"] if official_compat else []
+    _, module, data, _ = prepare(method, tmp_path, *compat)
+    module.eval()  # random draws and batch norms aside
+    if method == "tkp_pcl":  # patches sure enough to be contrasted
+        module.classifier.weight.data *= 50
+    batch = next(iter(data.train_dataloader()))
+
+    def losses(part: slice) -> dict[str, Tensor]:
+        step: dict[str, Tensor] = module.compute_losses(
+            {name: values[part] for name, values in batch.items()}, STEPS - 1
+        ).losses
+        return step
+
+    torch.manual_seed(0)
+    whole = losses(slice(4))
+    torch.manual_seed(0)
+    first, second = losses(slice(2)), losses(slice(2, 4))
+    assert set(whole) == PER_IMAGE[method] | PER_PASS.get(method, set())
+    for name, value in whole.items():
+        mean = (first[name] + second[name]) / 2
+        assert (name in PER_IMAGE[method]) == torch.allclose(value, mean, rtol=1e-4, atol=0), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["trainer=ddp_cpu", "trainer.devices=3"], "3 process(es)"),
+        (["trainer=cpu", "trainer.devices=2", "trainer.strategy=ddp"], "trainer.strategy=ddp"),
+        (["trainer=cpu", "trainer.devices=2", "+trainer.sync_batchnorm=true"], "sync_batchnorm"),
+        (["trainer=cpu", "trainer.compile=fast"], "trainer.compile=fast"),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_anything_is_written(
+    settings: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    command = ["train", "method=getam", *TINY, *METHODS["getam"], *settings, f"runs_dir={runs}"]
+    assert main(command) == 2
+    error = capsys.readouterr().err.strip()
+    assert expected in error
+    assert len(error.splitlines()) == 1
+    assert not runs.exists()
+
+
+def test_several_cpus_are_several_averaging_processes(tmp_path: Path) -> None:
+    for settings in (["trainer=cpu", "trainer.devices=2"], ["trainer=ddp_cpu"]):
+        trainer, _, data, _ = prepare("toco", tmp_path, *settings)
+        data.trainer = trainer
+        assert type(trainer.strategy).__name__ == "GradientAveraging"
+        assert data.per_device_batch_size() == 2
+
+
+def start(runs: Path) -> "subprocess.Popen[str]":
+    command = ["train", "method=tkp_pcl", *TINY, *METHODS["tkp_pcl"], "trainer=ddp_cpu"]
+    command += ["budget.max_steps=12", "budget.eval_every=2", f"runs_dir={runs}"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WSSS_LAUNCHER")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "wsss.cli", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def wait_for_checkpoint(runs: Path, since: float) -> None:
+    deadline = time.monotonic() + 400
+    while not any(path.stat().st_mtime > since for path in runs.rglob("last.ckpt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def only_child(process: "subprocess.Popen[str]") -> int:
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(child)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_which_resumes(tmp_path: Path) -> None:
+    """First the second process dies, then the first one; then the run ends as it should."""
+    process = start(tmp_path)
+    wait_for_checkpoint(tmp_path, 0)
+    os.kill(only_child(process), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "process 1 of this run was killed (signal 9); the same command resumes" in errors
+
+    killed = time.time()
+    process = start(tmp_path)
+    wait_for_checkpoint(tmp_path, killed)
+    process.kill()
+    # the pipes end when the process that is left has closed them
+    output, errors = process.communicate(timeout=60)
+    assert "resuming from" in output
+    assert "the first process of this run has died; the same command resumes" in errors
+
+    output, errors = start(tmp_path).communicate(timeout=400)
+    (results,) = tmp_path.rglob("results.json")
+    assert json.loads(results.read_text())["splits"]["val"]["protocol"]["iterations"] == 12
+    assert "resuming from" in output
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_parts_and_another_layout_change_no_loss(method: str, tmp_path: Path) -> None:
+    """Captured by dynamo and run as they are; what inductor makes of them is torch's affair."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    totals, gradients = [], []
+    for settings in ({}, {"compile": "eager", "channels_last": True}):
+        _, module, data, _ = prepare(method, tmp_path)
+        accelerate(module.eval(), settings)
+        torch.manual_seed(0)
+        total = module.compute_losses(next(iter(data.train_dataloader())), STEPS - 1).total
+        total.backward()
+        totals.append(total.detach())
+        gradients.append([p.grad for p in module.parameters() if p.grad is not None])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.testing.assert_close(*totals, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_debugging_leaves_a_profile(tmp_path: Path) -> None:
+    tiny = [setting for setting in TINY if not setting.startswith("trainer")]
+    command = ["train", "method=tkp_pcl", *tiny, *METHODS["tkp_pcl"], "trainer=debug"]
+    assert main([*command, "trainer.accelerator=cpu", f"runs_dir={tmp_path}"]) == 0
+    (profile,) = tmp_path.rglob("profile/*")
+    assert "optimizer_step" in profile.read_text()

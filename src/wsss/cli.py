@@ -3,6 +3,7 @@
 ``wsss --help`` answers without importing torch or Hydra.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 
 from wsss import __version__
 from wsss.errors import WSSSError
+
+#: in the environment of a sweep's job: its files without their suffix
+JOB_STEM = "WSSS_JOB"
 
 
 @dataclass(frozen=True)
@@ -365,14 +369,19 @@ def telling_errors(name: str, run: Callable[[], int]) -> int:
         if os.environ.get("WSSS_DEBUG") == "1":
             raise
         if isinstance(error, WSSSError):
-            print(f"wsss {name}: {error}", file=sys.stderr)
+            _tell(name, str(error))
             return 2
         text = (str(error).splitlines() or [""])[0]
-        print(
-            f"wsss {name}: {type(error).__name__}: {text} (WSSS_DEBUG=1 shows the traceback)",
-            file=sys.stderr,
-        )
+        _tell(name, f"{type(error).__name__}: {text} (WSSS_DEBUG=1 shows the traceback)")
         return 1
+
+
+def _tell(name: str, text: str) -> None:
+    """One line on standard error, and for the sweep that this process is a job of."""
+    print(f"wsss {name}: {text}", file=sys.stderr)
+    if stem := os.environ.get(JOB_STEM):
+        with contextlib.suppress(OSError), open(f"{stem}.error", "w") as file:
+            file.write(text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import socket
 from contextlib import nullcontext
 from pathlib import Path
@@ -85,7 +86,8 @@ class StopAfter(SaveOnStop):
         self.steps = steps
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
-        self.asked = trainer.global_step == self.steps < trainer.max_steps
+        if trainer.global_step == self.steps < trainer.max_steps:
+            self.asked = signal.SIGINT
         super().on_train_batch_end(trainer, pl_module, *batch)
 
 

@@ -211,11 +211,11 @@ def train(config: dict[str, Any]) -> Path:
     data.per_device_batch_size()
     make_writable(folder)
     with holding(folder):
-        write_config(folder, config)
         if _is_first_process():
+            write_config(folder, config)
             text = json.dumps(data.fingerprint(), indent=2)
             write_atomically(folder / DATA_FILE, f"{text}\n".encode())
-        print(f"run folder: {folder}")
+            print(f"run folder: {folder}")
         if config["logger"]["wandb"]:
             trainer.loggers = [*trainer.loggers, make_wandb_logger(config, folder)]
         _fit_and_report(config, folder, data, module, trainer)
@@ -254,8 +254,9 @@ def _fit_and_report(
     """Train from the last checkpoint, if there is one, then evaluate."""
     protocol = Protocol(**config["eval"])
     checkpoint = folder / LAST_CHECKPOINT
-    if checkpoint.is_file():
+    if checkpoint.is_file() and _is_first_process():
         print(f"resuming from {checkpoint}")
+    left = False
     try:
         trainer.fit(
             module,
@@ -263,16 +264,20 @@ def _fit_and_report(
             ckpt_path=str(checkpoint) if checkpoint.is_file() else None,
             weights_only=True,
         )
-    except SystemExit as leave:  # how Lightning ends after Ctrl-C
-        print(f"stopped at step {trainer.global_step}; the same command resumes", file=sys.stderr)
-        asked = next(c for c in trainer.callbacks if isinstance(c, SaveOnStop)).asked  # type: ignore[attr-defined]
-        if asked == signal.SIGUSR2:
-            signal.raise_signal(asked)  # submitit queues the job again
-        raise SystemExit(128 + (asked or signal.SIGINT)) from leave
+    except SystemExit:  # how Lightning ends after Ctrl-C
+        left = True
     except WSSSError as error:
         if not checkpoint.is_file():
             raise
         raise WSSSError(f"{error}; once mended, the same command resumes") from error
+    asked = next(c for c in trainer.callbacks if isinstance(c, SaveOnStop)).asked  # type: ignore[attr-defined]
+    if left or asked:
+        if _is_first_process():
+            text = f"stopped at step {trainer.global_step}; the same command resumes"
+            print(text, file=sys.stderr)
+        if asked == signal.SIGUSR2:
+            signal.raise_signal(asked)  # submitit queues the job again
+        raise SystemExit(128 + (asked or signal.SIGINT))
     evaluate_and_report(
         module,
         data,
@@ -291,7 +296,17 @@ def _fit_and_report(
 def build_trainer(
     config: dict[str, Any], folder: Path, data: ImageDataModule, protocol: Protocol
 ) -> lightning.Trainer:
-    """The Trainer of a configuration with the callbacks that every run has."""
+    """The Trainer of a configuration with the callbacks that every run has.
+
+    Raises:
+        WSSSError: a GPU is asked for where torch sees none, or settings that do not go together.
+    """
+    accelerator = config["trainer"].get("accelerator")
+    if accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
+        raise WSSSError(
+            f"trainer.accelerator={accelerator}: torch sees no GPU here; give trainer=cpu, or look "
+            "at the driver, CUDA_VISIBLE_DEVICES and the build of torch"
+        )
     every = config["budget"]["eval_every"]
     callbacks: list[Callback] = [
         SaveOnStop(folder / LAST_CHECKPOINT),
@@ -327,7 +342,7 @@ def build_trainer(
 
 
 def _is_first_process() -> bool:
-    """Whether this is no further process of a run, started by Lightning, torchrun or SLURM."""
+    """Whether this is no further process of a run, be it on this machine or on another."""
     rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
     return rank == 0
 
@@ -437,24 +452,21 @@ class SaveOnStop(Callback):
         self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
         """Stop here if asked to, unless gradients of a step are being accumulated."""
-        if self._stepping:
-            self._stepping = False
-            self._leave_if_asked(trainer)
+        if not self._stepping:
+            return
+        self._stepping = False
+        if trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
+            self._between_steps = True
+            raise KeyboardInterrupt
 
     def on_validation_batch_end(
         self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        """Stop here if asked to; several processes, whose shares differ, go on to the end."""
-        if trainer.world_size == 1:
-            self._leave_if_asked(trainer)
+        """Stop here if asked to; several processes, whose shares differ, go on to the end.
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
-        """Stop here if asked to."""
-        self._leave_if_asked(trainer)
-
-    def _leave_if_asked(self, trainer: lightning.Trainer) -> None:
-        if trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
-            self._between_steps = True
+        The checkpoint from before the validation stays: resuming never begins in the middle of one.
+        """
+        if self.asked and trainer.world_size == 1:
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:

@@ -12,6 +12,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from small_runs import METHODS, SMALL
 from torch import Tensor
 
 from wsss.data.datamodule import ImageDataModule
@@ -23,11 +24,6 @@ from wsss.runs import build_data, build_module, compose_run
 from wsss.training import SaveOnStop
 
 STEPS = 6  # 0 to 3 are the first phase
-METHODS = {
-    "clustercam": ["method.epochs=3", "method.seg_from_epoch=2", "method.decoder_channels=16"],
-    "getam": ["method.decoder_channels=16", "method.energy_weight=0.0"],
-    "tkp_pcl": ["budget.warmup_steps=4", "method.lstm_hidden=8", "method.trained_blocks=2"],
-}
 
 
 def build(method: str) -> tuple[ImageDataModule, WSSSModule]:
@@ -35,17 +31,8 @@ def build(method: str) -> tuple[ImageDataModule, WSSSModule]:
         [
             f"method={method}",
             *METHODS[method],
-            "data=minivoc",
-            "backbone.weights=random",
-            "+backbone.overrides.embed_dim=48",
-            "backbone.overrides.depth=4",
+            *SMALL,
             f"budget.max_steps={STEPS}",
-            "budget.crop_size=64",
-            "budget.local_size=16",
-            "budget.global_batch_size=4",
-            "data.limit=8",
-            "data.num_workers=0",
-            "data.test_splits=[]",
         ]
     )
     lightning.seed_everything(0, verbose=False)

@@ -159,10 +159,13 @@ def test_slurm_runs_the_generated_script_and_failures_are_listed(
 
 
 def test_jobs_of_a_sweep_are_known_before_it_begins() -> None:
-    jobs = sweep_jobs(["seed=0,1", "hydra.sweeper.params={method.lr:'1e-5,2e-5'}", "data=minivoc"])
-    assert jobs.count == len(jobs.samples) == 4
-    assert {tuple(sorted(job)) for job in jobs.samples} >= {
-        ("data=minivoc", "hydra.sweeper.params={method.lr:'1e-5,2e-5'}", "method.lr=1e-5", "seed=0")
+    params = "hydra.sweeper.params={method.lr:'1e-5,2e-5'}"  # as a study's file would say it
+    jobs = sweep_jobs(["seed=0,1", params, "data=minivoc"])
+    assert jobs.count == 4
+    assert {tuple(sorted(job)) for job in jobs.samples} == {
+        ("data=minivoc", params, f"method.lr={rate}", f"seed={seed}")
+        for rate in ("1e-05", "2e-05")
+        for seed in (0, 1)
     }
     ends = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=7", "method.lr=interval(1e-5,1e-3)"]
     jobs = sweep_jobs([*ends, "seed=choice(0,1)"])

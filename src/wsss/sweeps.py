@@ -71,6 +71,8 @@ def record(stem: Path, overrides: Sequence[str], status: int, log: Path | None =
     error, value = stem.with_suffix(".error"), stem.with_suffix(".value")
     if status == 0:
         told = ""
+    elif status in STOPPED:
+        told = "stopped"
     elif error.is_file():
         told = error.read_text()
     elif status < 0:

@@ -86,8 +86,9 @@ def _sweep(overrides: list[str], flags: list[str]) -> int:
         _run_hydra(Job(), [*overrides, f"hydra.sweep.dir={quoted(str(folder))}"], flags)
     finally:
         ended = outcomes(folder)
-        for line in summary(ended, begun_of=jobs.count):
-            print(f"wsss train: {line}", file=sys.stderr)
+        if ended:
+            for line in summary(ended, begun_of=jobs.count):
+                print(f"wsss train: {line}", file=sys.stderr)
     return exit_status(ended)
 
 

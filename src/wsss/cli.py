@@ -148,7 +148,7 @@ Hydra composes the run from groups; any value can be set on the line:
 --cfg job prints the composed configuration; -m sweeps over comma-separated values.
 
 The run folder is runs_dir/study/METHOD-DATA-sSEED-HASH. A finished one is not run again; an
-interrupted one (Ctrl-C, SIGTERM, kill) resumes from its last checkpoint when the command is repeated.
+interrupted one (Ctrl-C, SIGTERM, kill) resumes from its last checkpoint if the command is repeated.
 
 A sweep starts each job in processes of its own and lists failures at the end (docs/sweeps.md):
   hydra.launcher.jobs=1   at a time     hydra/launcher=submitit_slurm     hydra/sweeper=optuna

@@ -272,7 +272,8 @@ def _fit_and_report(
             raise
         raise WSSSError(f"{error}; once mended, the same command resumes") from error
     asked = next(c for c in trainer.callbacks if isinstance(c, SaveOnStop)).asked  # type: ignore[attr-defined]
-    if left or asked:
+    # a signal may also have come after the last step; all processes leave then, or none
+    if left or trainer.strategy.reduce_boolean_decision(bool(asked), all=False):
         if _is_first_process():
             text = f"stopped at step {trainer.global_step}; the same command resumes"
             print(text, file=sys.stderr)

@@ -3,6 +3,7 @@
 ``wsss --help`` answers without importing torch or Hydra.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 
 from wsss import __version__
 from wsss.errors import WSSSError
+
+#: in the environment of a sweep's job: its files without their suffix
+JOB_STEM = "WSSS_JOB"
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,10 @@ Hydra composes the run from groups; any value can be set on the line:
 --cfg job prints the composed configuration; -m sweeps over comma-separated values.
 
 The run folder is runs_dir/study/METHOD-DATA-sSEED-HASH. A finished one is not run again; an
-interrupted one (Ctrl-C too) resumes from its last checkpoint when the command is repeated.
+interrupted one (Ctrl-C, SIGTERM, kill) resumes from its last checkpoint if the command is repeated.
+
+A sweep starts each job in processes of its own and lists failures at the end (docs/sweeps.md):
+  hydra.launcher.jobs=1   at a time     hydra/launcher=submitit_slurm     hydra/sweeper=optuna
 
 Examples:
   wsss train method=toco data=minivoc
@@ -365,14 +372,19 @@ def telling_errors(name: str, run: Callable[[], int]) -> int:
         if os.environ.get("WSSS_DEBUG") == "1":
             raise
         if isinstance(error, WSSSError):
-            print(f"wsss {name}: {error}", file=sys.stderr)
+            _tell(name, str(error))
             return 2
         text = (str(error).splitlines() or [""])[0]
-        print(
-            f"wsss {name}: {type(error).__name__}: {text} (WSSS_DEBUG=1 shows the traceback)",
-            file=sys.stderr,
-        )
+        _tell(name, f"{type(error).__name__}: {text} (WSSS_DEBUG=1 shows the traceback)")
         return 1
+
+
+def _tell(name: str, text: str) -> None:
+    """One line on standard error, and for the sweep that this process is a job of."""
+    print(f"wsss {name}: {text}", file=sys.stderr)
+    if stem := os.environ.get(JOB_STEM):
+        with contextlib.suppress(OSError), open(f"{stem}.error", "w") as file:
+            file.write(text)
 
 
 if __name__ == "__main__":

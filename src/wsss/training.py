@@ -4,8 +4,10 @@ import argparse
 import fcntl
 import json
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any, NoReturn
 import lightning
 import torch
 from hydra import main as hydra_main
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -22,13 +26,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from wsss.checkpoints import save_atomically
-from wsss.cli import run_verb, telling_errors
+from wsss.cli import JOB_STEM, run_verb, telling_errors
 from wsss.config import (
     ACCELERATION,
     check_config,
     compose_config,
     config_root,
     plain,
+    quoted,
     sweep_jobs,
     with_search_path,
 )
@@ -40,34 +45,87 @@ from wsss.evaluation.holdout import Holdout
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
 from wsss.parallel import GradientAveraging, choose_strategy, naming_lost_processes
+from wsss.processes import is_alive
 from wsss.refine.dense_crf import import_pydensecrf
 from wsss.reporting import evaluate_and_report, make_writable
 from wsss.results.store import RESULTS_FILE, print_table, read_results, write_atomically
 from wsss.runs import LAST_CHECKPOINT, build, build_data, build_module, run_folder, write_config
+from wsss.sweeps import (
+    end_with_sweep,
+    exit_status,
+    job_stem,
+    new_folder,
+    outcomes,
+    record,
+    summary,
+    write_value,
+)
 from wsss.tracking import import_wandb, make_wandb_logger
 
 DATA_FILE = "data.json"  # in the run folder: hashes of what it was trained and evaluated on
+SECONDS_OF_WORKERS = 15  # after which processes that load data have noticed that theirs is gone
 
 
 def main(arguments: list[str]) -> int:
     """The verb: Hydra's own command line, with what is wrong told in one line first."""
     overrides, flags = _read_command_line(arguments)
-    for each in sweep_jobs(overrides) if "--multirun" in flags else [overrides]:
-        compose_config(each)
+    if "--multirun" in flags:
+        return _sweep(overrides, flags)
+    end_with_sweep()
+    compose_config(overrides)
+    job = Job()
+    _run_hydra(job, overrides, flags)
+    return max(job.statuses, default=0)
+
+
+def _sweep(overrides: list[str], flags: list[str]) -> int:
+    """Many jobs, and at the end what failed."""
+    jobs = sweep_jobs(overrides)
+    configs = [compose_config(each) for each in jobs.samples]
+    folder = new_folder(Path(configs[0]["runs_dir"]))
+    try:
+        _run_hydra(Job(), [*overrides, f"hydra.sweep.dir={quoted(str(folder))}"], flags)
+    finally:
+        ended = outcomes(folder)
+        if ended:
+            for line in summary(ended, begun_of=jobs.count):
+                print(f"wsss train: {line}", file=sys.stderr)
+    return exit_status(ended)
+
+
+def _run_hydra(job: "Job", overrides: list[str], flags: list[str]) -> None:
+    """Let Hydra compose and run."""
     # this file, not the console script: DDP starts its other processes from sys.argv
     sys.argv = [__file__, *with_search_path(overrides), *flags]
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are told by us, in one line
     conf = str(config_root() / "conf")
-    statuses: list[int] = []
-
-    def job(config: DictConfig) -> None:
-        """One job of Hydra; a sweep goes on after one that failed."""
-        statuses.append(_run_job(config))
-
     hydra_main(version_base="1.3", config_path=conf, config_name="train")(job)()
-    if len(statuses) > 1 and any(statuses):
-        failed = sum(status != 0 for status in statuses)
-        print(f"wsss train: {failed} of {len(statuses)} jobs failed, see above", file=sys.stderr)
-    return max(statuses, default=0)
+
+
+class Job:
+    """What Hydra calls with a composed configuration: here, or where submitit has sent it."""
+
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+
+    def __call__(self, config: DictConfig) -> float:
+        """Train one run; gives its objective, NaN where there is none."""
+        hydra = HydraConfig.get()
+        own_files = hydra.mode == RunMode.MULTIRUN
+        if own_files:  # of a sweep whose launcher is not ours
+            stem = job_stem(Path(hydra.sweep.dir), hydra.job.num)
+            os.environ[JOB_STEM] = str(stem)
+            # DDP starts its other processes from here
+            sys.argv = [__file__, *with_search_path(list(hydra.overrides.task))]
+            sys.modules["__main__"].__spec__ = None
+        status, value = _run_job(config)
+        self.statuses.append(status)
+        if _is_first_process():
+            if own := os.environ.get(JOB_STEM):
+                write_value(Path(own), value)
+            if own_files:
+                record(stem, list(hydra.overrides.task), status)
+        return float("nan") if value is None else value
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -93,19 +151,25 @@ def _read_command_line(arguments: list[str]) -> tuple[list[str], list[str]]:
     return read.overrides, flags
 
 
-def _run_job(config: DictConfig) -> int:
-    """One run; its exit status."""
+def _run_job(config: DictConfig) -> tuple[int, float | None]:
+    """One run; its exit status and its objective, where it has that number."""
+    value: float | None = None
 
     def run() -> int:
+        nonlocal value
         check_config(config)
         from wsss.stages import train_stages  # which imports this module
 
+        content = plain(config)
         with naming_lost_processes():
-            train_stages(plain(config))
+            folder = train_stages(content)
+        if _is_first_process():
+            splits = read_results(folder / RESULTS_FILE)["splits"]
+            value = splits[content["data"]["val_split"]].get(content["objective"])
         return 0
 
     # told here, since Hydra would wrap an exception in lines of its own
-    return telling_errors("train", run)
+    return telling_errors("train", run), value
 
 
 def train(config: dict[str, Any]) -> Path:
@@ -119,7 +183,7 @@ def train(config: dict[str, Any]) -> Path:
 
     Raises:
         WSSSError: bad configuration or data, before anything is written.
-        SystemExit: 130 after Ctrl-C, with a checkpoint that resumes.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with a checkpoint that resumes.
     """
     _quiet()
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
@@ -196,6 +260,7 @@ def _fit_and_report(
     checkpoint = folder / LAST_CHECKPOINT
     if checkpoint.is_file() and _is_first_process():
         print(f"resuming from {checkpoint}")
+    left = False
     try:
         trainer.fit(
             module,
@@ -203,15 +268,21 @@ def _fit_and_report(
             ckpt_path=str(checkpoint) if checkpoint.is_file() else None,
             weights_only=True,
         )
-    except SystemExit as leave:  # how Lightning ends after Ctrl-C
-        if _is_first_process():
-            text = f"stopped at step {trainer.global_step}; the same command resumes"
-            print(text, file=sys.stderr)
-        raise SystemExit(130) from leave
+    except SystemExit:  # how Lightning ends after Ctrl-C
+        left = True
     except WSSSError as error:
         if not checkpoint.is_file():
             raise
         raise WSSSError(f"{error}; once mended, the same command resumes") from error
+    asked = next(c for c in trainer.callbacks if isinstance(c, SaveOnStop)).asked  # type: ignore[attr-defined]
+    # a signal may also have come after the last step; all processes leave then, or none
+    if left or trainer.strategy.reduce_boolean_decision(bool(asked), all=False):
+        if _is_first_process():
+            text = f"stopped at step {trainer.global_step}; the same command resumes"
+            print(text, file=sys.stderr)
+        if asked == signal.SIGUSR2:
+            signal.raise_signal(asked)  # submitit queues the job again
+        raise SystemExit(128 + (asked or signal.SIGINT))
     evaluate_and_report(
         module,
         data,
@@ -230,7 +301,17 @@ def _fit_and_report(
 def build_trainer(
     config: dict[str, Any], folder: Path, data: ImageDataModule, protocol: Protocol
 ) -> lightning.Trainer:
-    """The Trainer of a configuration with the callbacks that every run has."""
+    """The Trainer of a configuration with the callbacks that every run has.
+
+    Raises:
+        WSSSError: a GPU is asked for where torch sees none, or settings that do not go together.
+    """
+    accelerator = config["trainer"].get("accelerator")
+    if accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
+        raise WSSSError(
+            f"trainer.accelerator={accelerator}: torch sees no GPU here; give trainer=cpu, or look "
+            "at the driver, CUDA_VISIBLE_DEVICES and the build of torch"
+        )
     every = config["budget"]["eval_every"]
     callbacks: list[Callback] = [
         SaveOnStop(folder / LAST_CHECKPOINT),
@@ -304,17 +385,31 @@ def _is_first_process() -> bool:
 def holding(folder: Path) -> Iterator[None]:
     """Hold a run folder for this process; the system lets go when the process ends.
 
+    Workers that load data hold it too, and outlive a killed process by seconds: these are waited.
+
     Raises:
         WSSSError: another process trains there.
     """
     if not _is_first_process():  # which holds it for all
         yield
         return
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise WSSSError(f"{folder}: another process is training here") from error
+    with (folder / ".lock").open("a+") as lock:
+        until = time.monotonic() + SECONDS_OF_WORKERS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                lock.seek(0)
+                holder = lock.read()
+                if is_alive(holder) or time.monotonic() > until:
+                    raise WSSSError(
+                        f"{folder}: another process ({holder or 'unknown'}) is training here"
+                    ) from error
+                time.sleep(0.2)
+        lock.truncate(0)
+        lock.write(f"{socket.gethostname()} {os.getpid()}")
+        lock.flush()
         yield
 
 
@@ -336,42 +431,75 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class SaveOnStop(Callback):
-    """A checkpoint whenever training stops: at the end, on Ctrl-C, on an error.
+    """A checkpoint whenever training stops: at the end, on Ctrl-C or SIGTERM, on an error.
 
-    Ctrl-C waits for the step in progress, so that what is saved stands between two steps; a second
-    one stops at once and leaves the previous checkpoint.
+    A signal waits for the step in progress, so that what is saved stands between two steps; a
+    second one stops at once and leaves the previous checkpoint. All processes of a run stop after
+    the same step, whichever of them got the signal.
 
     Args:
         path: the checkpoint to write.
+
+    Attributes:
+        asked: the signal that came, if one did.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.asked = False
+        self.asked: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._stepping = False  # weights and optimiser are being changed
+        self._between_steps = False  # it is here that training stopped
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
-        """Take over Ctrl-C; sweeps and notebooks may train outside the main thread, without it."""
+        """Note what signals did; submitit says with SIGUSR2 that time is up."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if callable(signal.getsignal(signal.SIGUSR2)):
+            numbers.append(signal.SIGUSR2)
+        self._before = {number: signal.getsignal(number) for number in numbers}
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Take signals over, after Lightning and until it gives them back.
+
+        Lightning's own handler would broadcast from within, in the middle of a step. Notebooks may
+        train outside the main thread, where no handler can be set.
+        """
         if threading.current_thread() is threading.main_thread():
-            self.default = signal.signal(signal.SIGINT, self._ask)
+            for number in self._before:
+                signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self.default)
-        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
+        self.asked = signal.Signals(number)
+        for each, before in self._before.items():
+            signal.signal(each, before)
+        again = "Ctrl-C" if number == signal.SIGINT else self.asked.name
+        # not print: the interrupted code may be printing
+        os.write(2, f"\nstopping after this step ({again} again: at once)\n".encode())
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        """From here to the end of the batch there is no state to save."""
+        self._stepping = True
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        """Stop here if asked to; several processes stop after the same step, whoever was asked."""
-        if trainer.world_size > 1:
-            self.asked = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
-        if self.asked:
+        """Stop here if asked to, unless gradients of a step are being accumulated."""
+        if not self._stepping:
+            return
+        self._stepping = False
+        if trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
+            self._between_steps = True
             raise KeyboardInterrupt
 
     def on_validation_batch_end(
         self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        """Stop here if asked to; several processes, whose shares may differ, stop afterwards."""
+        """Stop here if asked to; several processes, whose shares differ, go on to the end.
+
+        The checkpoint from before the validation stays: resuming never begins in the middle of one.
+        """
         if self.asked and trainer.world_size == 1:
             raise KeyboardInterrupt
 
@@ -379,18 +507,14 @@ class SaveOnStop(Callback):
         """The last iterate is the result; nothing is selected on a validation split."""
         trainer.save_checkpoint(self.path)
 
-    def teardown(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give Ctrl-C back."""
-        if hasattr(self, "default"):
-            signal.signal(signal.SIGINT, self.default)
-
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Save where training stood, unless the weights are what broke or a step was cut."""
         if isinstance(trainer.strategy, GradientAveraging):
             trainer.strategy.alone = True  # the others may be dead, or anywhere else
-        cut = isinstance(exception, KeyboardInterrupt) and not self.asked
+        at_once = not isinstance(exception, Exception) and not self._between_steps
+        cut = self._stepping or at_once
         finite = all(bool(torch.isfinite(p).all()) for p in pl_module.parameters())
         if trainer.global_step > 0 and finite and not cut:
             try:

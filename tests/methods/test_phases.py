@@ -1,5 +1,6 @@
 """Methods of two phases: runs resumed over the boundary end as they should."""
 
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from small_runs import METHODS, SMALL
 from torch import Tensor
 
 from wsss.data.datamodule import ImageDataModule
@@ -19,11 +21,6 @@ from wsss.runs import build_data, build_module, compose_run
 from wsss.training import SaveOnStop
 
 STEPS = 6  # 0 to 3 are the first phase
-METHODS = {
-    "clustercam": ["method.epochs=3", "method.seg_from_epoch=2", "method.decoder_channels=16"],
-    "getam": ["method.decoder_channels=16", "method.energy_weight=0.0"],
-    "tkp_pcl": ["budget.warmup_steps=4", "method.lstm_hidden=8", "method.trained_blocks=2"],
-}
 
 
 def build(method: str) -> tuple[ImageDataModule, WSSSModule]:
@@ -31,17 +28,8 @@ def build(method: str) -> tuple[ImageDataModule, WSSSModule]:
         [
             f"method={method}",
             *METHODS[method],
-            "data=minivoc",
-            "backbone.weights=random",
-            "+backbone.overrides.embed_dim=48",
-            "backbone.overrides.depth=4",
+            *SMALL,
             f"budget.max_steps={STEPS}",
-            "budget.crop_size=64",
-            "budget.local_size=16",
-            "budget.global_batch_size=4",
-            "data.limit=8",
-            "data.num_workers=0",
-            "data.test_splits=[]",
         ]
     )
     lightning.seed_everything(0, verbose=False)
@@ -82,7 +70,8 @@ class StopAfter(SaveOnStop):
         self.steps = steps
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
-        self.asked = trainer.global_step == self.steps < trainer.max_steps
+        if trainer.global_step == self.steps < trainer.max_steps:
+            self.asked = signal.SIGINT
         super().on_train_batch_end(trainer, pl_module, *batch)
 
 

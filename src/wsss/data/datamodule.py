@@ -43,6 +43,7 @@ from wsss.data.train_masks import (
 )
 from wsss.data.voc import LabelSource, VOCDataset, VOCLabels, find_voc_root, voc_samples
 from wsss.errors import WSSSError
+from wsss.processes import heed_only_parent
 
 TRAINING_LIST = "training list (sha256)"  # in a checkpoint
 
@@ -90,10 +91,15 @@ def make_loader(
         dataset,
         **batches,
         num_workers=num_workers,
-        worker_init_fn=partial(seed_worker, *worker_seed),
+        worker_init_fn=partial(_begin_worker, *worker_seed),
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _begin_worker(seed: int, rank: int, worker: int) -> None:
+    heed_only_parent()
+    seed_worker(seed, rank, worker)
 
 
 def takes_saliency(transform: TrainTransform) -> bool:

@@ -9,7 +9,6 @@ import io
 import json
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +20,7 @@ from rich.progress import track
 from wsss.data.images import write_atomically
 from wsss.data.table import CLASSES_FILE, COLUMNS, read_text
 from wsss.errors import WSSSError
+from wsss.processes import serve
 
 TABLE_FILE = "labels.csv"
 MARKER_FILE = "prepare.json"
@@ -64,7 +64,7 @@ def run_all(
         return
     # spawned, not forked: the progress bar is a thread
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_ctrl_c_to_the_parent)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=serve, initargs=(os.getpid(),))
     try:
         results = pool.map(work, items, chunksize=16)
         for _ in track(results, description=description, total=len(items)):
@@ -76,10 +76,6 @@ def run_all(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _leave_ctrl_c_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def write_text(path: Path, text: str) -> str:

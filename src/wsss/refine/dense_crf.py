@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsss.errors import WSSSError
+from wsss.processes import serve
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,10 @@ class CRFPool:
         self.jobs = jobs or os.cpu_count() or 1
         # Spawned, not forked: the caller has threads (torch, CUDA) that a fork would break.
         self._pool = ProcessPoolExecutor(
-            max_workers=self.jobs, mp_context=multiprocessing.get_context("spawn")
+            max_workers=self.jobs,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=serve,
+            initargs=(os.getpid(),),
         )
 
     def __enter__(self) -> CRFPool:

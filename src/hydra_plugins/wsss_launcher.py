@@ -1,0 +1,55 @@
+"""``hydra/launcher=local``: jobs of a sweep in processes of their own, so many at a time.
+
+Hydra takes launchers from this namespace only.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class ProcessLauncher(Launcher):
+    """Starts ``wsss train`` for each job (:func:`wsss.sweeps.run_jobs`).
+
+    Args:
+        jobs: how many at a time.
+    """
+
+    def __init__(self, *, jobs: int) -> None:
+        self.jobs = jobs
+        self.config: Any = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Remember the sweep's configuration; the jobs compose their own."""
+        self.config = config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Run jobs to their end; one that failed returns NaN, so that a sweeper goes on."""
+        from wsss.sweeps import run_jobs  # Hydra imports this file in every run
+
+        settings = self.config.hydra
+        # composed in the child, where -m would sweep again
+        hidden = ["hydra.mode=RUN"]
+        hidden += [o for o in settings.overrides.hydra if o.startswith("hydra.searchpath=")]
+        outcomes = run_jobs(
+            job_overrides,
+            hidden=hidden,
+            limit=self.jobs,
+            folder=Path(settings.sweep.dir),
+            first=initial_job_idx,
+        )
+        returns = []
+        for overrides, outcome in zip(job_overrides, outcomes, strict=True):
+            done = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
+            done.return_value = float("nan") if outcome.value is None else outcome.value
+            returns.append(done)
+        return returns

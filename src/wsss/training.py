@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,7 +42,7 @@ from wsss.refine.dense_crf import import_pydensecrf
 from wsss.reporting import evaluate_and_report, make_writable
 from wsss.results.store import RESULTS_FILE, print_table, read_results, write_atomically
 from wsss.runs import LAST_CHECKPOINT, build, build_data, build_module, run_folder, write_config
-from wsss.tracking import import_wandb, make_wandb_logger
+from wsss.tracking import import_wandb, wandb_run
 
 DATA_FILE = "data.json"  # in the run folder: hashes of what it was trained and evaluated on
 
@@ -152,9 +152,9 @@ def train(config: dict[str, Any]) -> Path:
             text = json.dumps(data.fingerprint(), indent=2)
             write_atomically(folder / DATA_FILE, f"{text}\n".encode())
         print(f"run folder: {folder}")
-        if config["logger"]["wandb"]:
-            trainer.loggers = [*trainer.loggers, make_wandb_logger(config, folder)]
-        _fit_and_report(config, folder, data, module, trainer)
+        with wandb_run(config, folder) if config["logger"]["wandb"] else nullcontext() as logger:
+            trainer.loggers += [logger] if logger else []
+            _fit_and_report(config, folder, data, module, trainer)
     return folder
 
 

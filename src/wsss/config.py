@@ -20,6 +20,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
@@ -148,34 +149,73 @@ def compose_config(overrides: Sequence[str], config_name: str = "train") -> Dict
     Raises:
         WSSSError: unknown group or key, missing value, wrong type, with the nearest valid key.
     """
-    GlobalHydra.instance().clear()
-    root = config_root()
-    try:
-        with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            config = compose(config_name, with_search_path(overrides))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise WSSSError(_one_line(error, root / "conf" / f"{config_name}.yaml")) from error
+    config = _compose(overrides, config_name)
     check_config(config)
     return config
 
 
-def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of every job that ``-m`` makes of comma-separated values.
+def _compose(
+    overrides: Sequence[str], config_name: str, *, return_hydra_config: bool = False
+) -> DictConfig:
+    GlobalHydra.instance().clear()
+    root = config_root()
+    try:
+        with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+            return compose(
+                config_name, with_search_path(overrides), return_hydra_config=return_hydra_config
+            )
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise WSSSError(_one_line(error, root / "conf" / f"{config_name}.yaml")) from error
+
+
+@dataclass(frozen=True)
+class SweepJobs:
+    """What ``-m`` will run, as far as that is known before.
+
+    Attributes:
+        samples: overrides of all jobs; where a sweeper chooses, of enough to meet every value.
+        count: number of jobs.
+    """
+
+    samples: list[list[str]]
+    count: int
+
+
+def sweep_jobs(overrides: Sequence[str]) -> SweepJobs:
+    """The jobs that ``-m`` makes of comma-separated values and of ``hydra.sweeper.params``.
 
     Raises:
-        WSSSError: an override that does not parse.
+        WSSSError: an override that does not parse, or no such sweeper.
     """
+    fixed = [str(o.input_line) for o in _parse(overrides) if not o.is_sweep_override()]
+    sweeper = _compose(fixed, "train", return_hydra_config=True).hydra.sweeper
+    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    # what the line says takes the place of what a file says
+    choices = {o.get_key_element(): _choices(o) for o in _parse([*params, *overrides])}
+    if sweeper["_target_"].endswith(".BasicSweeper"):
+        every = [list(job) for job in itertools.product(*choices.values())]
+        return SweepJobs(every, len(every))
+    first = {key: values[0] for key, values in choices.items()}
+    others = [first | {key: value} for key, values in choices.items() for value in values[1:]]
+    return SweepJobs([list(job.values()) for job in (first, *others)], sweeper.n_trials)
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed: list[Override] = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise WSSSError(" ".join(str(error).split())) from error
-    choices = [
-        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-        if override.is_sweep_override()
-        else [str(override.input_line)]
-        for override in parsed
-    ]
-    return [list(job) for job in itertools.product(*choices)]
+    return parsed
+
+
+def _choices(override: Override) -> list[str]:
+    """What one override of a sweep stands for; of an interval, its ends."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    key, value = override.get_key_element(), override.value()
+    if isinstance(value, IntervalSweep):
+        return [f"{key}={value.start}", f"{key}={value.end}"]
+    return [f"{key}={choice}" for choice in override.sweep_string_iterator()]
 
 
 def with_search_path(overrides: Sequence[str]) -> list[str]:

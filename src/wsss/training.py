@@ -50,7 +50,7 @@ DATA_FILE = "data.json"  # in the run folder: hashes of what it was trained and 
 def main(arguments: list[str]) -> int:
     """The verb: Hydra's own command line, with what is wrong told in one line first."""
     overrides, flags = _read_command_line(arguments)
-    for each in sweep_jobs(overrides) if "--multirun" in flags else [overrides]:
+    for each in sweep_jobs(overrides).samples if "--multirun" in flags else [overrides]:
         compose_config(each)
     # this file, not the console script: DDP starts its other processes from sys.argv
     sys.argv = [__file__, *with_search_path(overrides), *flags]

@@ -12,6 +12,7 @@ from wsss.config import (
     config_root,
     plain,
     second_stage_config,
+    sweep_jobs,
 )
 from wsss.data.prepare_coco import COCO_CLASSES
 from wsss.data.train_masks import PIXEL_MASKS
@@ -30,16 +31,44 @@ GIVEN = ["data.root=unset", "backbone.weights=random"]
 # a table names its classes itself, where there is one
 CLASSES = {"table": ["data.class_names=[apple,leaf,sky]"]}
 # a study of a method under another name; what all methods share goes with the default one
-STUDIES = {"vit_pcm": "tkp_pcl", "minivoc": "toco"}
+STUDIES = {"vit_pcm": "tkp_pcl", "minivoc": "toco", "leagues": "toco"}
+SWEEPS = [name for name in EXPERIMENTS if "ablation" in name or name.startswith("leagues/")]
+# what a study asks for beside that
+ASKED = {"getam/ablation_completion": ["data.saliency_folder=unset"]}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiments_compose_and_build(experiment: str) -> None:
-    config = plain(compose_config([f"+experiments={experiment}", *GIVEN]))
+    asked = ASKED.get(experiment, [])
+    config = plain(compose_config([f"+experiments={experiment}", *GIVEN, *asked]))
     folder = experiment.split("/")[0]
     assert STUDIES.get(folder, folder) in config["method"]["_target_"]
     if "base" not in config["backbone"]["name"]:  # ViT-B is built once, below
         build_module(config, len(config["data"]["class_names"]))
+
+
+@pytest.mark.parametrize("experiment", SWEEPS)
+def test_every_job_of_an_ablation_composes_and_builds(experiment: str) -> None:
+    overrides = [f"+experiments={experiment}", *GIVEN, *ASKED.get(experiment, [])]
+    assert sweep_jobs(overrides).count == 3 * sweep_jobs([*overrides, "seed=0"]).count
+    jobs = sweep_jobs([*overrides, "seed=0"]).samples
+    configs = [plain(compose_config(job)) for job in jobs]
+    assert len({config_hash(config) for config in configs}) == len(jobs) > 2
+    assert {config["seed"] for config in configs} == {0}
+    for config in configs:
+        assert config["study"] not in ("default", f"{experiment.split('/')[0]}-minivoc")
+        if config["data"]["name"] == "minivoc":
+            build_module(config, 1)
+
+
+def test_what_the_line_says_takes_the_place_of_what_a_study_sweeps() -> None:
+    jobs = sweep_jobs(["+experiments=toco/ablation_losses", "method.ptc_weight=0.1", "seed=4,5"])
+    assert jobs.count == len(jobs.samples) == 4
+    for job in jobs.samples:
+        config = compose_config(job)
+        assert config.method.ptc_weight == 0.1
+        assert config.seed in (4, 5)
+        assert config.method.ctc_weight in (0.0, 0.02)
 
 
 @pytest.mark.parametrize("method", METHODS)

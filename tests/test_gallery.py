@@ -76,7 +76,7 @@ def draw(
     folder: Path, dataset: Squares, *, n: int = 4, segments: bool = True, further: bool = False
 ) -> list[Path]:
     module = Colours(segments=segments, further=further)
-    return write_gallery(module, dataset, folder, NAMES, n=n, protocol=PROTOCOL)  # type: ignore[arg-type]
+    return write_gallery(module, dataset, folder, NAMES, n=n, protocol=PROTOCOL).sheets  # type: ignore[arg-type]
 
 
 def test_sheets_have_the_size_their_content_needs(tmp_path: Path) -> None:

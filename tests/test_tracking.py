@@ -1,93 +1,328 @@
+"""Offline runs are read back: what should reach Weights & Biases is in their files."""
+
+import http.server
 import json
-import struct
+import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from offline import Offline, read_offline
 from PIL import Image
 
-from wsss.tracking import has_key, log_results, make_wandb_logger, run_id
+from wsss.cli import main
+from wsss.config import LoggerConfig
+from wsss.dashboard import varying
+from wsss.errors import WSSSError
+from wsss.results.store import read_results
+from wsss.runs import compose_run
+from wsss.tracking import has_key, run_id, wandb_run
 
 wandb = pytest.importorskip("wandb")
+pytest.importorskip("wandb_workspaces")
 
-BLOCK = 32768
-FULL, FIRST, LAST = 1, 2, 4
+TINY = [
+    "data=minivoc",
+    "backbone.weights=random",
+    "+backbone.overrides.embed_dim=48",
+    "backbone.overrides.depth=4",
+    "budget.max_steps=2",
+    "budget.eval_every=2",
+    "budget.crop_size=64",
+    "budget.local_size=16",
+    "budget.warmup_steps=1",
+    "budget.global_batch_size=2",
+    "data.limit=4",
+    "data.num_workers=0",
+    "data.test_splits=[]",
+    "method.decoder_channels=16",
+    "eval.seg_scales=[1.0]",
+    "eval.crf=null",
+    "eval.holdout_per_class=0",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+    "logger=wandb",
+    "study=pair",
+]
+TOCO = ["method=toco", "method.seg_after=0", "gallery=2"]
+RUNS = {
+    "toco": TOCO,
+    "tagged": [*TOCO, "method.ptc_weight=0.4", "logger.tags=[mine]", "logger.checkpoints=true"],
+    "clustercam": ["method=clustercam", "method.seg_from_epoch=0", "gallery=0"],
+}
+
+
+def _without_key(patch: pytest.MonkeyPatch, home: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
+        patch.delenv(name, raising=False)
+    patch.setenv("HOME", str(home))
+    patch.setenv("WANDB_SILENT", "true")
 
 
 @pytest.fixture(autouse=True)
 def _no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    _without_key(monkeypatch, tmp_path / "home")
 
 
-def offline_records(path: Path) -> Iterator[Any]:
-    """Records of an offline run file: LevelDB's log format around protobuf messages.
-
-    wandb reads these files only in its own binary, hence this reader.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    position, record = 7, b""
-    while position < len(data):
-        left = BLOCK - position % BLOCK
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        part = data[position + 7 : position + 7 + length]
-        position += 7 + length
-        record = part if kind in (FULL, FIRST) else record + part
-        if kind in (FULL, LAST) and record:
-            yield wandb_internal_pb2.Record.FromString(record)
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of three offline runs of one study, trained one after the other in this process."""
+    runs = tmp_path_factory.mktemp("runs")
+    folders: dict[str, Path] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        _without_key(patch, runs / "home")
+        for name, settings in RUNS.items():
+            assert main(["train", *TINY, *settings, f"runs_dir={runs}"]) == 0
+            (folders[name],) = {p.parent for p in runs.rglob("config.yaml")} - {*folders.values()}
+    wandb.teardown()  # ends the writing process, so that the files are complete
+    return folders
 
 
-def history(folder: Path) -> list[dict[str, str]]:
-    """History rows (values as JSON text) of all offline runs in a run folder."""
-    rows = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in offline_records(path):
-            if record.WhichOneof("record_type") == "history":
-                rows.append(
-                    {
-                        ".".join(item.nested_key) or item.key: item.value_json
-                        for item in record.history.item
-                    }
-                )
-    return rows
+@pytest.fixture(scope="module")
+def offline(study: dict[str, Path]) -> dict[str, Offline]:
+    return {name: read_offline(folder) for name, folder in study.items()}
 
 
-def test_offline_run_holds_config_losses_table_and_gallery(tmp_path: Path) -> None:
-    folder = tmp_path / "toco-minivoc-s0"
-    gallery = folder / "gallery"
-    gallery.mkdir(parents=True)
-    Image.new("RGB", (32, 32), (200, 30, 30)).save(gallery / "sheet_00.png")
-    config = {"logger": {"project": "wsss-test"}, "study": "unit", "seed": 7}
-    logger = make_wandb_logger(config, folder)
-    for step in range(3):
-        logger.log_metrics({"train/ptc_loss": 0.5 - step / 10}, step=step)
-    per_class = {"class": ["background", "cat"], "seed_iou": [0.9, 0.4]}
-    results = {"splits": {"val": {"seed_miou": 0.65, "seg_miou": None, "per_class": per_class}}}
-    log_results(logger, results, gallery)
-    logger.experiment.finish()
-    wandb.teardown()  # ends the writing process, so that the file is complete
+def test_a_run_says_what_it_is(study: dict[str, Path], offline: dict[str, Offline]) -> None:
+    for name, folder in study.items():
+        (run,) = offline[name].runs
+        assert (run.run_id, run.display_name) == (run_id(folder), folder.name)
+        assert (run.project, run.run_group, run.job_type) == ("wsss", "pair", "train")
+        assert offline[name].exits == [0]
+    assert list(offline["toco"].runs[0].tags) == ["toco", "minivoc", "vit_tiny_patch16_224"]
+    assert "mine" in offline["tagged"].runs[0].tags
+    config = offline["tagged"].config
+    assert json.loads(config["method"])["ptc_weight"] == 0.4
+    assert json.loads(config["method_name"]) == "toco"
 
-    rows = history(folder)
-    losses = [float(row["train/ptc_loss"]) for row in rows if "train/ptc_loss" in row]
-    assert losses == pytest.approx([0.5, 0.4, 0.3])
-    tables = [key for row in rows for key in row if key.startswith("val/per_class")]
-    assert tables
-    tables_on_disk = list(folder.glob("wandb/offline-run-*/files/media/table/val/*.table.json"))
-    assert json.loads(tables_on_disk[0].read_text())["data"] == [["background", 0.9], ["cat", 0.4]]
-    assert list(folder.glob("wandb/offline-run-*/files/media/images/*.png"))
-    text = b"".join(path.read_bytes() for path in folder.glob("wandb/offline-run-*/*.wandb"))
-    assert b"wsss-test" in text
-    assert b"seed_miou" in text
-    assert run_id(folder).encode() in text
+
+def test_losses_and_learning_rates_are_logged_step_by_step(offline: dict[str, Offline]) -> None:
+    rows = [row for row in offline["toco"].rows if "train/ptc_loss" in row]
+    assert [row["trainer/global_step"] for row in rows] == ["0", "1"]
+    assert {"train/seg_loss", "train/ctc_loss", "train/lr", "train/lr_heads"} <= set(rows[1])
+    assert float(rows[1]["train/lr_heads"]) == pytest.approx(10 * float(rows[1]["train/lr"]))
+    assert {"train/mixing_00", "train/mixing_03"} <= offline["clustercam"].keys
+    assert "train/ptc_loss" not in offline["clustercam"].keys, "another run of the same process"
+
+
+def test_final_numbers_are_those_of_the_results(
+    study: dict[str, Path], offline: dict[str, Offline]
+) -> None:
+    results = read_results(study["toco"] / "results.json")
+    metrics, summary = results["splits"]["val"], offline["toco"].summary
+    for key, value in {
+        "final/val/seg_miou": metrics["seg_miou"],
+        "final/val/seed_miou_oracle": metrics["seed_miou_oracle"],
+        "final/val/maps/seed/over": metrics["maps"]["seed"]["over"],
+        "final/cost/train_wall_hours": results["cost"]["train_wall_hours"],
+    }.items():
+        assert float(summary[key]) == pytest.approx(value), key
+    assert not [key for key in summary if key.startswith("final/val/protocol")]
+
+
+def test_threshold_curve_is_a_history_over_its_own_axis(
+    study: dict[str, Path], offline: dict[str, Offline]
+) -> None:
+    curve = read_results(study["toco"] / "results.json")["splits"]["val"]["seed_curve"]
+    rows = [row for row in offline["toco"].rows if "curve/val/threshold" in row]
+    assert [float(row["curve/val/threshold"]) for row in rows] == curve["thresholds"]
+    assert [float(row["curve/val/seed_miou"]) for row in rows] == pytest.approx(curve["miou"])
+    assert offline["toco"].metrics["curve/val/seed_recall"] == "curve/val/threshold"
+
+
+def test_tables_hold_classes_and_pixels(study: dict[str, Path]) -> None:
+    metrics = read_results(study["toco"] / "results.json")["splits"]["val"]
+    media = "wandb/offline-run-*/files/media/table"
+    (table,) = study["toco"].glob(f"{media}/tables/val/per_class_*.table.json")
+    content = json.loads(table.read_text())
+    ious = [row[content["columns"].index("seed_iou")] for row in content["data"]]
+    # there is none where a class is neither seen nor predicted
+    stored = [math.nan if iou is None else iou for iou in metrics["per_class"]["seed_iou"]]
+    assert ious == pytest.approx(stored, nan_ok=True)
+    (table,) = study["toco"].glob(f"{media}/confusion/val/seg_table_*.table.json")
+    pixels = json.loads(table.read_text())["data"]
+    assert sum(count for *_, count in pixels) == sum(map(sum, metrics["confusion"]["seg"]))
+    assert pixels[1] == ["background", "bottle", metrics["confusion"]["seg"][0][1]]
+
+
+def test_gallery_has_label_maps_as_overlays(
+    study: dict[str, Path], offline: dict[str, Offline]
+) -> None:
+    (row,) = [row for row in offline["toco"].rows if "gallery/images._type" in row]
+    assert json.loads(row["gallery/images.count"]) == 2
+    for masks in json.loads(row["gallery/images.all_masks"]):
+        assert set(masks) == {"pseudo_label", "prediction", "truth"}
+        (file,) = study["toco"].glob(f"wandb/offline-run-*/files/{masks['truth']['path']}")
+        with Image.open(file) as mask:
+            assert mask.size == (160, 160)
+    assert "gallery/sheets" in offline["toco"].keys
+    assert "gallery/images" not in offline["clustercam"].keys
+
+
+def test_code_configuration_and_checkpoints_are_artifacts(
+    study: dict[str, Path], offline: dict[str, Offline]
+) -> None:
+    stored = {a.type: {e.path for e in a.manifest.contents} for a in offline["toco"].artifacts}
+    assert stored["config"] == {"config.yaml"}
+    assert {"training.py", "methods/toco.py"} <= stored["code"]
+    assert "model" not in stored, "only on request"
+    (model,) = [a for a in offline["tagged"].artifacts if a.type == "model"]
+    (entry,) = model.manifest.contents
+    assert entry.local_path == str(study["tagged"] / "checkpoints" / "last.ckpt"), "not a copy"
+
+
+def test_system_metrics_are_sampled(offline: dict[str, Offline]) -> None:
+    assert "proc.memory.rssMB" in offline["toco"].statistics
+
+
+def test_a_run_that_failed_is_marked(tmp_path: Path) -> None:
+    config = compose_run([*TINY, "method=toco", "logger.group=g", "logger.job_type=j"])
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(WSSSError), wandb_run(config, tmp_path):
+        raise WSSSError("astray")
+    wandb.teardown()
+    found = read_offline(tmp_path)
+    assert found.exits == [1]
+    assert (found.runs[0].run_group, found.runs[0].job_type) == ("g", "j")
+
+
+def _specified(study: Path) -> tuple[dict[str, Any], set[str]]:
+    """A study's workspace, and every string in its panels that names a key."""
+    assert main(["dashboard", "study=pair", f"runs_dir={study.parent}"]) == 0
+    section = json.loads((study / "dashboard.json").read_text())["section"]
+    starts = ("train/", "val/", "final/", "curve/", "tables/", "confusion/", "gallery/")
+
+    def strings(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            yield from (text for value in node.values() for text in strings(value))
+        elif isinstance(node, list):
+            yield from (text for value in node for text in strings(value))
+        elif isinstance(node, str):
+            yield node.removeprefix("summary:")
+
+    titles = {"chartTitle", "name"}
+    panels = [
+        {key: value for key, value in panel["config"].items() if key not in titles}
+        for one in section["panelBankConfig"]["sections"]
+        for panel in one["panels"]
+    ]
+    return section, {text for text in strings(panels) if text.startswith(starts)}
+
+
+def test_every_key_of_a_dashboard_was_logged(
+    study: dict[str, Path], offline: dict[str, Offline], capsys: pytest.CaptureFixture[str]
+) -> None:
+    section, keys = _specified(study["toco"].parent)
+    assert keys <= set().union(*(one.keys for one in offline.values()))
+    assert "no W&B key" in capsys.readouterr().out
+    wanted = {
+        "val/seg_miou",
+        "final/val/seg_miou",
+        "final/val/seed_miou_oracle",
+        "final/val/maps/seg/over",
+        "final/val/maps/seed/precision",
+        "curve/val/seed_miou",
+        "curve/val/threshold",
+        "train/ptc_loss",
+        "train/patch_loss",
+        "train/lr_heads",
+        "train/mixing_00",
+        "tables/val/per_class",
+        "confusion/val/seg_table",
+        "gallery/images",
+        "final/cost/train_wall_hours",
+    }
+    assert wanted <= keys
+    names = [one["name"] for one in section["panelBankConfig"]["sections"]]
+    assert {"Losses of toco", "Losses of clustercam"} <= set(names)
+    (runs,) = section["runSets"]
+    assert [key["name"] for key in runs["grouping"]] == [
+        "method_name.value",
+        "method.value.ptc_weight",
+    ]
+    config = offline["tagged"].config
+    assert "method_name" in config
+    assert "ptc_weight" in json.loads(config["method"])
+    assert json.dumps(runs["filters"]).count('"pair"') == 1
+
+
+def test_settings_that_vary_are_named_once_and_seeds_never() -> None:
+    common = [*TINY, "method=toco"]
+    configs = [
+        compose_run([*common, f"seed={seed}", f"method.low_threshold={low}", f"runs_dir=r{seed}"])
+        for seed in (0, 1)
+        for low in (0.2, 0.3)
+    ]
+    # eval.cam_low is read from it
+    assert varying(configs) == ["method.low_threshold"]
+    other = compose_run([*TINY, "method=clustercam"])
+    assert varying([configs[0], other]) == []
+
+
+def test_dashboard_of_a_study_without_logged_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["dashboard", "study=none", f"runs_dir={tmp_path}"]) == 2
+    assert "logger=wandb" in capsys.readouterr().err
+
+
+def test_sync_without_a_key_is_one_line(
+    study: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sync", str(study["toco"].parent)]) == 2
+    error = capsys.readouterr().err
+    assert "3 offline runs wait" in error
+    assert "WANDB_API_KEY" in error
+    assert error.count("\n") == 1
+
+
+class _Refusing(http.server.BaseHTTPRequestHandler):
+    """A server that lets nobody in, and remembers what was asked."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.asked.append(content.decode(errors="replace"))
+        self.send_response(401)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_sync_hands_the_runs_to_wandb_and_tells_what_was_refused(
+    study: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        assert main(["sync", str(study["toco"])]) == 2
+        server.shutdown()
+    assert any(run_id(study["toco"]) in request for request in _Refusing.asked)
+    assert "1 of 1 runs were not uploaded" in capfd.readouterr().err
+
+
+def test_sync_leaves_out_what_is_up_and_names_a_missing_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = tmp_path / "study" / "run" / "wandb" / "offline-run-1-a"
+    session.mkdir(parents=True)
+    (session / "run-a.wandb").touch()
+    (session / "run-a.wandb.synced").touch()
+    assert main(["sync", str(tmp_path)]) == 0
+    assert "nothing waits" in capsys.readouterr().out
+    assert main(["sync", str(tmp_path / "no")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_tags_that_wandb_would_refuse_are_told_at_once() -> None:
+    with pytest.raises(WSSSError, match=r"logger\.tags.*65 characters"):
+        LoggerConfig(tags=["x" * 65])
 
 
 def test_the_id_stays_with_the_folder(tmp_path: Path) -> None:

@@ -50,6 +50,18 @@ def _report(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def _sync(arguments: list[str]) -> int:
+    from wsss.sync import main
+
+    return main(arguments)
+
+
+def _dashboard(arguments: list[str]) -> int:
+    from wsss.dashboard import main
+
+    return main(arguments)
+
+
 def _predict(arguments: list[str]) -> int:
     from wsss.predict import main
 
@@ -216,6 +228,33 @@ kind (best, median, worst, largest disagreement), 0 leaves them out.
 Example:
   wsss report runs/toco-minivoc runs/getam-minivoc out=report""",
         _report,
+    ),
+    "sync": Verb(
+        "sync [FOLDER ...]",
+        "upload what runs logged to W&B while there was no key or network",
+        """\
+FOLDERs are runs, studies, or what holds them; without any it is runs. What is up already is left
+out, and the sessions of a resumed run become one. Needs `wandb login` or WANDB_API_KEY.
+
+Example:
+  wsss sync runs/toco-minivoc""",
+        _sync,
+    ),
+    "dashboard": Verb(
+        "dashboard study=NAME [runs_dir=runs] [project=NAME] [entity=NAME]",
+        "make the W&B workspace of a study: curves, tables, overlays, by what was varied",
+        """\
+The study's runs must have been logged (logger=wandb). Panels, as far as the runs have the numbers:
+validation, final mIoUs, CAM threshold curves, precision and recall, over- and under-activation,
+each method's losses, learning rates, mixing scalars, per-class tables, confusion matrices, the
+gallery, settings against the result, cost. Runs are grouped by method and by the settings that
+vary, so that lines and bars are means over seeds.
+The specification is written to runs_dir/NAME/dashboard.json; with a W&B key (`wandb login` or
+WANDB_API_KEY) the workspace is made too, and its address printed. `wsss sync` uploads offline runs.
+
+Example:
+  wsss dashboard study=toco-ablation-losses""",
+        _dashboard,
     ),
     "predict": Verb(
         "predict run=RUN_DIR|CKPT images=FOLDER out=FOLDER [eval.KEY=VALUE]",

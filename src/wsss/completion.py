@@ -22,7 +22,7 @@ class Labels(NamedTuple):
     saliency: Tensor | None
 
 
-def completion_thresholds(maps: Tensor, quantile: float) -> Tensor:
+def completion_thresholds(maps: Tensor, quantile: float | None) -> Tensor:
     """Value above which a class claims pixels outside the saliency.
 
     It is the entry int(quantile * count) of the ascending positive values of a map, infinite where
@@ -30,11 +30,13 @@ def completion_thresholds(maps: Tensor, quantile: float) -> Tensor:
 
     Args:
         maps: normalised maps (B, S, H, W).
-        quantile: 0.9; 0.95 on COCO.
+        quantile: 0.9; 0.95 on COCO; None: no class claims any.
 
     Returns:
         (B, S).
     """
+    if quantile is None:
+        return maps.new_full(maps.shape[:2], torch.inf)
     values = maps.flatten(2).sort(dim=2).values
     count = (values > 0).sum(dim=2)
     index = (quantile * count.double()).long()  # truncated, as Python's int
@@ -69,7 +71,7 @@ def complete_labels(
     ids: Tensor,
     saliency: Tensor,
     *,
-    quantile: float = 0.9,
+    quantile: float | None = 0.9,
     opening: int = 10,
     official_compat: bool = False,
 ) -> Labels:
@@ -83,7 +85,7 @@ def complete_labels(
         maps: normalised, refined maps of the slots, (B, S, H, W); zero for empty slots.
         ids: class indices of the slots, ascending in each image, (B, S).
         saliency: (B, H, W) boolean.
-        quantile: of a map's positive values.
+        quantile: of a map's positive values; None: nothing outside the saliency is claimed.
         opening: side of the square of the final opening in pixels.
         official_compat: lower class wins contested pixels, shifted opening that leaves the
             completed saliency alone.

@@ -104,10 +104,27 @@ class LoggerConfig:
     Attributes:
         wandb: also log to Weights & Biases (offline without a key).
         project: the W&B project.
+        entity: the account or team that it belongs to; None: the key's own.
+        name: of the run; None: that of its folder.
+        group: of runs; None: the study.
+        job_type: kind of run; None: ``train`` or ``second-stage``.
+        tags: beside method, data set and encoder, which are always tags; 1 to 64 characters each.
+        checkpoints: also store the last checkpoint, as an artifact.
     """
 
     wandb: bool = False
     project: str = "wsss"
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    tags: Sequence[str] = ()
+    checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                raise WSSSError(f"logger.tags: {tag!r} has {len(tag)} characters, expected 1 to 64")
 
 
 @dataclass(frozen=True)

@@ -53,11 +53,28 @@ class Panel:
         heading: Title of its column.
         pixels: (H, W, 3) uint8, enlarged to panel size when drawn.
         caption: Line below it.
+        mask: The (H, W) class ids behind it, where it shows a label map of the image's size.
     """
 
     heading: str
     pixels: Pixels
     caption: str
+    mask: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What was drawn.
+
+    Attributes:
+        sheets: The files.
+        rows: (image name, panels) of every image, without the method's further maps.
+        class_names: The K foreground classes.
+    """
+
+    sheets: list[Path]
+    rows: list[tuple[str, list[Panel]]]
+    class_names: list[str]
 
 
 def overlay(
@@ -152,7 +169,7 @@ def write_gallery(
     *,
     n: int = 16,
     protocol: Protocol,
-) -> list[Path]:
+) -> Gallery:
     """Draws sheets of what a module sees.
 
     Args:
@@ -165,7 +182,7 @@ def write_gallery(
         protocol: Scales and thresholds; CRF is left out.
 
     Returns:
-        The sheets.
+        The sheets and what is on them.
     """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     labels: NDArray[np.float32] = dataset.labels  # type: ignore[attr-defined]
@@ -191,7 +208,7 @@ def write_gallery(
             path = out_dir / f"sheet_{number:02d}{suffix}.png"
             draw_sheet(content[start : start + ROWS_PER_SHEET], class_names).save(path)
             sheets.append(path)
-    return sheets
+    return Gallery(sheets, rows, list(class_names))
 
 
 def _panels(
@@ -249,7 +266,7 @@ def _mask_panel(heading: str, rgb: Pixels, mask: Tensor) -> Panel:
     ids = mask.cpu().numpy().astype(np.uint8)
     size = _panel_size(*ids.shape)
     large = np.asarray(Image.fromarray(ids).resize(size, Image.Resampling.NEAREST))
-    return Panel(heading, overlay(_enlarged(rgb), large), "")
+    return Panel(heading, overlay(_enlarged(rgb), large), "", ids)
 
 
 def _panel_size(height: int, width: int) -> tuple[int, int]:

@@ -107,8 +107,9 @@ def evaluate_and_report(
         results["splits"][split] = metrics
     if not first:
         return results
+    gallery = None
     if config["gallery"] > 0:
-        write_gallery(
+        gallery = write_gallery(
             module,
             _split(splits[0], data, holdout)[0],
             folder / "gallery",
@@ -120,7 +121,7 @@ def evaluate_and_report(
     if config["gallery"] > 0:
         print(f"{folder / 'gallery'}")
     if logger is not None:
-        log_results(logger, results, folder / "gallery")
+        log_results(logger, results, gallery)
     return results
 
 

@@ -1,6 +1,7 @@
 """Runs on disk: where they lie, how a module is built from one, how it is read back."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,15 @@ CONFIG_FILE = "config.yaml"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
+def method_name(config: Mapping[str, Any]) -> str:
+    """Short name of a resolved configuration's method: its class in lower case."""
+    name: str = config["method"]["_target_"].rpartition(".")[2].lower()
+    return name
+
+
 def run_folder(config: dict[str, Any]) -> Path:
     """``runs_dir/study/METHOD-DATA-sSEED-HASH`` of a resolved configuration."""
-    method = config["method"]["_target_"].rpartition(".")[2].lower()
+    method = method_name(config)
     name = f"{method}-{config['data']['name']}-s{config['seed']}-{config_hash(config)}"
     return Path(config["runs_dir"]) / config["study"] / name
 

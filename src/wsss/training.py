@@ -3,13 +3,14 @@
 import argparse
 import fcntl
 import json
+import os
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,7 +61,7 @@ from wsss.sweeps import (
     summary,
     write_value,
 )
-from wsss.tracking import import_wandb, make_wandb_logger
+from wsss.tracking import import_wandb, wandb_run
 
 DATA_FILE = "data.json"  # in the run folder: hashes of what it was trained and evaluated on
 SECONDS_OF_WORKERS = 15  # after which processes that load data have noticed that theirs is gone
@@ -220,9 +221,9 @@ def train(config: dict[str, Any]) -> Path:
             text = json.dumps(data.fingerprint(), indent=2)
             write_atomically(folder / DATA_FILE, f"{text}\n".encode())
             print(f"run folder: {folder}")
-        if config["logger"]["wandb"]:
-            trainer.loggers = [*trainer.loggers, make_wandb_logger(config, folder)]
-        _fit_and_report(config, folder, data, module, trainer)
+        with wandb_run(config, folder) if config["logger"]["wandb"] else nullcontext() as logger:
+            trainer.loggers += [logger] if logger else []
+            _fit_and_report(config, folder, data, module, trainer)
     return folder
 
 

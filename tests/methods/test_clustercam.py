@@ -30,6 +30,7 @@ from wsss.methods.clustercam import (
     attend,
     initial_centres,
     mean_of_convolution,
+    sum_of_last,
 )
 from wsss.parity import read_case
 from wsss.parity.clustercam import build_clustercam
@@ -297,7 +298,8 @@ def test_usual_mistakes_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
         assert relative(logits_of(module, images), expected) == pytest.approx(
             case.extra["control_size"][2], rel=0.01
         )
-    monkeypatch.setattr(clustercam, "ITERATIONS", 4)
+    for branch in module.branches:
+        monkeypatch.setattr(branch, "iterations", 4)
     assert relative(logits_of(module, images), expected) > 1e-4
     monkeypatch.undo()
     for layer in module.modules():
@@ -318,6 +320,56 @@ def test_positions_are_scaled_by_a_factor() -> None:
     # 14 x 14 patches of an image that is not square, for example 224 x 230
     wide = resize_positions(positions, (14, 14), 3, offset=0.1, square=False)
     assert 1e-4 < (wide - positions).abs().max() < 1
+
+
+# ---- settings of the ablations -------------------------------------------------------------------
+
+
+def test_cluster_side_says_how_many_clusters_there_are() -> None:
+    images = make_images()
+    for side, clusters in ((1, 36), (2, 9), (3, 4), (99, 1)):
+        kept: list[BlockOutput] = []
+        tiny(cluster_side=side).encode(images, keep=kept)
+        assert kept[0].clustered.assignment.shape[-1] == clusters
+
+
+def test_fixed_mixing_makes_the_maps_of_one_branch_and_is_not_learned() -> None:
+    for value in (0.0, 1.0):
+        module = ClusterCAM(
+            backbone=backbone_of(),
+            num_classes=NUM_CLASSES,
+            max_steps=MAX_STEPS,
+            drop_path=0.0,
+            fixed_mixing=value,
+            official_compat=True,
+        )
+        kept: list[BlockOutput] = []
+        module.encode(make_images(), keep=kept)
+        for output in kept:
+            alone = output.clustered.class_map if value else output.class_rows
+            assert torch.equal(output.class_map, alone)
+        losses_at(module, 0).total.backward()
+        assert all(module.branch(index).mixing.grad is None for index in range(4))
+
+
+def test_cam_layers_are_the_last_ones() -> None:
+    images, classes = make_images(), torch.tensor([0, 2])
+    module = tiny().eval()
+    maps = [one.mean(dim=1) for one in module.encode(images).class_maps]
+    assert torch.equal(sum_of_last(module.encode(images).class_maps, 1), maps[-1])
+    one, all_of_them = (
+        tiny(cam_layers=layers).eval().raw_cam(images, classes) for layers in (1, 99)
+    )
+    assert not torch.allclose(one, all_of_them)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"cluster_side": 0}, {"iterations": 0}, {"cam_layers": 0}, {"fixed_mixing": 1.5}],
+)
+def test_settings_out_of_range_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(WSSSError, match=next(iter(setting))):
+        tiny(**setting)
 
 
 # ---- CAMs ----------------------------------------------------------------------------------------

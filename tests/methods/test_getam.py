@@ -21,6 +21,7 @@ from wsss.methods.base import Batch
 from wsss.methods.getam import (
     GETAM,
     StepResult,
+    attention_term,
     class_slots,
     saliency_loss,
     split_cross_entropy,
@@ -180,6 +181,40 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         tiny(tap_channels=[8, 16])
     with pytest.raises(WSSSError, match="quantile"):
         tiny(quantile=1.0)
+    with pytest.raises(WSSSError, match="map_layers"):
+        tiny(map_layers=0)
+
+
+def test_forms_of_the_gradient_are_those_of_the_comparison() -> None:
+    attention = torch.tensor([[[[0.2, 0.8]], [[0.5, 0.5]]]])  # (1, 2 heads, 1 row, 2)
+    slope = torch.tensor([[[[1.0, -1.0]], [[2.0, 3.0]]]])
+    means = {
+        "attention": [0.35, 0.65],
+        "gradient": [1.5, 1.5],
+        "product": [0.6, 0.75],
+        "coupled": [0.9, 1.125],
+    }
+    for form, expected in means.items():
+        found = attention_term(attention, slope, form)  # type: ignore[arg-type]
+        assert found.flatten().tolist() == pytest.approx(expected), form
+
+
+def test_form_and_layers_reach_the_maps() -> None:
+    images, labels = make_batch()["image"], make_batch()["labels"]
+    found = {
+        name: tiny(depth=6, **changes).eval().cams(images, labels)
+        for name, changes in {
+            "default": {},
+            "paper": {"gradient_form": "coupled", "map_layers": 6},
+            "last": {"map_layers": 1},
+            "attention": {"gradient_form": "attention"},
+        }.items()
+    }
+    assert torch.equal(found["default"], found["paper"])
+    assert not torch.allclose(found["last"], found["default"])
+    # without the gradient every class of an image has the same map
+    assert torch.equal(found["attention"][0, 0], found["attention"][0, 2])
+    assert not torch.allclose(found["default"][0, 0], found["default"][0, 2])
 
 
 # ---- labels --------------------------------------------------------------------------------------
@@ -192,6 +227,7 @@ def test_threshold_is_an_entry_of_the_positive_values() -> None:
     found = completion_thresholds(maps, 0.9)[0]
     assert found[0].item() == pytest.approx(18 / 20)
     assert found[1:].tolist() == [torch.inf, torch.inf]
+    assert completion_thresholds(maps, None)[0].tolist() == [torch.inf] * 3
 
 
 def test_opening_removes_what_no_square_fits_into() -> None:
@@ -231,6 +267,10 @@ def test_contested_pixels() -> None:
     assert (ours.label[0, :, 11:18] == 0).all()
     assert ours.saliency is not None
     assert set(ours.saliency.unique().tolist()) <= {0, 1, 255}
+    within = complete_labels(maps, ids, saliency, quantile=None)
+    assert (within.label[~saliency] == 0).all()
+    assert within.saliency is not None
+    assert within.saliency.bool().equal(saliency)
 
 
 def test_padding_is_ignored_and_officially_background() -> None:

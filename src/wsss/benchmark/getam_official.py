@@ -193,7 +193,7 @@ class OfficialGETAM(GETAM):
         claimed = np.zeros_like(label)
         for one, class_index in zip(maps, classes, strict=True):
             positive = np.sort(one[one > 0])
-            index = int(self.quantile * len(positive))
+            index = 0 if self.quantile is None else int(self.quantile * len(positive))
             if index == 0:
                 continue
             above = (one > positive[index]) & ~salient

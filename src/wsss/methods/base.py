@@ -151,12 +151,18 @@ class WSSSModule(LightningModule):
         )
 
     def log_losses(self, losses: Mapping[str, Tensor], total: Tensor, batch_size: int) -> None:
-        """Log named losses under ``train/``; the total and the rate also on the progress bar."""
+        """Log named losses, the total and every learning rate under ``train/``.
+
+        ``lr`` is the first parameter group's rate, ``lr_NAME`` that of each further one.
+        """
         for name, loss in losses.items():
             self.log(f"train/{name}", loss.detach(), prog_bar=True, batch_size=batch_size)
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=batch_size)
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log("train/lr", rate, batch_size=batch_size)
+        first, *further = self.trainer.optimizers[0].param_groups
+        self.log("train/lr", first["lr"], batch_size=batch_size)
+        for group in further:
+            name = group["name"].replace(" ", "_")
+            self.log(f"train/lr_{name}", group["lr"], batch_size=batch_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is needed to build the module again: plain values only."""

@@ -71,8 +71,6 @@ from wsss.schedules import cosine_warmup
 NORM_EPS = 1e-5  # of the norms in both branches
 MLP_NORM_EPS = 1e-6
 POSITION_OFFSET = 0.1
-ITERATIONS = 3  # of soft assignment
-CAM_LAYERS = 3  # whose class maps make the CAM
 WARMUP_START = 1e-6  # learning rates, absolute as officially
 OFFICIAL_FLOOR = 1e-5
 FLOOR_RATIO = 0.16  # 1e-5 / 6.25e-5, MCTformer's floor over its base rate
@@ -84,10 +82,10 @@ NOT_PRETRAINED = re.compile(r"cls_token|to_space|mixing|^patch_head|^decoder")
 # ---- clustering --------------------------------------------------------------------------------
 
 
-def initial_centres(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """S_0 (B, M, D): patch tokens (B, N, D) averaged to half the rows and columns."""
+def initial_centres(tokens: Tensor, grid: tuple[int, int], side: int = 2) -> Tensor:
+    """S_0 (B, M, D): patch tokens (B, N, D) averaged over squares of so many patches a side."""
     as_map = tokens.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
-    size = (max(1, grid[0] // 2), max(1, grid[1] // 2))
+    size = (max(1, grid[0] // side), max(1, grid[1] // side))
     return F.adaptive_avg_pool2d(as_map, size).flatten(2).transpose(1, 2)
 
 
@@ -121,10 +119,13 @@ class ClusterBranch(nn.Module):
 
     Args:
         block: the timm block beside it, whose first norm, qkv and projection it starts from.
+        side: of the square of patches that a cluster starts as.
+        iterations: of soft assignment.
     """
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, *, side: int, iterations: int) -> None:
         super().__init__()
+        self.side, self.iterations = side, iterations
         dim = block.attn.qkv.in_features
         self.num_heads = block.attn.num_heads
         self.to_space = nn.Linear(dim, dim)  # where patches are compared
@@ -146,8 +147,8 @@ class ClusterBranch(nn.Module):
         num_classes = tokens.shape[1] - grid[0] * grid[1]
         classes, patches = tokens[:, :num_classes], tokens[:, num_classes:]
         space = self.space(patches)
-        centres = initial_centres(space, grid)
-        for _ in range(ITERATIONS):
+        centres = initial_centres(space, grid, self.side)
+        for _ in range(self.iterations):
             assignment, centres = assign(space, centres)
 
         joint = torch.cat([self.norm_cls(classes), self.norm_centres(centres)], dim=1)
@@ -244,9 +245,9 @@ class Encoded(NamedTuple):
         return self.class_tokens.mean(dim=-1)
 
 
-def sum_of_last(maps: Sequence[Tensor]) -> Tensor:
-    """Maps (B, heads, K, N) of all blocks: mean over heads, sum over the last three, (B, K, N)."""
-    return torch.stack([one.mean(dim=1) for one in maps[-CAM_LAYERS:]]).sum(dim=0)
+def sum_of_last(maps: Sequence[Tensor], layers: int) -> Tensor:
+    """Maps (B, heads, K, N) of all blocks: mean over heads, sum over the last ones, (B, K, N)."""
+    return torch.stack([one.mean(dim=1) for one in maps[-layers:]]).sum(dim=0)
 
 
 class StepResult(NamedTuple):
@@ -284,6 +285,12 @@ class ClusterCAM(WSSSModule):
         weight_decay: of weights of two and more dimensions.
         drop_path: rate of the last block, rising linearly from 0.
         decoder_channels: width of the decoder.
+        cluster_side: side of the square of patches that a cluster starts as; 2 gives a quarter as
+            many clusters as patches, 1 as many.
+        iterations: of soft assignment of patches to clusters.
+        fixed_mixing: None learns lambda; a number from 0 (attention to patches alone makes the
+            class maps) to 1 (attention through clusters alone) holds it there, in every block.
+        cam_layers: last blocks whose class maps make the CAM; all where there are fewer.
         scales: of the training CAMs; 1 is always among them.
         high_threshold: background score that foreground must beat; bg + delta in the paper.
         low_threshold: background score below which all is background; bg - delta.
@@ -312,6 +319,10 @@ class ClusterCAM(WSSSModule):
         weight_decay: float = 0.05,
         drop_path: float = 0.1,
         decoder_channels: int = 512,
+        cluster_side: int = 2,
+        iterations: int = 3,
+        fixed_mixing: float | None = None,
+        cam_layers: int = 3,
         scales: Sequence[float] = (1.0, 0.75, 1.25),
         high_threshold: float = 0.5,
         low_threshold: float = 0.3,
@@ -323,6 +334,8 @@ class ClusterCAM(WSSSModule):
         # both would be met late: the warm-up's start is a share of lr, CAMs begin with the decoder
         check_rate_and_scales(lr=lr, scales=scales)
         check_thresholds(low=low_threshold, high=high_threshold)
+        _check_clusters(cluster_side, iterations, fixed_mixing, cam_layers)
+        self.cam_layers = cam_layers
         self.epochs, self.seg_from_epoch = epochs, seg_from_epoch
         self.lr, self.head_lr_factor = lr, head_lr_factor
         self.warmup_epochs, self.weight_decay = warmup_epochs, weight_decay
@@ -333,7 +346,9 @@ class ClusterCAM(WSSSModule):
 
         prepare_backbone(backbone, num_classes, drop_path)
         blocks: Any = backbone.vit.blocks
-        self.branches = nn.ModuleList(ClusterBranch(block) for block in blocks)
+        self.branches = nn.ModuleList(
+            ClusterBranch(block, side=cluster_side, iterations=iterations) for block in blocks
+        )
         channels = backbone.dim + num_classes * sum(block.attn.num_heads for block in blocks)
         self.patch_head = nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
         self.decoder = LargeFOV(
@@ -342,6 +357,9 @@ class ClusterCAM(WSSSModule):
         self.par = PAR(eps=1e-5)
         if official_compat:
             start_as_official(self)
+        if fixed_mixing is not None:
+            for index in range(backbone.depth):
+                nn.init.constant_(self.branch(index).mixing, fixed_mixing).requires_grad_(False)
 
     # ---- what an evaluator sees -------------------------------------------------------------
 
@@ -386,7 +404,7 @@ class ClusterCAM(WSSSModule):
         """
         encoded = self.encode(images, with_affinity=refine)
         evidence = self.evidence(encoded.activation, classes)
-        attention = sum_of_last(encoded.class_maps)[:, classes]
+        attention = sum_of_last(encoded.class_maps, self.cam_layers)[:, classes]
         cam = evidence.flatten(2) * attention  # (B, C, N)
         if encoded.affinity is not None:
             cam = cam @ encoded.affinity.transpose(1, 2)
@@ -400,7 +418,7 @@ class ClusterCAM(WSSSModule):
     def gallery_maps(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """What the strongest labelled class attends to, and the clusters, each (B, H, W).
 
-        ``class attention`` is R and ``cluster attention`` G of the last three blocks, ``mixed``
+        ``class attention`` is R and ``cluster attention`` G of the CAM's blocks, ``mixed``
         what the network makes of them; each map is stretched to [0, 1]. ``clusters`` shows the
         strongest cluster of each patch in the last block, numbered row by row as they began.
         """
@@ -409,14 +427,14 @@ class ClusterCAM(WSSSModule):
         size, grid = images.shape[-2:], encoded.activation.shape[-2:]
         main = encoded.class_logits.masked_fill(labels <= 0, -torch.inf).argmax(dim=1)
         maps = {
-            "class attention": sum_of_last([block.class_rows for block in kept]),
-            "cluster attention": sum_of_last([block.clustered.class_map for block in kept]),
-            "mixed": sum_of_last(encoded.class_maps),
+            "class attention": [block.class_rows for block in kept],
+            "cluster attention": [block.clustered.class_map for block in kept],
+            "mixed": encoded.class_maps,
         }
         batch = torch.arange(len(images), device=images.device)
         sheet = {}
         for name, values in maps.items():
-            own = values[batch, main].unflatten(1, grid)[:, None]
+            own = sum_of_last(values, self.cam_layers)[batch, main].unflatten(1, grid)[:, None]
             full = F.interpolate(own, size, mode="bilinear", align_corners=False)
             sheet[name] = normalise_cam(full)[:, 0]
         assignment = kept[-1].clustered.assignment
@@ -654,6 +672,18 @@ def _check_settings(backbone: Backbone, epochs: int, drop_path: float) -> None:
         raise WSSSError(
             f"method: expected epochs >= 1 and 0 <= drop_path < 1, got {epochs} and {drop_path}"
         )
+
+
+def _check_clusters(
+    side: int, iterations: int, fixed_mixing: float | None, cam_layers: int
+) -> None:
+    if min(side, iterations, cam_layers) < 1:
+        raise WSSSError(
+            "method: expected cluster_side, iterations and cam_layers of at least 1, got "
+            f"{side}, {iterations} and {cam_layers}"
+        )
+    if fixed_mixing is not None and not 0 <= fixed_mixing <= 1:
+        raise WSSSError(f"method.fixed_mixing={fixed_mixing}: expected 0 to 1, or null to learn it")
 
 
 def prepare_backbone(backbone: Backbone, num_classes: int, drop_path: float) -> None:

@@ -38,7 +38,7 @@ labels where the images are.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,8 @@ from wsss.pseudo_labels import (
 from wsss.refine.pamr import PAMR
 from wsss.schedules import poly_warmup
 
-MAP_BLOCKS = 6  # maps are summed over this many last blocks
+#: how attention and its gradient make a block's share of the map
+GradientForm = Literal["coupled", "product", "gradient", "attention"]
 
 
 # ---- the map -------------------------------------------------------------------------------------
@@ -96,19 +97,27 @@ def attention_and_slope(
         return attention, widened(gradient[:, :, :rows]) @ values.transpose(-2, -1)
 
 
-def attention_term(attention: Tensor, slope: Tensor) -> Tensor:
+def attention_term(attention: Tensor, slope: Tensor, form: GradientForm = "coupled") -> Tensor:
     """A block's share of the map: mean_h ReLU(G * A) * mean_h ReLU(G) (getam.md section 2).
 
-    It is a product of two means over heads, not a mean of products.
+    It is a product of two means over heads, not a mean of products. That is ``coupled``; the other
+    forms are what it is compared with: its first mean alone (``product``), its second one alone
+    (``gradient``), and mean_h A, the same for all classes (``attention``).
 
     Args:
         attention: A, (B, heads, rows, P+N).
         slope: G, the same shape.
+        form: which of these.
 
     Returns:
         (B, rows, P+N).
     """
-    return (slope * attention).relu().mean(1) * slope.relu().mean(1)
+    if form == "attention":
+        return attention.mean(1)
+    if form == "gradient":
+        return slope.relu().mean(1)
+    product = (slope * attention).relu().mean(1)
+    return product if form == "product" else product * slope.relu().mean(1)
 
 
 def class_slots(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,6 +138,7 @@ def slot_maps(
     valid: Tensor,
     *,
     num_prefix_tokens: int,
+    form: GradientForm = "coupled",
 ) -> Tensor:
     """Maps of every present class on the token grid, for each block.
 
@@ -141,6 +151,7 @@ def slot_maps(
         ids: class indices of the slots, (B, S).
         valid: which slots hold a class, (B, S); the others' maps are zero.
         num_prefix_tokens: P.
+        form: of :func:`attention_term`.
 
     Returns:
         (B, S, L, N), blocks in the order of ``parts``.
@@ -152,7 +163,7 @@ def slot_maps(
         gradients = torch.autograd.grad(chosen, outputs, retain_graph=True)
         terms = [
             # the class token's row over the patches, (B, N)
-            attention_term(*attention_and_slope(part, gradient))[:, 0, num_prefix_tokens:]
+            attention_term(*attention_and_slope(part, gradient), form)[:, 0, num_prefix_tokens:]
             for part, gradient in zip(parts.values(), gradients, strict=True)
         ]
         slots.append(torch.stack(terms, dim=1))
@@ -266,7 +277,10 @@ class GETAM(WSSSModule):
         step_decay: let that factor fall to a tenth after every sixth of the run.
         tap_channels: widths of the four maps, finest first; None: D/8, D/4, D/2, D.
         decoder_channels: width of the decoder.
-        quantile: a class completes labels with pixels above this quantile of its map; COCO 0.95.
+        gradient_form: how attention and its gradient make the maps; see :func:`attention_term`.
+        map_layers: last blocks whose maps are summed; all where there are fewer.
+        quantile: a class completes labels with pixels above this quantile of its map; COCO 0.95;
+            None: labels stay within the saliency.
         opening: side in pixels of the square that opens the labels.
         low_threshold: without saliency: background up to it.
         high_threshold: without saliency: foreground above it.
@@ -290,7 +304,9 @@ class GETAM(WSSSModule):
         step_decay: bool = False,
         tap_channels: Sequence[int] | None = None,
         decoder_channels: int = 256,
-        quantile: float = 0.9,
+        gradient_form: GradientForm = "coupled",
+        map_layers: int = 6,
+        quantile: float | None = 0.9,
         opening: int = 10,
         low_threshold: float = 0.077,
         high_threshold: float = 0.2,
@@ -307,14 +323,17 @@ class GETAM(WSSSModule):
                 f"method=getam taps four blocks, and this backbone has {backbone.depth}"
             )
         check_thresholds(low=low_threshold, high=high_threshold)
-        if not 0 <= quantile < 1 or not 0 <= phase_one <= 1 or opening < 1:
+        if quantile is not None and not 0 <= quantile < 1:
+            raise WSSSError(f"method.quantile={quantile}: expected 0 to below 1, or null")
+        if not 0 <= phase_one <= 1 or min(opening, map_layers) < 1:
             raise WSSSError(
-                "method: expected 0 <= quantile < 1, 0 <= phase_one <= 1 and opening of at least "
-                f"1, got {quantile}, {phase_one} and {opening}"
+                "method: expected 0 <= phase_one <= 1, and opening and map_layers of at least 1, "
+                f"got {phase_one}, {opening} and {map_layers}"
             )
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.phase_one, self.phase_two_lr_scale = phase_one, phase_two_lr_scale
         self.step_decay, self.quantile, self.opening = step_decay, quantile, opening
+        self.gradient_form = gradient_form
         self.low_threshold, self.high_threshold = low_threshold, high_threshold
         self.weights = LossWeights(seg_weight, energy_weight, saliency_weight)
         self.official_compat = official_compat
@@ -322,7 +341,7 @@ class GETAM(WSSSModule):
             backbone.position_mode = "bilinear"
 
         depth, dim = backbone.depth, backbone.dim
-        self.map_blocks = tuple(range(max(0, depth - MAP_BLOCKS), depth))
+        self.map_blocks = tuple(range(max(0, depth - map_layers), depth))
         stem = list(backbone.stem_channels[:2])  # a hybrid's first two maps, as they are
         widths = list(tap_channels or (dim // 8, dim // 4, dim if stem else dim // 2, dim))
         if len(widths) != 4 or min(widths) < 1:
@@ -534,6 +553,7 @@ class GETAM(WSSSModule):
             ids,
             valid,
             num_prefix_tokens=self.backbone.num_prefix_tokens,
+            form=self.gradient_form,
         )
         return maps.unflatten(3, features.grid)
 

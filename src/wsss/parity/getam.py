@@ -554,7 +554,7 @@ def _step_outputs(case: Case, model: GETAM, result: StepResult) -> dict[str, Any
     }
 
 
-def _margin(refined: Tensor, salient: Tensor, quantile: float) -> Array:
+def _margin(refined: Tensor, salient: Tensor, quantile: float | None) -> Array:
     """Smallest distance of any pixel of each image to any decision, (B,)."""
     maps = refined.double()
     background = (1 - maps.amax(1, keepdim=True)) ** BACKGROUND_POWER

@@ -249,10 +249,10 @@ def _costed(
     return Series(name, k, [(_mean(costs), float(np.mean(scores)))], spread=spread)
 
 
-def _logged(entry: Entry) -> dict[str, list[tuple[float, float]]]:
-    """Everything a run logged: name -> (step, value)."""
+def logged_series(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Everything that the run of a folder logged while it trained: name -> (step, value)."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for path in sorted(entry.home.glob("logs/version_*/metrics.csv")):
+    for path in sorted(folder.glob("logs/version_*/metrics.csv")):
         with path.open(newline="") as stream:
             for row in csv.DictReader(stream):
                 for key, value in row.items():
@@ -263,7 +263,7 @@ def _logged(entry: Entry) -> dict[str, list[tuple[float, float]]]:
 
 def _validation_curves(c: Comparison) -> list[str]:
     """Validations during training of each group's first run; they are no results."""
-    logged = {name: _logged(members[0]) for name, members in c.groups.items()}
+    logged = {name: logged_series(members[0].home) for name, members in c.groups.items()}
     return [
         line_chart(
             f"validation during training: {label}",
@@ -283,7 +283,7 @@ def _training_curves(name: str, members: Sequence[Entry], colour: int) -> str:
     """Named losses of a group's first run."""
     losses = {
         key: points
-        for key, points in _logged(members[0]).items()
+        for key, points in logged_series(members[0].home).items()
         if key.startswith("train/") and key.endswith("loss")
     }
     series = [

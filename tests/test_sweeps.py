@@ -159,11 +159,10 @@ def test_slurm_runs_the_generated_script_and_failures_are_listed(
 
 
 def test_jobs_of_a_sweep_are_known_before_it_begins() -> None:
-    params = "hydra.sweeper.params={method.lr:'1e-5,2e-5'}"  # as a study's file would say it
-    jobs = sweep_jobs(["seed=0,1", params, "data=minivoc"])
+    jobs = sweep_jobs(["seed=0,1", "method.lr=1e-5,2e-5", "data=minivoc"])
     assert jobs.count == 4
     assert {tuple(sorted(job)) for job in jobs.samples} == {
-        ("data=minivoc", params, f"method.lr={rate}", f"seed={seed}")
+        ("data=minivoc", f"method.lr={rate}", f"seed={seed}")
         for rate in ("1e-05", "2e-05")
         for seed in (0, 1)
     }

@@ -74,7 +74,7 @@ def record(stem: Path, overrides: Sequence[str], status: int, log: Path | None =
     elif status in STOPPED:
         told = "stopped"
     elif error.is_file():
-        told = error.read_text()
+        told = (error.read_text().splitlines() or [""])[0]
     elif status < 0:
         told = f"ended by {signal.Signals(-status).name}"
         if status == -signal.SIGKILL:

@@ -203,7 +203,8 @@ Examples:
         """\
 RUNS are run folders, evaluations (out= of wsss eval), or folders that hold some. --key value is
 the same as key=value, and --unranked as unranked=true.
-  by=method       or study, run, or a key such as method.ptc_weight; a group's runs are its seeds
+  by=method       or study, run, or keys such as method.top_k,method.pce_weight; a group's runs
+                  are its seeds
   baseline=GROUP  to which differences are taken; default the best
   split=val  metrics=[seed_miou,...]  metric=seed_miou (of the per-class table)  resamples=2000
   allow=[iterations]   training conditions that may differ among ranked runs: backbone, crop_size,

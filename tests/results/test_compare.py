@@ -251,6 +251,8 @@ def test_runs_of_a_group_differ_in_their_seed_alone(tmp_path: Path) -> None:
         grid_of([runs[0], other])
     numbers, *_ = grid_of([runs[0], other], by="method.weight")
     assert numbers.header[1:] == ["weight=0.2 (n=1)", "weight=0.5 (n=1)"]
+    numbers, *_ = grid_of([runs[0], other], by="method,method.weight")
+    assert numbers.header[1:] == ["ToCo, weight=0.2 (n=1)", "ToCo, weight=0.5 (n=1)"]
 
 
 def test_bootstrap_agrees_with_drawing_images_by_hand(tmp_path: Path) -> None:

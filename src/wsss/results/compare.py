@@ -86,8 +86,9 @@ class CompareArguments:
     """Arguments of ``wsss compare`` beside the runs.
 
     Attributes:
-        by: what makes a group: ``method``, ``study``, ``run`` or a key such as
-            ``method.ptc_weight``; runs of a group differ in their seed alone.
+        by: what makes a group: ``method``, ``study``, ``run``, a key such as
+            ``method.ptc_weight``, or several of these with commas between them; runs of a group
+            differ in their seed alone.
         baseline: group that differences are taken to; null: the best one.
         split: which numbers; null: the first split that all runs have.
         metrics: keys of ``results.json`` to show; null: all that some run has.
@@ -343,17 +344,23 @@ def load(paths: Iterable[Path], *, by: str, split: str | None) -> list[Entry]:
 
 
 def _group(results: Mapping[str, Any], folder: Path, by: str) -> str:
-    if by == "run":
+    return ", ".join(_named(results, folder, key) for key in by.split(","))
+
+
+def _named(results: Mapping[str, Any], folder: Path, key: str) -> str:
+    if key == "run":
         return folder.name
-    if by in ("method", "study"):
-        return str(results.get(by))
+    if key in ("method", "study"):
+        return str(results.get(key))
     missing = object()
     node: Any = results.get("config", {})
-    for step in by.split("."):
+    for step in key.split("."):
         node = node.get(step, missing) if isinstance(node, Mapping) else missing
     if node is missing:
-        raise WSSSError(f"by={by}: {folder} has no such key; use method, study, run or a key of it")
-    return f"{by.rpartition('.')[2]}={node}"
+        raise WSSSError(
+            f"by={key}: {folder} has no such key; use method, study, run or a key of it"
+        )
+    return f"{key.rpartition('.')[2]}={node}"
 
 
 def _check_groups(entries: Sequence[Entry], by: str) -> None:

@@ -69,7 +69,9 @@ class Command:
         log.touch()
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the process that is forked
         self.process = FORKED.Process(
-            target=_run, args=(list(arguments), log, largest_file, clock_runs_back)
+            target=_run,
+            # the fork server has the environment of its own start
+            args=(list(arguments), log, dict(os.environ), largest_file, clock_runs_back),
         )
         self.process.start()
 
@@ -114,8 +116,15 @@ def _group_lives(group: int) -> bool:
     return False
 
 
-def _run(arguments: list[str], log: Path, largest_file: int | None, clock_runs_back: bool) -> None:
+def _run(
+    arguments: list[str],
+    log: Path,
+    environment: dict[str, str],
+    largest_file: int | None,
+    clock_runs_back: bool,
+) -> None:
     os.setpgid(0, 0)
+    os.environ.update(environment)
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

@@ -355,6 +355,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             rank=rank,
             seed=self.seed,
             start=self._start(per_device),
+            current_epoch=(lambda: self._position()[0]) if self.trainer else None,
         )
         return make_loader(
             dataset,
@@ -407,14 +408,17 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Returns the position in the training order for a checkpoint (plain values only)."""
         if self.trainer is None or self._train_dataset is None:
             return {}
-        loop = self.trainer.fit_loop
-        # A batch is `processed` once its optimiser step is done. It is counted as `completed`
-        # only after the hooks in which checkpoints are written.
-        batches = loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
-        epoch = max(loop.epoch_progress.current.started - 1, 0)  # type: ignore[attr-defined]
-        if batches >= self.trainer.num_training_batches:
-            epoch, batches = epoch + 1, 0
+        epoch, batches = self._position()
         return {"epoch": epoch, "batches": batches, "order": self._order_identity()}
+
+    def _position(self) -> tuple[int, int]:
+        """Epoch and batches of it that are done.
+
+        Not from Lightning's count of epochs, which lags after resuming at the end of one.
+        """
+        assert self.trainer is not None
+        seen = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        return divmod(seen, int(self.trainer.num_training_batches))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remembers a position; it is checked and used when training asks for its loader."""

@@ -6,7 +6,7 @@ loader in one of its own, that pads the last batch (an image counted twice) and 
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
         rank: of this process.
         seed: of the order.
         start: (epoch, images of this process already seen in it) to begin with.
+        current_epoch: tells the epoch, asked whenever one begins.
     """
 
     def __init__(
@@ -42,14 +43,25 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
         rank: int,
         seed: int,
         start: tuple[int, int] = (0, 0),
+        current_epoch: Callable[[], int] | None = None,
     ) -> None:
         super().__init__(range(length), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
         self.total_size = length // global_batch_size * global_batch_size
         self.per_device = per_device
         self.num_samples = self.total_size // num_replicas
         self.start_epoch, self.start_offset = start
+        self.current_epoch = current_epoch
         # Lightning asks for the first iterator before it calls set_epoch
-        self.set_epoch(self.start_epoch)
+        self.epoch = self.start_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch.
+
+        Args:
+            epoch: Lightning's number, which lags in a run that was resumed at the end of one; it
+                counts only where there is no ``current_epoch``.
+        """
+        super().set_epoch(self.current_epoch() if self.current_epoch else epoch)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         stream = np.random.SeedSequence(self.seed, spawn_key=(self.epoch,))

@@ -6,8 +6,8 @@ draws and losses are those of :class:`wsss.methods.clustercam.ClusterCAM`; only 
 differs. Each saving can be switched on by itself (:class:`Savings`).
 
 Where the specification leaves open how much the official code does, the cheaper reading is taken:
-attention maps are stacked in CAM passes only, PAR gathers neighbours as ours does (the official one
-convolves with one-hot kernels), and the decoder is left out of CAM passes (the page says so).
+attention maps are stacked in CAM passes only, PAR's weights are computed as ours are, and the
+decoder is left out of CAM passes (the page says so).
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from wsss.backbone import merge_heads, split_heads
+from wsss.benchmark.one_hot import ConvolvingPAR
 from wsss.methods.base import Batch
 from wsss.methods.clustercam import BlockOutput, ClusterCAM, Encoded, StepResult
+from wsss.refine.par import PAR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class Savings:
             are made before the graph exists, not beside it.
         present_classes: item 3: CAM, product and refinement of the batch's classes alone.
         shared_affinity: item 4: PAR's affinity once, not once an image and threshold.
+        sliced_neighbours: item 4: PAR diffuses along slices of a padded map, not along convolutions
+            with one-hot kernels.
         patch_logit_sums: item 5: patch logits from nine sums a channel, not from a convolution.
     """
 
@@ -41,6 +45,7 @@ class Savings:
     cams_first: bool = False
     present_classes: bool = False
     shared_affinity: bool = False
+    sliced_neighbours: bool = False
     patch_logit_sums: bool = False
 
 
@@ -74,6 +79,12 @@ class OfficialClusterCAM(ClusterCAM):
         if self.savings.present_classes:
             return super().cams(images, labels)
         return super().cams(images, torch.ones_like(labels)) * labels[..., None, None]
+
+    def _pseudo_labels(self, images: Tensor, cam: Tensor, labels: Tensor) -> Tensor:
+        """Pseudo labels, PAR's neighbours convolved where a saving is off."""
+        kind = PAR if self.savings.sliced_neighbours else ConvolvingPAR
+        self.par = kind(eps=self.par.eps).to(images.device)
+        return super()._pseudo_labels(images, cam, labels)
 
     def patch_logits(self, activation: Tensor) -> Tensor:
         """Patch logits, from a whole map where item 5 is off."""

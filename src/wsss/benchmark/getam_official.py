@@ -6,8 +6,8 @@ Only the benchmark and the tests use this. It is written from our specification 
 itself (:class:`Savings`).
 
 Where the specification leaves open how much the official code does, the cheaper reading is taken:
-gradients are asked for and not accumulated, PAMR gathers neighbours as ours does (the official one
-convolves with one-hot kernels), and the energy uses our own lattice filter.
+gradients are asked for and not accumulated, PAMR's weights are computed as ours are, and the energy
+uses our own lattice filter.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wsss.backbone import Features
+from wsss.benchmark.one_hot import diffuse_by_convolution
 from wsss.cams import normalise_maximum
 from wsss.completion import BACKGROUND_POWER, Labels
 from wsss.methods.base import Batch
@@ -47,6 +48,8 @@ class Savings:
             all of both in every block.
         present_classes: PAMR of the present classes of all images at once, not of K channels image
             by image.
+        sliced_neighbours: PAMR diffuses along slices of a padded map, not along convolutions with
+            one-hot kernels.
         no_graph: maps have no graph, so PAMR keeps nothing for a backward pass that never comes.
         vectorised_labels: labels where the images are, not image by image in NumPy.
         energy_on_device: the energy is filtered where the images are, not on the CPU.
@@ -57,6 +60,7 @@ class Savings:
     class_slots: bool = False
     fused_attention: bool = False
     present_classes: bool = False
+    sliced_neighbours: bool = False
     no_graph: bool = False
     vectorised_labels: bool = False
     energy_on_device: bool = False
@@ -148,7 +152,8 @@ class OfficialGETAM(GETAM):
 
     def refine(self, maps: Tensor, ids: Tensor, guide: Tensor) -> Tensor:
         """Refined maps of the slots, by way of all K channels where a saving is off."""
-        if self.savings.present_classes and self.savings.no_graph:
+        savings = self.savings
+        if savings.present_classes and savings.no_graph and savings.sliced_neighbours:
             return super().refine(maps, ids, guide)
         full = self._enlarged(maps, guide.shape[-2:])
         if not self.savings.present_classes:
@@ -156,11 +161,12 @@ class OfficialGETAM(GETAM):
             full = full.new_zeros(len(full), self.num_classes, *full.shape[2:]).scatter(
                 1, places, full
             )
+        spread = diffuse if savings.sliced_neighbours else diffuse_by_convolution
         one_by_one = []
         for image, one in zip(guide.split(1), full.split(1), strict=True):
             affinity = self.pamr.affinity(image)
             with torch.no_grad() if self.savings.no_graph else nullcontext():
-                one_by_one.append(diffuse(affinity, one, self.pamr.dilations, self.pamr.num_iter))
+                one_by_one.append(spread(affinity, one, self.pamr.dilations, self.pamr.num_iter))
         refined = normalise_maximum(torch.cat(one_by_one)).detach()
         return refined if self.savings.present_classes else refined.gather(1, places)
 

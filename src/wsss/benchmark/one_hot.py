@@ -1,0 +1,47 @@
+"""Diffusion along neighbours as the official codes of PAR and PAMR gather them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wsss.refine.par import PAR
+
+
+def diffuse_by_convolution(
+    affinity: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int
+) -> Tensor:
+    """As :func:`wsss.refine.neighbours.diffuse`; a neighbour comes from a one-hot convolution.
+
+    Args:
+        affinity: (B, n, H, W) weights, eight neighbours a dilation.
+        masks: (B, C, h, w); another size is first resized bilinearly with aligned corners.
+        dilations: distances of the neighbours in pixels.
+        num_iter: number of steps.
+
+    Returns:
+        (B, C, H, W) refined masks.
+    """
+    size = affinity.shape[-2:]
+    if masks.shape[-2:] != size:
+        masks = F.interpolate(masks, size=size, mode="bilinear", align_corners=True)
+    kernels = torch.eye(9, dtype=masks.dtype, device=masks.device).view(9, 1, 3, 3)
+    kernels = torch.cat([kernels[:4], kernels[5:]])  # the centre is no neighbour
+    for _ in range(num_iter):
+        planes = masks.flatten(0, 1)[:, None]  # (B C, 1, H, W)
+        gathered = [
+            F.conv2d(F.pad(planes, (d,) * 4, mode="replicate"), kernels, dilation=d)
+            for d in dilations
+        ]
+        neighbours = torch.cat(gathered, dim=1).unflatten(0, masks.shape[:2])  # (B, C, n, H, W)
+        masks = (neighbours * affinity[:, None]).sum(dim=2)
+    return masks
+
+
+class ConvolvingPAR(PAR):
+    """PAR whose neighbours come from convolutions."""
+
+    def propagate(self, affinity: Tensor, masks: Tensor) -> Tensor:
+        """As :meth:`PAR.propagate`."""
+        return diffuse_by_convolution(affinity, masks, self.dilations, self.num_iter)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,17 @@ def test_both_ranks_have_the_same_weights_after_every_step(
     assert len(set(first.values())) == STEPS
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the two processes: another number of threads adds up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_evaluate_and_learn_as_one_that_accumulates(
     method: str, ranks: list[dict[str, Any]], tmp_path: Path

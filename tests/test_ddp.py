@@ -15,6 +15,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from small_runs import SMALL
 from torch import Tensor
 
 from wsss.backbone import state_sha256
@@ -34,18 +35,9 @@ METHODS = {
     "getam": ["method.decoder_channels=16"],
 }
 TINY = [
-    "data=minivoc",
-    "backbone.weights=random",
-    "+backbone.overrides.embed_dim=48",
-    "backbone.overrides.depth=4",
+    *SMALL,
     f"budget.max_steps={STEPS}",
     "budget.eval_every=100",
-    "budget.crop_size=64",
-    "budget.local_size=16",
-    "budget.global_batch_size=4",
-    "data.limit=8",
-    "data.num_workers=0",
-    "data.test_splits=[]",
     "eval.holdout_per_class=0",
     "eval.seg_scales=[1.0]",
     "eval.crf=null",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import SMALL
 
 from wsss.checkpoints import toco_official_name
 from wsss.cli import main
@@ -24,17 +25,8 @@ from wsss.runs import load_run
 # a network and pictures small enough for a second a step
 TINY = [
     "method=toco",
-    "data=minivoc",
-    "backbone.weights=random",
-    "+backbone.overrides.embed_dim=48",
-    "backbone.overrides.depth=4",
-    "budget.crop_size=64",
-    "budget.local_size=16",
+    *SMALL,
     "budget.warmup_steps=1",
-    "budget.global_batch_size=4",
-    "data.limit=8",
-    "data.num_workers=0",
-    "data.test_splits=[]",
     "method.decoder_channels=16",
     "eval.seg_scales=[1.0]",
     "trainer.deterministic=true",

@@ -58,5 +58,5 @@ def is_alive(process: str) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:  # somebody else's
-        return True
+        pass
     return True

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import SMALL
 from torch import Tensor, nn
 
 from wsss.backbone import Backbone
@@ -486,17 +487,8 @@ def test_the_official_way_does_all_the_work_of_the_page() -> None:
 
 TINY = [
     "method=getam",
-    "data=minivoc",
-    "backbone.weights=random",
-    "+backbone.overrides.embed_dim=48",
-    "backbone.overrides.depth=4",
-    "budget.crop_size=64",
-    "budget.local_size=16",
-    "budget.global_batch_size=4",
+    *SMALL,
     "budget.eval_every=100",
-    "data.limit=8",
-    "data.num_workers=0",
-    "data.test_splits=[]",
     "method.decoder_channels=16",
     "eval.seg_sizes=[64]",
     "eval.crf=null",

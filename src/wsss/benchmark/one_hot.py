@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wsss.refine.neighbours import at_affinity_size
 from wsss.refine.par import PAR
 
 
@@ -23,9 +24,7 @@ def diffuse_by_convolution(
     Returns:
         (B, C, H, W) refined masks.
     """
-    size = affinity.shape[-2:]
-    if masks.shape[-2:] != size:
-        masks = F.interpolate(masks, size=size, mode="bilinear", align_corners=True)
+    masks = at_affinity_size(masks, affinity)
     kernels = torch.eye(9, dtype=masks.dtype, device=masks.device).view(9, 1, 3, 3)
     kernels = torch.cat([kernels[:4], kernels[5:]])  # the centre is no neighbour
     for _ in range(num_iter):

@@ -25,6 +25,14 @@ def shifted(maps: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
             yield padded[..., top : top + height, left : left + width]
 
 
+def at_affinity_size(masks: Tensor, affinity: Tensor) -> Tensor:
+    """Masks (B, C, h, w) resized bilinearly with aligned corners to (H, W) of (B, n, H, W)."""
+    size = affinity.shape[-2:]
+    if masks.shape[-2:] == size:
+        return masks
+    return F.interpolate(masks, size=size, mode="bilinear", align_corners=True)
+
+
 def diffuse(affinity: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
     """Replace masks ``num_iter`` times by the weighted sum over their neighbours.
 
@@ -37,9 +45,7 @@ def diffuse(affinity: Tensor, masks: Tensor, dilations: Sequence[int], num_iter:
     Returns:
         (B, C, H, W) refined masks.
     """
-    size = affinity.shape[-2:]
-    if masks.shape[-2:] != size:
-        masks = F.interpolate(masks, size=size, mode="bilinear", align_corners=True)
+    masks = at_affinity_size(masks, affinity)
     weights = affinity.unsqueeze(2).unbind(1)
     for _ in range(num_iter):
         total = torch.zeros_like(masks)

@@ -123,6 +123,7 @@ def test_grid_is_row_major() -> None:
     features = tiny()(torch.randn(2, 3, 48, 80))
     assert features.patch_map.shape == (2, 48, 3, 5)
     assert torch.equal(features.patch_map[:, :, 1, 2], features.patch_tokens[:, 5 + 2])
+    assert features.patch_map.is_contiguous()  # or convolutions take it for channels-last
 
 
 def test_taps_are_raw_outputs_of_their_blocks() -> None:

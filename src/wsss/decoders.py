@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wsss.backbone import token_map
+
 
 class LargeFOV(nn.Module):
     """Two dilated 3x3 convolutions and a 1x1 classifier, all bias-free (DeepLab-LargeFOV).
@@ -69,7 +71,7 @@ class Reassemble(nn.Module):
 
     def forward(self, patches: Tensor, cls_token: Tensor, grid: tuple[int, int]) -> Tensor:
         """A map (B, channels, h * factor, w * factor) of patch tokens on a grid of (h, w)."""
-        tokens = self.read(patches, cls_token).transpose(1, 2).unflatten(2, grid)
+        tokens = token_map(self.read(patches, cls_token), grid)
         return self.resize(self.narrow(tokens))
 
 

@@ -25,6 +25,7 @@ from wsss.backbone import Features
 from wsss.benchmark.one_hot import diffuse_by_convolution
 from wsss.cams import normalise_maximum
 from wsss.completion import BACKGROUND_POWER, Labels
+from wsss.decoders import Reassemble
 from wsss.methods.base import Batch
 from wsss.methods.getam import (
     GETAM,
@@ -53,6 +54,9 @@ class Savings:
         no_graph: maps have no graph, so PAMR keeps nothing for a backward pass that never comes.
         vectorised_labels: labels where the images are, not image by image in NumPy.
         energy_on_device: the energy is filtered where the images are, not on the CPU.
+        contiguous_maps: the decoder's maps lie channel by channel; a transposed view of the
+            tokens, as DPT's decoder makes it (``act_postprocess`` 1 and 2), passes for
+            channels-last, whose convolutions have a slow backward pass on CPUs.
     """
 
     shared_forward: bool = False
@@ -64,6 +68,7 @@ class Savings:
     no_graph: bool = False
     vectorised_labels: bool = False
     energy_on_device: bool = False
+    contiguous_maps: bool = False
 
 
 class OfficialGETAM(GETAM):
@@ -87,6 +92,17 @@ class OfficialGETAM(GETAM):
                 batch["image"], levels=tuple(self.taps)
             )
         return self.joint_losses(features, coarsest, logits, batch, targets)
+
+    def level_map(self, features: Features, level: int) -> Tensor:
+        """Map of a level as :meth:`GETAM.level_map`, a transposed view where the saving is off."""
+        if self.savings.contiguous_maps or level not in self.taps:
+            return super().level_map(features, level)
+        block, part = self.taps[level], self.reassemble[str(level)]
+        assert isinstance(part, Reassemble)
+        tokens = part.read(features.intermediates[block], features.prefixes[block][:, 0])
+        view = tokens.transpose(1, 2).unflatten(2, features.grid)
+        level_map: Tensor = part.resize(part.narrow(view))
+        return level_map
 
     # ---- maps --------------------------------------------------------------------------------
 

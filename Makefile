@@ -15,8 +15,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[crf,wandb,slurm,optuna,dev]'
 	touch $(STAMP)
 
+# four short runs, two at a time, then the page that compares them; a browser where there is a screen
 demo: setup
-	$(BIN)/wsss train +experiments=toco/minivoc study=demo
+	$(BIN)/wsss train -m +experiments=league_minivoc/brief
+	$(BIN)/wsss compare runs/demo
+	$(BIN)/wsss report runs/demo out=runs/demo-report
+	if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || [ "$$(uname)" = Darwin ]; then \
+		$(BIN)/python -m webbrowser runs/demo-report/index.html; fi
 
 test: setup
 	$(BIN)/python -m pytest

@@ -189,7 +189,9 @@ def attend(
         Mixed values (B, heads, K+N, d), and class-to-patch attention (B, heads, K, N), which is not
         renormalised.
     """
-    weights = (queries[:, :, :num_classes] @ keys.transpose(-2, -1)).softmax(dim=-1)
+    # laid out once for all products; heads of one projection are strided, and each would copy them
+    columns, values = keys.transpose(-2, -1).contiguous(), values.contiguous()
+    weights = (queries[:, :, :num_classes] @ columns).softmax(dim=-1)
     class_rows = weights[..., num_classes:]
     mixed = [weights @ values]
     patches = queries[:, :, num_classes:]
@@ -199,7 +201,7 @@ def attend(
         for rows, total in zip(
             patches.split(QUERY_ROWS, dim=2), affinity.split(QUERY_ROWS, dim=1), strict=True
         ):
-            weights = (rows @ keys.transpose(-2, -1)).softmax(dim=-1)
+            weights = (rows @ columns).softmax(dim=-1)
             mixed.append(weights @ values)
             total.add_(weights[..., num_classes:].mean(dim=1))
     return torch.cat(mixed, dim=2), class_rows

@@ -5,11 +5,12 @@
 count), ``{{code:MODULE}}`` the file. MODULE is dotted and lies below ``src`` or the repository's
 root (``tests.methods.test_toco``); NAME may be a class, a function, a constant or a path to one
 (``ToCo.cams``). Only the syntax tree is read, nothing is imported. So a page's line numbers are
-those of the code it is built from, and a name that is gone stops the build. To show a marker as it
-is, put a space after its braces.
+those of the code it is built from, and a name that is gone stops the build.
 
 Links from a page to files outside ``docs`` work where the repository is browsed. In the site they
 lead to the repository if mkdocs knows it (``repo_url``), else they become the file's name.
+
+Fenced code, and a marker right after a backtick, stay as they are.
 
 Usable without mkdocs: :func:`resolve` is a plain function of a page's text.
 """
@@ -25,7 +26,8 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = "docs"
 
-MARKER = re.compile(r"\{\{code:(.*?)\}\}")
+FENCE = re.compile(r"^ *(`{3,}|~{3,})[^\n]*\n.*?^ *\1[`~]*[ \t]*$", re.MULTILINE | re.DOTALL)
+MARKER = re.compile(r"(?<!`)\{\{code:(.*?)\}\}")
 SPEC = re.compile(r'(?P<module>[\w.]+)(?::(?P<name>[\w.]+))?(?:@"(?P<text>.+)")?')
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\[\]]*)\]\((?P<target>[^()\s]+)\)")
 
@@ -67,12 +69,19 @@ def resolve(markdown: str, page: str, *, root: Path = ROOT, repo_url: str | None
             raise ValueError(f"{DOCS}/{page}: {match[0]}: no such file in the repository")
         path = found.relative_to(root).as_posix()
         text = match["text"]
-        if repo_url is None and text.strip("`") not in (path, found.name):
+        if repo_url is None and text.strip("`") != path:
             text = f"{text} (`{path}`)"
         return linked(text, path)
 
-    # links first: those that a marker becomes are absolute
-    return MARKER.sub(code, LINK.sub(leaving, markdown))
+    def resolved(part: str) -> str:
+        # links first: those that a marker becomes are absolute
+        return MARKER.sub(code, LINK.sub(leaving, part))
+
+    pieces, end = [], 0
+    for fence in FENCE.finditer(markdown):
+        pieces += [resolved(markdown[end : fence.start()]), fence[0]]
+        end = fence.end()
+    return "".join([*pieces, resolved(markdown[end:])])
 
 
 def place(spec: str, root: Path = ROOT) -> tuple[str, int | None]:

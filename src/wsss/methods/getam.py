@@ -23,6 +23,9 @@ Departures (``official_compat=True`` takes each of them back):
     * A batch without background or without foreground gives that half of the cross-entropy the
       value 0, not NaN.
     * The guide of PAMR and energy is rounded to integers, not truncated.
+Settings that ``official_compat`` leaves alone: ``data.saliency_threshold`` (officially 0) and
+``eval.crf`` (officially ``getam_bgr``). A run has T steps; the official loop makes one more, at the
+last one's rate.
 Ours, since the official code has no such thing: without saliency maps a pixel is background up to
 ``low_threshold`` of its refined maps, foreground above ``high_threshold``, undecided between; runs
 whose size is not a multiple of two patches; encoders of any depth (taps after each quarter of the

@@ -8,7 +8,7 @@ A decoder learns from the CAMs refined by pixel-adaptive refinement (PAR), all i
 
 Paper: Ru, Zheng, Zhan, Du, "Token Contrast for Weakly-Supervised Semantic Segmentation".
 Official code (read by the authors of our specification, not by us): rulixiang/ToCo ``e13514d``.
-Names Q1-Q8 are the numbered quirks of that specification.
+Names Q1-Q9 are the numbered quirks of that specification.
 
 Departures (``official_compat=True`` takes each of them back):
     * Q1: the crop box is scaled to the token grid before it masks token labels; the official code
@@ -28,7 +28,7 @@ divides by pairs and the segmentation loss by pixels of one forward pass, here a
 code's GPUs, so the images a pass are part of a run's settings.
 Kept as official: the learning rate jumps after warm-up (the polynomial is not rebased), CTC's
 second logarithm and same-view pairs (Q6), the teacher is a head only (Q7), auxiliary tokens are not
-normed (Q8).
+normed (Q8). Nothing here corresponds to Q9 (bugs of the official evaluation scripts).
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,7 @@
-"""ToCo's segmentation losses: balanced cross-entropy, gated dense energy (toco.md section 2)."""
+"""Segmentation losses: balanced cross-entropy, gated dense energy (toco.md section 2).
+
+ToCo's, which ClusterCAM and GETAM use as well.
+"""
 
 from __future__ import annotations
 

@@ -218,7 +218,10 @@ def refinement(protocol: Protocol) -> PAR | PAMR | None:
 def pseudo_label(
     refine: PAR | PAMR | None, rgb: Tensor, cams: Tensor, labels: Tensor, protocol: Protocol
 ) -> Tensor:
-    """Pseudo labels as a method trains on them, but at mask size.
+    """Pseudo labels at mask size: CAMs refined and cut at two thresholds, alike for all methods.
+
+    ToCo trains on these. GETAM also opens its labels, and completes them where it has saliency
+    maps; ClusterCAM's PAR has another epsilon in training (1e-5).
 
     Args:
         refine: What :func:`refinement` gives for the protocol.

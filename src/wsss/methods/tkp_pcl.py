@@ -36,6 +36,8 @@ Departures, from ViT-PCM and from the page:
       those of the merge. Between patches the shares are interpolated, the page interpolates the
       merged map: the same for one label, 1 % of the pixels' labels for two and 2 % for three (of
       random maps with sharp edges).
+    * Image scores (mAP, predicted labels) pool the K best patches at the evaluation's size too; the
+      page knows pooling in training only, where K is 6 of 576.
     * With fewer blocks than ``trained_blocks`` all of them are trained after the warm-up.
 """
 

@@ -16,8 +16,9 @@ Departures (``official_compat=True`` takes each of them back):
     * Q2, Q3: views and box share one flip decision (in ``wsss.data.transforms.ToCoViews``).
     * Q4: a batch without background or without foreground pixels gives that half of the
       segmentation loss the value 0, not NaN.
-    * Q4b: terms of zero weight are not computed, so the decoder has no gradient during warm-up;
-      officially it has a zero gradient, hence AdamW decays it from the first step.
+    * Q4b: terms of zero weight are not computed, so the decoder (on COCO the CTC student, too) has
+      no gradient during warm-up; officially it has a zero gradient, hence AdamW decays it from the
+      first step.
     * Q5: without a single token pair PTC is 0, not 0.5.
     * The image for PAR is rounded to integers, not truncated.
 Same numbers, less work (always): one encoder pass serves the input, both global views and the
@@ -28,7 +29,8 @@ divides by pairs and the segmentation loss by pixels of one forward pass, here a
 code's GPUs, so the images a pass are part of a run's settings.
 Kept as official: the learning rate jumps after warm-up (the polynomial is not rebased), CTC's
 second logarithm and same-view pairs (Q6), the teacher is a head only (Q7), auxiliary tokens are not
-normed (Q8). Nothing here corresponds to Q9 (bugs of the official evaluation scripts).
+normed (Q8). Nothing here corresponds to Q9 (bugs of the official evaluation scripts), nor to its
+GPUs' shared augmentation streams: every place in the global batch has random draws of its own.
 """
 
 from collections.abc import Sequence

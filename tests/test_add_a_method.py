@@ -17,8 +17,6 @@ from wsss.data.builtin import minivoc_root
 
 PROJECT = Path(__file__).parents[1]
 PAGE = PROJECT / "docs" / "add_a_method.md"
-# the second stage is no method of its own; its page tells of both stages
-PAGES = {"segmenter": "docs/two_stages.md"}
 FILE_BLOCK = re.compile(r'^(`{3,})\w+ title="([^"]+)"\n(.*?)^\1$', re.MULTILINE | re.DOTALL)
 
 
@@ -32,9 +30,9 @@ def missing_files(root: Path) -> list[str]:
             continue
         name = target[1]
         told.add(name)
-        wanted = [f"src/wsss/methods/{name}.py", f"tests/methods/test_{name}.py"]
-        wanted.append(PAGES.get(name, f"docs/methods/{name}.md"))
-        missing += [path for path in wanted if not (root / path).is_file()]
+        wanted = ("src/wsss/methods/{}.py", "tests/methods/test_{}.py", "docs/methods/{}.md")
+        paths = [path.format(name) for path in wanted]
+        missing += [path for path in paths if not (root / path).is_file()]
     for code in sorted((root / "src" / "wsss" / "methods").glob("*.py")):
         if "(WSSSModule):" in code.read_text() and code.stem not in told:
             missing.append(f"conf/method/{code.stem}.yaml")

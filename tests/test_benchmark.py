@@ -204,7 +204,7 @@ def test_sides_are_ours_the_official_one_and_one_a_saving() -> None:
         ("official=maybe", "official"),
         ("dtype=float16", "float32 or bfloat16"),
         ("stage=during", "after or before"),
-        ("method=tocco", "method=tocco: expected toco or clustercam"),
+        ("method=tocco", "method=tocco: expected clustercam or getam"),
         ("repeats", "expected KEY=VALUE"),
         ("out=/nowhere/at/all.json", "/nowhere/at"),
         ("out=/tmp", "out=/tmp: is a folder"),
@@ -220,6 +220,27 @@ def test_backbone_is_the_papers_unless_given() -> None:
     assert benchmark.parse(["method=toco"]).backbone == "vit_base"
     assert benchmark.parse(["method=clustercam"]).backbone == "deit_small"
     assert benchmark.parse(["method=clustercam", "backbone=vit_pico"]).backbone == "vit_pico"
+
+
+def test_methods_without_an_official_side_are_timed_alone() -> None:
+    config = benchmark.parse(["method=tkp_pcl", "ablate=true"])
+    assert (config.backbone, config.image_size) == ("vit_base", 384)
+    assert [side.name for side in benchmark.sides(config)] == ["ours"]
+    arguments = "method=tkp_pcl backbone=vit_pico image_size=64 repeats=1 warmup=0 device=cpu"
+    config = benchmark.parse([*arguments.split(), "num_classes=4"])
+    # its views (a symmetry) are not among those of the shared batch
+    result = run_side(asdict(config), *benchmark.sides(config))
+    assert {"forward", "pce", "backward"} <= set(result["steps"][0]["phases"])
+    assert {"mce_loss", "pce_loss"} <= set(result["losses"])
+    screen = Console(width=120, record=True)
+    show(summarise(asdict(config), [result]), screen)
+    assert "pce" in screen.export_text()
+
+
+def test_a_second_stage_is_not_timed() -> None:
+    config = benchmark.parse(["method=segmenter_vit", "backbone=vit_pico", "image_size=64"])
+    with pytest.raises(WSSSError, match="trains on masks, its step is not timed"):
+        run_side(asdict(config), *benchmark.sides(config))
 
 
 def test_method_must_be_given() -> None:

@@ -77,7 +77,7 @@ def test_one_command_trains_both_stages(study: Path) -> None:
     first, second = _run(study, "tkppcl"), _run(study, "segmenter")
     card = json.loads((_labels(first) / CARD_FILE).read_text())
     assert (card["status"], card["method"], card["supervision"]) == (
-        "finished", "TKPPCL", "image labels",
+        "finished", "TKP-PCL", "image labels",
     )  # fmt: skip
     data = load_run(first, []).data.unmasked_dataset("train")
     for name, row in zip(data.names, data.labels, strict=True):

@@ -5,12 +5,14 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from wsss import __version__
 from wsss.errors import WSSSError
+from wsss.places import choices
 
 #: in the environment of a sweep's job: its files without their suffix
 JOB_STEM = "WSSS_JOB"
@@ -153,9 +155,11 @@ Examples:
         "train a method, evaluate it, write table and gallery into a run folder",
         """\
 Hydra composes the run from groups; any value can be set on the line:
-  method=toco|clustercam|getam|tkp_pcl|segmenter|segmenter_vit  data=minivoc|voc|coco|table
-  backbone=vit_pico|deit_small|deit_base|vit_base|vit_hybrid|dinov2_small|resnet101
-  trainer=auto|cpu|gpu|ddp|ddp_cpu|multinode|debug  logger=csv|wandb  +experiments=toco/minivoc
+  method=<choices>
+  data=<choices>
+  backbone=<choices>
+  trainer=<choices>
+  logger=<choices>  +experiments=toco/minivoc
   seed=0  study=NAME  runs_dir=runs  budget.max_steps=600  method.ptc_weight=0 ...
 --cfg job prints the composed configuration; -m sweeps over comma-separated values.
 
@@ -331,11 +335,13 @@ Examples:
         "benchmark method=METHOD|part=crf|part=data|part=pce [KEY=VALUE ...]",
         "time a training step by phases, dense CRFs, loading, or TKP-PCL's contrast",
         """\
-  method=toco, clustercam or getam; each has its own backbone and image_size, others can be set
+  method=<choices>
+  backbone=NAME  image_size=PIXELS   the method's own where they are not given
   batch_size=2  repeats=3  warmup=1  device=auto
   stage=after     after the start of segmentation, or before
   dtype=float32   or bfloat16 (autocast)      threads=N  num_classes=20  seed=0
-  official=true   also run the step with every saving switched off; the ratio is of one run
+  official=true   also run the step with every saving switched off, where an official way is
+                  written down; the ratio is of one run
   ablate=true     also once per saving, with that one alone switched off
   out=FILE.json   write the figures
 Weights are random, which changes no time; each side runs in a process of its own.
@@ -394,11 +400,17 @@ def run_verb(name: str, arguments: list[str]) -> int:
             raise WSSSError(f"unknown verb {name!r}{hint} (wsss --help lists them)")
         verb = VERBS[name]
         if "-h" in arguments or "--help" in arguments:
-            print(f"usage: wsss {verb.usage}\n\n{verb.summary}\n\n{verb.details}")
+            details = re.sub(r"(\w+)=<choices>", _listed, verb.details)
+            print(f"usage: wsss {verb.usage}\n\n{verb.summary}\n\n{details}")
             return 0
         return verb.run(arguments)
 
     return telling_errors(name, run)
+
+
+def _listed(match: re.Match[str]) -> str:
+    """What a group offers in this installation; a method is known by its file."""
+    return f"{match[1]}={'|'.join(choices(match[1]))}"
 
 
 def telling_errors(name: str, run: Callable[[], int]) -> int:

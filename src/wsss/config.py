@@ -29,26 +29,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from wsss.errors import WSSSError
 from wsss.evaluation.protocol import Protocol
+from wsss.places import config_root
 
-PACKAGE = Path(__file__).parent
 # arguments that the training code passes itself, so a configuration need not
 SUPPLIED = {"backbone", "num_classes"}
 # choices of Hydra's own groups that further packages bring -> the extra that installs them
 HYDRA_PLUGINS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "optuna": "optuna"}
-
-
-def config_root() -> Path:
-    """The folder that holds ``conf/`` and ``experiments/``.
-
-    Inside an installed wheel that is the package itself; in a checkout the project's root.
-
-    Raises:
-        WSSSError: neither is there, so the installation is broken.
-    """
-    for root in (PACKAGE, PACKAGE.parents[1]):
-        if (root / "conf" / "train.yaml").is_file():
-            return root
-    raise WSSSError(f"no conf/train.yaml beside {PACKAGE}: the installation is incomplete")
 
 
 @dataclass(frozen=True)

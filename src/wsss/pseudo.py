@@ -168,7 +168,7 @@ def _identity(run: LoadedRun, path: Path, split: str, source: str) -> dict[str, 
 def _origin(run: LoadedRun) -> dict[str, Any]:
     """Where the labels come from, for whoever reads a second stage's results."""
     return {
-        "method": type(run.module).__name__,
+        "method": run.module.title,
         "run": run.folder.name,
         "config_hash": config_hash(run.config),
         "seed": run.config["seed"],
@@ -287,7 +287,7 @@ class Labeller:
         logits = prediction.single if prediction.merged is None else prediction.merged
         if logits is None:
             raise WSSSError(
-                f"source=seg: {type(self.module).__name__} has no segmentation head; use source=cam"
+                f"source=seg: {self.module.title} has no segmentation head; use source=cam"
             )
         return logits.softmax(1)
 

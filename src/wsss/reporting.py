@@ -58,7 +58,7 @@ def evaluate_and_report(
     Returns:
         The content of ``results.json``.
     """
-    results = results_header(type(module).__name__, data, config)
+    results = results_header(module.title, data, config)
     results |= {"run": str(run or folder), "cost": cost}
     cells: dict[str, dict[str, Any]] = {}
     ledger = run if run and run.is_dir() else folder

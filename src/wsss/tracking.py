@@ -19,9 +19,10 @@ from urllib.parse import urlparse
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from wsss.config import PACKAGE, LoggerConfig
+from wsss.config import LoggerConfig
 from wsss.errors import WSSSError
 from wsss.gallery import Gallery
+from wsss.places import PACKAGE
 from wsss.runs import CONFIG_FILE, LAST_CHECKPOINT, method_name
 
 ID_FILE = "wandb_id.txt"

@@ -287,6 +287,16 @@ def test_seeds_widen_the_interval() -> None:
     assert np.std(wide) > 5 * np.std(narrow)
 
 
+def test_methods_bear_their_fields_names_in_old_runs_too(tmp_path: Path) -> None:
+    """Older runs wrote the name of the class; the two are one group, found as method= has it."""
+    runs = [
+        make_run(tmp_path / f"{seed}", method=method, seed=seed)
+        for seed, method in enumerate(("TKPPCL", "TKP-PCL"))
+    ]
+    numbers, *_ = grid_of([*runs, make_run(tmp_path / "b", method="ToCo")], baseline="tkp_pcl")
+    assert numbers.header[1:] == ["TKP-PCL (n=2)", "ToCo (n=1)"]
+
+
 def test_every_format_through_the_command(three_seeds: list[Path], tmp_path: Path) -> None:
     for suffix in ("md", "csv", "tex", "html"):
         out = tmp_path / "tables" / f"t.{suffix}"

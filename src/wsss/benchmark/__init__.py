@@ -21,6 +21,7 @@ from wsss.benchmark.crf import compare_crfs, show_crfs
 from wsss.benchmark.report import show, summarise
 from wsss.benchmark.runner import Side, run_side, saving_names
 from wsss.errors import WSSSError
+from wsss.places import choices
 from wsss.refine.dense_crf import CRF_PRESETS
 from wsss.results.store import write_atomically
 
@@ -30,10 +31,15 @@ OFFICIAL = {
     "clustercam": "wsss.benchmark.clustercam_official.OfficialClusterCAM",
     "getam": "wsss.benchmark.getam_official.OfficialGETAM",
 }
-#: method -> its paper's encoder
-BACKBONES = {"toco": "vit_base", "clustercam": "deit_small", "getam": "vit_base"}
-#: method -> side of its paper's crops
-IMAGE_SIZES = {"toco": 448, "clustercam": 448, "getam": 256}
+#: method -> its paper's encoder and the side of its crops
+PAPERS = {
+    "toco": ("vit_base", 448),
+    "clustercam": ("deit_small", 448),
+    "getam": ("vit_base", 256),
+    "tkp_pcl": ("vit_base", 384),
+}
+#: the same of any other method: those of conf/train.yaml and conf/data/voc.yaml
+DEFAULTS = ("deit_base", 448)
 
 
 @dataclass
@@ -123,6 +129,10 @@ def main(arguments: list[str]) -> int:
         show_crfs(summary, console)
     else:
         results = []
+        if config.method not in OFFICIAL and (config.official or config.ablate):
+            console.print(
+                f"method={config.method}: no official way of computing is written down, ours alone"
+            )
         for side in sides(config):
             console.print(f"[dim]running {side.name} ...[/dim]")
             results.append(_in_fresh_process(config, side))
@@ -141,27 +151,33 @@ def parse(arguments: Sequence[str]) -> BenchmarkConfig:
         WSSSError: no KEY=VALUE, unknown key, wrong type, value out of range.
     """
     config, _ = parse_arguments(BenchmarkConfig, arguments)
-    for key, choices in CHOICES.items():
-        if getattr(config, key) not in choices:
-            raise WSSSError(f"{key}={getattr(config, key)}: expected {' or '.join(choices)}")
-    if config.part == "step" and config.method not in OFFICIAL:
+    for key, allowed in CHOICES.items():
+        if getattr(config, key) not in allowed:
+            raise WSSSError(f"{key}={getattr(config, key)}: expected {' or '.join(allowed)}")
+    if config.part == "step" and config.method not in choices("method"):
         given = f"method={config.method}" if config.method else "method is missing"
-        raise WSSSError(f"{given}: expected {' or '.join(OFFICIAL)}")
+        raise WSSSError(f"{given}: expected {' or '.join(choices('method'))}")
     for key, least in LEAST.items():
         value = getattr(config, key)
         if value is not None and value < least:
             raise WSSSError(f"{key}={value}: must be at least {least}")
     if config.part == "step":
-        config.backbone = config.backbone or BACKBONES[config.method]
-        config.image_size = config.image_size or IMAGE_SIZES[config.method]
+        backbone, image_size = PAPERS.get(config.method, DEFAULTS)
+        config.backbone = config.backbone or backbone
+        config.image_size = config.image_size or image_size
     return config
 
 
 def sides(config: BenchmarkConfig) -> list[Side]:
-    """What to run: ours, then the official way, then ours with one saving off at a time."""
-    target = OFFICIAL[config.method]
-    every = saving_names(target)
+    """What to run: ours, then the official way, then ours with one saving off at a time.
+
+    Of a method without an official way of computing, ours alone.
+    """
     listed = [Side("ours", None, ())]
+    target = OFFICIAL.get(config.method)
+    if target is None:
+        return listed
+    every = saving_names(target)
     if config.official:
         listed.append(Side("official way", target, every))
     if config.ablate:

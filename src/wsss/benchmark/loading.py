@@ -29,11 +29,11 @@ from rich.table import Table
 
 from wsss.arguments import parse_arguments
 from wsss.benchmark.plain_views import PLAIN
-from wsss.config import config_root
 from wsss.data.builtin import minivoc_root
 from wsss.data.dataset import ImageDataset, Sample
 from wsss.data.images import ImageFolderDataset, write_atomically
 from wsss.errors import WSSSError
+from wsss.places import choices
 from wsss.runs import build, compose_run
 
 VOC_SIZE = (500, 375)  # width x height of most of VOC's images
@@ -65,7 +65,7 @@ class LoadingArguments:
 def main(arguments: list[str]) -> int:
     """The verb's second part: time every method's pipeline, print, write ``out``."""
     chosen, _ = parse_arguments(LoadingArguments, arguments)
-    known = sorted(path.stem for path in (config_root() / "conf" / "method").glob("*.yaml"))
+    known = choices("method")
     if chosen.method is not None and chosen.method not in known:
         raise WSSSError(f"method={chosen.method}: expected one of {', '.join(known)}")
     for key in ("image_size", "count", "repeats"):

@@ -69,7 +69,8 @@ def show(summary: dict[str, Any], console: Console) -> None:
         table.add_column("share", justify="right")
     if len(shown) == 2:
         table.add_column("saved, s", justify="right")
-    for phase in ORDER:
+    own = {phase for side in shown for phase in side["fastest_phases"]} - {*ORDER}
+    for phase in [*ORDER[:-1], *sorted(own), ORDER[-1]]:
         values = [side["fastest_phases"].get(phase, 0.0) for side in shown]
         cells = [phase.replace("_", " ")]
         for side, value in zip(shown, values, strict=True):

@@ -1,14 +1,17 @@
 """One side of the benchmark: build, make a batch, time steps. Runs in its own process."""
 
+import inspect
 import platform
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from hydra.utils import get_class
+from hydra.utils import get_class, instantiate
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from wsss.costs import Stopwatch, device_name, peak_memory
 from wsss.errors import WSSSError
@@ -43,14 +46,15 @@ def run_side(config: dict[str, Any], side: Side) -> dict[str, Any]:
         Per-step seconds and phases, losses of the very first step, peak memory, the machine.
 
     Raises:
-        WSSSError: no such device, out of GPU memory, a configuration that does not compose.
+        WSSSError: no such device, out of GPU memory, a configuration that does not compose, a
+            method whose step cannot be timed.
     """
     if config["threads"]:
         torch.set_num_threads(config["threads"])
     device = choose_device(config["device"])
     torch.manual_seed(config["seed"])
     module = build(config, side).to(device).train()
-    batch = make_batch(config, device)
+    batch = own_batch(config, module, device)
     try:
         steps, losses = _steps(config, module, batch, device)
     except torch.cuda.OutOfMemoryError as error:
@@ -107,7 +111,8 @@ def build(config: dict[str, Any], side: Side) -> WSSSModule:
 def make_batch(config: dict[str, Any], device: torch.device) -> Batch:
     """A random training batch: smooth images, one to three classes, every second image padded.
 
-    The shapes are those of ``wsss.data.transforms.ToCoViews``; other methods take what they need.
+    The shapes are those of ``wsss.data.transforms.ToCoViews``, with a saliency map; a method takes
+    what it needs.
     """
     size, count = config["image_size"], config["batch_size"]
     views = [_smooth_images(count, size) for _ in range(3)]
@@ -126,6 +131,32 @@ def make_batch(config: dict[str, Any], device: torch.device) -> Batch:
     saliency[:, size // 4 : -size // 4, size // 4 : -size // 4] = 1
     batch = {**dict(named), "labels": labels, "box": boxes, "saliency": saliency}
     return {name: value.to(device) for name, value in batch.items()}
+
+
+def own_batch(config: dict[str, Any], module: WSSSModule, device: torch.device) -> Batch:
+    """The random batch where it holds all that the method's training views hold, else those views.
+
+    Raises:
+        WSSSError: the method trains on masks, or has no ``compute_losses``.
+    """
+    transform = instantiate(module.run_config["data"]["train_transform"], _convert_="all")
+    if "mask" in inspect.signature(transform).parameters:
+        raise WSSSError(f"method={config['method']}: trains on masks, its step is not timed")
+    if not hasattr(module, "compute_losses"):
+        raise WSSSError(
+            f"method={config['method']}: {type(module).__name__} has no compute_losses(batch, "
+            "step), which is what is timed (docs/add_a_method.md)"
+        )
+    batch = make_batch(config, device)
+    draws = np.random.default_rng(config["seed"])
+    views = [
+        transform(draws.integers(0, 256, (375, 500, 3), np.uint8), draws)
+        for _ in range(config["batch_size"])
+    ]
+    if views[0].keys() <= batch.keys():
+        return batch
+    stacked = {name: value.to(device) for name, value in default_collate(views).items()}
+    return {**stacked, "labels": batch["labels"]}
 
 
 def _smooth_images(count: int, size: int) -> Tensor:

@@ -63,6 +63,11 @@ class WSSSModule(LightningModule):
         #: resolved configuration, saved as a plain dictionary inside every checkpoint
         self.run_config: dict[str, Any] = {}
 
+    @property
+    def title(self) -> str:
+        """The method's name as its field writes it, for tables and reports; here the class's."""
+        return type(self).__name__
+
     @abstractmethod
     def forward(self, images: Tensor) -> Outputs:
         """Logits for normalised images (B, 3, H, W) of any size."""

@@ -407,6 +407,11 @@ class TKPPCL(WSSSModule):
         self.classifier = nn.Linear(4 * lstm_hidden, num_classes + 1, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.05)
 
+    @property
+    def title(self) -> str:
+        """Its name in tables."""
+        return "TKP-PCL"
+
     # ---- what an evaluator sees -------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Outputs:

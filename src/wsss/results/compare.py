@@ -279,7 +279,7 @@ def _check_wishes(entries: Sequence[Entry], chosen: CompareArguments) -> None:
         if key not in have:
             raise WSSSError(f"metrics: no run has {key}; they have {', '.join(have)}")
     groups = list(dict.fromkeys(entry.group for entry in entries))
-    if chosen.baseline and chosen.baseline.lower() not in map(str.lower, groups):
+    if chosen.baseline and _folded(chosen.baseline) not in map(_folded, groups):
         raise WSSSError(f"baseline={chosen.baseline}: no such group; there are {', '.join(groups)}")
 
 
@@ -457,13 +457,18 @@ def _compare_league(league: str, entries: list[Entry], chosen: CompareArguments)
             f"these runs are not ranked, their protocols differ in {', '.join(barred)} ({told}); "
             f"evaluate them alike with `wsss eval`, {hint}or unranked=true to list them"
         )
-    wanted = (chosen.baseline or "").lower()
-    baseline = next((name for name in groups if name.lower() == wanted), None)
+    wanted = _folded(chosen.baseline or "")
+    baseline = next((name for name in groups if _folded(name) == wanted), None)
     draws = {} if chosen.unranked else _bootstrap(groups, metrics, chosen.resamples)
     notes = [f"differs: {name}: {_told(values)}" for name, values in different.items()]
     return Comparison(
         league, groups, metrics, primary, draws, baseline, notes + _notes(groups, chosen)
     )
+
+
+def _folded(name: str) -> str:
+    """A group's name so that tkp_pcl, as ``method=`` has it, finds TKP-PCL."""
+    return name.lower().replace("_", "-")
 
 
 def _told(values: Mapping[str, Sequence[str]]) -> str:

@@ -34,6 +34,8 @@ from wsss.errors import WSSSError
 RESULTS_FILE = "results.json"
 CELLS_FILE = "images.npz"
 SCHEMA = 1
+#: methods that older runs wrote by the names of their classes
+RENAMED = {"TKPPCL": "TKP-PCL"}
 
 #: (heading, key, whether it is a percentage), in the order of the table.
 ROWS = (
@@ -188,6 +190,8 @@ def read_results(path: Path) -> dict[str, Any]:
         raise WSSSError(f"{path}: schema {found}, expected {SCHEMA}; run `wsss eval` again")
     if not isinstance(results.get("splits"), dict):
         raise WSSSError(f"{path}: holds no splits; run `wsss eval` again")
+    if (method := results.get("method")) in RENAMED:
+        results["method"] = RENAMED[method]
     return results
 
 

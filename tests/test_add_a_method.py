@@ -1,0 +1,139 @@
+"""Every method has its four files, and docs/add_a_method.md adds one without touching another."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from small_runs import PLAIN, SMALL
+
+import wsss.methods
+from wsss import benchmark, places
+from wsss.benchmark.runner import run_side
+from wsss.cli import main
+from wsss.data.builtin import minivoc_root
+
+PROJECT = Path(__file__).parents[1]
+PAGE = PROJECT / "docs" / "add_a_method.md"
+FILE_BLOCK = re.compile(r'^(`{3,})\w+ title="([^"]+)"\n(.*?)^\1$', re.MULTILINE | re.DOTALL)
+
+
+def missing_files(root: Path) -> list[str]:
+    """What the methods of a tree lack of code, settings, test and page."""
+    missing, told = [], set()
+    for settings in sorted((root / "conf" / "method").glob("*.yaml")):
+        target = re.search(r"_target_: wsss\.methods\.(\w+)\.", settings.read_text())
+        if target is None:  # another one's settings, laid over
+            assert "defaults:" in settings.read_text(), settings
+            continue
+        name = target[1]
+        told.add(name)
+        wanted = ("src/wsss/methods/{}.py", "tests/methods/test_{}.py", "docs/methods/{}.md")
+        paths = [path.format(name) for path in wanted]
+        missing += [path for path in paths if not (root / path).is_file()]
+    for code in sorted((root / "src" / "wsss" / "methods").glob("*.py")):
+        if "(WSSSModule):" in code.read_text() and code.stem not in told:
+            missing.append(f"conf/method/{code.stem}.yaml")
+    return missing
+
+
+def files_of_the_page() -> dict[str, str]:
+    """Path -> content of the files that the page shows."""
+    return {path: text for _, path, text in FILE_BLOCK.findall(PAGE.read_text())}
+
+
+def test_every_method_has_code_settings_test_and_page() -> None:
+    assert missing_files(PROJECT) == []
+
+
+def test_a_missing_file_is_noticed(tmp_path: Path) -> None:
+    files = files_of_the_page()
+    assert sorted(files) == [
+        "conf/method/toy.yaml",
+        "docs/methods/toy.md",
+        "src/wsss/methods/toy.py",
+        "tests/methods/test_toy.py",
+    ]
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    assert missing_files(tmp_path) == []
+    for path, text in files.items():
+        (tmp_path / path).unlink()
+        assert missing_files(tmp_path) == [path]
+        (tmp_path / path).write_text(text)
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The configurations of this tree with the page's files, where the program looks for them."""
+    root = tmp_path / "tree"
+    shutil.copytree(PROJECT / "conf", root / "conf")
+    (root / "experiments").symlink_to(PROJECT / "experiments")
+    for path, text in files_of_the_page().items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    monkeypatch.setattr(places, "PACKAGE", root / "src" / "wsss")
+    folders = [*wsss.methods.__path__, str(root / "src" / "wsss" / "methods")]
+    monkeypatch.setattr(wsss.methods, "__path__", folders)
+    yield root
+    sys.modules.pop("wsss.methods.toy", None)
+
+
+@pytest.mark.slow
+def test_the_page_adds_a_method_to_every_command(
+    tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def printed(*arguments: str, status: int = 0) -> str:
+        try:
+            found = main(list(arguments))
+        except SystemExit as leave:
+            found = int(leave.code or 0)
+        output = capsys.readouterr()
+        assert found == status, output.err
+        return " ".join((output.out + output.err).split())
+
+    monkeypatch.chdir(tmp_path)
+    test = tree / "tests" / "methods" / "test_toy.py"
+    tests: dict[str, object] = {}
+    exec(compile(test.read_text(), test, "exec"), tests)
+    for name, function in tests.items():
+        if name.startswith("test_"):
+            assert callable(function)
+            function()
+
+    assert "toco|toy" in printed("train", "--help")
+    printed("train", "method=toy", *SMALL, *PLAIN, "budget.max_steps=2", "data.limit=4")
+    (run,) = Path("runs/default").glob("toycam-minivoc-s0-*")
+    printed("eval", f"run={run}", "eval.cam_threshold=0.4", "out=again")
+    assert json.loads((run / "results.json").read_text())["method"] == "Toy CAM"
+    assert "Toy CAM (n=1)" in printed("compare", "runs/default", "by=method", "out=table.md")
+    assert "Toy CAM (n=1)" in Path("table.md").read_text()
+    printed("report", "runs/default", "out=report", "gallery=0", "resamples=50")
+    assert "Toy CAM" in Path("report/index.html").read_text()
+    printed("pseudo", f"run={run}", "out=labels")
+    assert len(list(Path("labels").glob("*.png"))) == 4
+    photos = Path("photos")
+    photos.mkdir()
+    shutil.copy(next((minivoc_root() / "VOC2012" / "JPEGImages").glob("*.jpg")), photos)
+    printed("predict", f"run={run}", "images=photos", "out=masks")
+    assert len(list(Path("masks").glob("*_overlay.jpg"))) == 1
+
+    # a process of its own would look for the method in the true tree
+    monkeypatch.setattr(benchmark, "_in_fresh_process", lambda c, side: run_side(vars(c), side))
+    tiny = ["backbone=vit_pico", "image_size=64", "num_classes=4", "repeats=1", "warmup=0"]
+    shown = printed("benchmark", "method=toy", *tiny, "device=cpu", "out=step.json")
+    assert "method=toy: no official way of computing is written down, ours alone" in shown
+    (side,) = json.loads(Path("step.json").read_text())["sides"]
+    assert (side["name"], list(side["losses"])) == ("ours", ["cls_loss"])
+    options = ["image_size=64", "count=1", "repeats=1", "out=loading.json"]
+    printed("benchmark", "part=data", "method=toy", *options)
+    (loading,) = json.loads(Path("loading.json").read_text())["methods"]
+    assert set(loading["images_per_second_fastest"]) == {"ours"}
+    assert "no parity cases for method 'toy'" in printed("parity", "toy", "cases", status=2)
+    assert "no converter for 'toy'" in printed("convert", "toy", "a.pth", "b.ckpt", status=2)

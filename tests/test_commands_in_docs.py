@@ -1,0 +1,143 @@
+"""Every `wsss ...` command that README and pages quote is one that the program takes."""
+
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wsss import benchmark, dashboard, evaluate, predict, pseudo, submit
+from wsss.arguments import parse_arguments, split_arguments
+from wsss.benchmark import loading, pce
+from wsss.checkpoints import CONVERTERS
+from wsss.cli import VERBS
+from wsss.config import compose_config, plain, sweep_jobs
+from wsss.data import prepare_coco, prepare_voc
+from wsss.errors import WSSSError
+from wsss.parity import METHODS
+from wsss.results import compare, report
+from wsss.runs import override_config
+from wsss.training import _read_command_line
+
+PROJECT = Path(__file__).parents[1]
+PAGES = [PROJECT / "README.md"]
+PAGES += sorted((PROJECT / "docs").rglob("*.md")) + sorted((PROJECT / "experiments").rglob("*.md"))
+FENCE = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"(?<!`)`(wsss [^`]+)`(?!`)")
+# shapes of commands, not commands
+SHAPE = re.compile(r"\.\.\.|\bVERB\b|\bMETHOD\b|\||\btoy\b|--help")
+
+
+def commands() -> list[str]:
+    """Commands in shell blocks, and those with settings inside sentences."""
+    found: list[str] = []
+    for page in PAGES:
+        text = page.read_text()
+        for block in FENCE.findall(text):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [line for line in lines if line.startswith("wsss ")]
+        inline = (" ".join(code.split()) for code in INLINE.findall(text))
+        found += [code for code in inline if "=" in code]
+    plain_ones = (" ".join(shlex.split(command, comments=True)) for command in found)
+    return [command for command in dict.fromkeys(plain_ones) if not SHAPE.search(command)]
+
+
+def take_train(arguments: list[str]) -> None:
+    overrides, flags = _read_command_line(arguments)
+    own = [override for override in overrides if not override.startswith("seed=")]
+    if len(own) == 1 and own[0].startswith("+experiments="):  # test_configs composes them all
+        name = own[0].removeprefix("+experiments=")
+        assert (PROJECT / "experiments" / f"{name}.yaml").is_file()
+        return
+    if "--multirun" in flags:
+        overrides = sweep_jobs(overrides).samples[0]
+    compose_config(overrides)
+
+
+def take_data(arguments: list[str]) -> None:
+    what, *rest = arguments
+    if what == "check":
+        settings = [argument for argument in rest if argument != "--fast"]
+        own = ("data=", "data.")
+        compose_config([a if a.startswith(own) else f"data.{a}" for a in settings])
+        return
+    schemas = {"voc": prepare_voc.VOCArguments, "coco": prepare_coco.COCOArguments}
+    parse_arguments(schemas[rest[0]], rest[1:])
+
+
+def take_benchmark(arguments: list[str]) -> None:
+    parts: dict[str, Any] = {"part=data": loading.LoadingArguments, "part=pce": pce.PCEArguments}
+    for part, schema in parts.items():
+        if part in arguments:
+            parse_arguments(schema, [a for a in arguments if a != part])
+            return
+    benchmark.parse(arguments)
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict[str, Any]:
+    """A run's configuration, for keys that are changed when it is read back."""
+    return plain(compose_config(["data=minivoc"]))
+
+
+def of_runs(schema: type, *passed_on: str) -> Callable[[list[str], dict[str, Any]], None]:
+    def take(arguments: list[str], stored: dict[str, Any]) -> None:
+        chosen, overrides = parse_arguments(schema, arguments, passed_on=passed_on)
+        if getattr(chosen, "cams", None) or getattr(chosen, "masks", None):
+            compose_config(overrides)
+        else:
+            override_config(stored, overrides)
+
+    return take
+
+
+def of_folders(schema: type) -> Callable[[list[str]], None]:
+    return lambda arguments: split_arguments(schema, arguments) and None
+
+
+def check_names(known: Sequence[str], count: int) -> Callable[[list[str]], None]:
+    def take(arguments: list[str]) -> None:
+        assert arguments[0] in known
+        assert len(arguments) >= count
+
+    return take
+
+
+ALONE: dict[str, Callable[[list[str]], None]] = {
+    "train": take_train,
+    "data": take_data,
+    "benchmark": take_benchmark,
+    "compare": of_folders(compare.CompareArguments),
+    "report": of_folders(report.ReportArguments),
+    "dashboard": lambda arguments: (
+        parse_arguments(dashboard.DashboardArguments, arguments) and None
+    ),
+    "parity": check_names(METHODS, 2),
+    "convert": check_names(list(CONVERTERS), 3),
+    "sync": lambda arguments: None,
+}
+WITH_A_RUN = {
+    "eval": of_runs(evaluate.EvalArguments, "data", "eval"),
+    "predict": of_runs(predict.PredictArguments, "eval"),
+    "pseudo": of_runs(pseudo.PseudoArguments, "eval", "data"),
+    "submit": of_runs(submit.SubmitArguments, "eval", "data"),
+}
+
+
+def test_every_quoted_command_is_taken(stored: dict[str, Any]) -> None:
+    assert ALONE.keys() | WITH_A_RUN.keys() == VERBS.keys()
+    every = commands()
+    assert {command.split()[1] for command in every} == VERBS.keys()
+    refused = []
+    for command in every:
+        _, verb, *arguments = shlex.split(command)
+        try:
+            if verb in WITH_A_RUN:
+                WITH_A_RUN[verb](arguments, stored)
+            else:
+                ALONE[verb](arguments)
+        except (WSSSError, AssertionError) as error:
+            refused.append(f"{command}: {error}")
+    assert not refused, "\n".join(refused)

@@ -12,16 +12,14 @@ from pathlib import Path
 
 
 def collect(runs: list[Path], out: Path) -> None:
-    """Write ``out/NAME.json`` for each run folder, its paths relative to the folder of all runs."""
+    """Write ``out/NAME.json`` for each run folder, with paths relative to the folder of all."""
     out.mkdir(parents=True, exist_ok=True)
     for run in runs:
         results = json.loads((run / "results.json").read_text())
         root = results["config"]["runs_dir"]
-        text = json.dumps(results, indent=1, sort_keys=True).replace(f"{root}/", "")
-        results = json.loads(text)
         results["config"]["runs_dir"] = "runs"
-        path = out / f"{run.name}.json"
-        path.write_text(json.dumps(results, sort_keys=True) + "\n")
+        text = json.dumps(results, sort_keys=True).replace(f"{root}/", "")
+        (out / f"{run.name}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

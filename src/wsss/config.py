@@ -13,7 +13,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -370,11 +370,15 @@ def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _check_finite(node: Any, path: str = "") -> None:
     """No setting is infinite or NaN, which every comparison with a bound lets pass."""
-    if isinstance(node, dict | list):
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            _check_finite(value, f"{path}.{key}" if path else str(key))
+    children: Iterable[tuple[Any, Any]] = ()
+    if isinstance(node, dict):
+        children = node.items()
+    elif isinstance(node, list):
+        children = enumerate(node)
     elif isinstance(node, float) and not math.isfinite(node):
         raise WSSSError(f"{path}={node}: expected a finite number")
+    for key, value in children:
+        _check_finite(value, f"{path}.{key}" if path else str(key))
 
 
 def _target(name: str, path: str) -> type:

@@ -1,23 +1,29 @@
 """A run that is stopped in every way, again and again, ends as if it never had been."""
 
 import json
-import multiprocessing
 import os
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from small_runs import FORKED, METHODS, PLAIN, SMALL, Command
+from small_runs import FORKED, METHODS, PLAIN, SMALL, Command, processes_of
 
 from wsss.errors import WSSSError
 from wsss.evaluation.ledger import readings
-from wsss.processes import serve
+from wsss.refine.dense_crf import CRF_PRESETS, CRFPool
 from wsss.training import holding
 
-STEPS = ["budget.max_steps=6", "budget.eval_every=2"]
+# three steps an epoch, so that the checkpoints of steps 2 and 4 are from the middle of one
+STEPS = [
+    "budget.max_steps=6",
+    "budget.eval_every=2",
+    "budget.global_batch_size=2",
+    "data.limit=6",
+]
 LAST = Path("checkpoints") / "last.ckpt"
 
 
@@ -59,7 +65,7 @@ def _numbers(folder: Path) -> dict[str, Any]:
 def assert_whole_validations(folder: Path) -> None:
     """None of them stopped early or began in the middle; the last is there."""
     watched = [e for e in readings(folder) if e["purpose"] == "watching training"]
-    assert {entry["num_images"] for entry in watched} == {8}
+    assert {entry["num_images"] for entry in watched} == {6}
     assert watched[-1]["step"] == 6
 
 
@@ -100,8 +106,13 @@ def test_ctrl_c_a_full_disk_sigterm_and_kill_leave_a_run_that_ends_the_same(tmp_
     arguments = command("toco", broken)
 
     first = Command(arguments, tmp_path / "1.log")
-    first.until(lambda: "/2 [" in first.text())  # the bar of training
+    first.until(lambda: "/3 [" in first.text())  # the bar of training
+    first.send(signal.SIGSTOP)
+    second = Command(arguments, tmp_path / "second.log")
+    assert second.end() == 2
+    assert f"{first.process.pid}) is training here" in second.text()
     first.send(signal.SIGINT)
+    first.send(signal.SIGCONT)
     assert first.end() == 130
     assert "the same command resumes" in first.text()
     assert not (folder_of(broken) / "results.json").exists()
@@ -116,7 +127,7 @@ def test_ctrl_c_a_full_disk_sigterm_and_kill_leave_a_run_that_ends_the_same(tmp_
     assert not list((folder_of(broken) / LAST).parent.glob(".*"))
 
     told = Command(arguments, tmp_path / "3.log")
-    told.until(lambda: "/2 [" in told.text())
+    told.until(lambda: "it/s" in told.text())
     told.send(signal.SIGTERM)
     assert told.end() == 143
     assert "stopping after this step" in told.text()
@@ -153,27 +164,28 @@ def test_a_second_process_is_refused_until_the_first_and_its_workers_are_gone(
         assert time.monotonic() - began < 10
 
 
-def _employ(names: Any) -> None:
-    with multiprocessing.get_context("spawn").Pool(1, serve, (os.getpid(),)) as pool:
-        names.put(pool.apply(os.getpid))
+def _refine(ready: Any) -> None:
+    """As an evaluation does, but never at its end."""
+    os.setpgid(0, 0)
+    image, prob = np.zeros((16, 16, 3), np.uint8), np.full((2, 16, 16), 0.5, np.float32)
+    with CRFPool(CRF_PRESETS["toco"], jobs=2) as pool:
+        for labels in [pool.submit(image, prob) for _ in range(8)]:
+            labels.result()
+        ready.set()
         time.sleep(600)
 
 
-def test_workers_end_with_a_killed_parent() -> None:
-    names = FORKED.Queue()
-    parent = FORKED.Process(target=_employ, args=(names,))
+def test_crf_workers_end_with_a_killed_evaluation() -> None:
+    pytest.importorskip("pydensecrf")
+    ready = FORKED.Event()
+    parent = FORKED.Process(target=_refine, args=(ready,))
     parent.start()
-    worker = names.get(timeout=60)
+    assert ready.wait(60)
+    assert parent.pid is not None
+    assert len(processes_of(parent.pid)) > 2
     parent.kill()
     parent.join()
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{worker}").exists() and "(zombie)" not in _state(worker):
+    while processes_of(parent.pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def _state(process: int) -> str:
-    try:
-        return Path(f"/proc/{process}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return "(zombie)"

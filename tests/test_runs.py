@@ -20,7 +20,7 @@ from wsss.data.images import voc_palette
 from wsss.errors import WSSSError
 from wsss.evaluation.ledger import readings
 from wsss.results.store import read_cells
-from wsss.runs import load_run
+from wsss.runs import build_data, compose_run, load_run
 
 # a network and pictures small enough for a second a step
 TINY = [
@@ -281,8 +281,8 @@ def test_bad_data_is_named_before_anything_is_written(
         ("data.num_workers=-1", "data.num_workers is -1"),
         ("method.local_size=4", "method.local_size=4"),
         ("method.ptc_weight=-1", "ptc_weight"),
-        ("method.lr=0", "lr > 0"),
-        ("method.scales=[1,0]", "positive scales"),
+        ("method.lr=0", "method.lr=0: expected finite numbers above zero"),
+        ("method.scales=[1,0]", "method.scales=[1, 0]"),
         ("runs_dir=/proc/runs", "choose another folder"),  # where not even root may write
         pytest.param(
             "trainer=gpu",
@@ -327,18 +327,27 @@ def test_missing_package_is_told_before_training(
 def test_image_that_only_decoding_shows_to_be_bad_ends_training_with_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A PNG under a .jpg name has no end marker to look for; the run stops with its name."""
+    """A PNG under a .jpg name has no end marker to look for; once mended, the run goes on."""
     root = _copy_of_minivoc(tmp_path)
-    name = (root / "ImageSets" / "Segmentation" / "train.txt").read_text().split()[0]
-    victim = root / "JPEGImages" / f"{name}.jpg"
+    plain = ["eval.crf=null", "eval.holdout_per_class=0", "budget.cam_size=64", "gallery=0"]
+    settings = [*TINY, *plain, "budget.max_steps=4", "budget.eval_every=4", f"data.root={root}"]
+    data = build_data(compose_run(settings))
+    data.setup("fit")
+    _, second_batch = data.train_dataloader()
+    victim = root / "JPEGImages" / f"{second_batch['name'][0]}.jpg"
+    whole = victim.read_bytes()
     noise = np.random.default_rng(0).integers(0, 255, (160, 160, 3), np.uint8)
     Image.fromarray(noise).save(victim, format="PNG")
     _cut(victim)
-    steps = ["budget.max_steps=4", "budget.eval_every=4"]
-    assert _wsss("train", *TINY, *steps, f"data.root={root}", f"runs_dir={tmp_path / 'runs'}") == 2
+    command = ["train", *settings, f"runs_dir={tmp_path / 'runs'}"]
+    assert _wsss(*command) == 2
     error = capsys.readouterr().err
     assert victim.name in error
+    assert "once mended, the same command resumes" in error
     assert "Traceback" not in error
+    victim.write_bytes(whole)
+    assert _wsss(*command) == 0
+    assert "resuming from" in capsys.readouterr().out
 
 
 def _official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

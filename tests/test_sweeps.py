@@ -1,4 +1,4 @@
-"""Sweeps through the command line: stopped, resumed, with a job that fails; SLURM; Optuna."""
+"""Sweeps through the command line: stopped, resumed, with a failing job; submitit; Optuna."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from small_runs import PLAIN, SMALL, Command
+from small_runs import PLAIN, SMALL, Command, processes_of
 
 from wsss.config import compose_config, sweep_jobs
 from wsss.errors import WSSSError
@@ -156,6 +156,40 @@ def test_slurm_runs_the_generated_script_and_failures_are_listed(
     assert (bad.status, good.status) == (2, 0)
     assert good.value is not None, "a finished run is skipped and gives its number"
     assert f"{tmp_path}/nothing is missing" in sweep.text().split("1 of 2 jobs failed:")[1]
+
+
+def task_of(sweep: Command) -> int:
+    """The process of submitit's local executor that trains."""
+    assert sweep.process.pid is not None
+    for pid in processes_of(sweep.process.pid):
+        if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return pid
+    raise AssertionError(sweep.text())
+
+
+@pytest.mark.slow
+def test_a_job_that_submitit_preempts_saves_is_queued_again_and_resumes(tmp_path: Path) -> None:
+    """SIGUSR2 is what a cluster sends before a time limit and on preemption."""
+    pytest.importorskip("submitit")
+    runs = tmp_path / "runs"
+    own = ["hydra/launcher=submitit_local", f"runs_dir={runs}"]
+    sweep = Command(["train", "-m", *JOB, *own], tmp_path / "log")
+
+    def told() -> str:
+        return "".join(path.read_text() for path in runs.rglob(".submitit/*/*_0_log.*"))
+
+    sweep.until(lambda: "/2 [" in told())
+    os.kill(task_of(sweep), signal.SIGUSR2)
+    assert sweep.end() == 0, told()
+    assert "SIGUSR2 again: at once" in told()
+    step = int(re.search(r"stopped at step (\d+); the same command resumes", told())[1])
+    assert 0 < step < 24
+    assert "Requeued job" in told()
+    assert "resuming from" in told()
+    (folder,) = (runs / "sweeps").iterdir()
+    (ended,) = outcomes(folder)
+    (results,) = runs.rglob("results.json")
+    assert ended.value == json.loads(results.read_text())["splits"]["val"]["seed_miou"]
 
 
 def test_jobs_of_a_sweep_are_known_before_it_begins() -> None:

@@ -3,6 +3,7 @@
 import http.server
 import json
 import math
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 from offline import Offline, read_offline
 from PIL import Image
+from small_runs import Command
 
 from wsss.cli import main
 from wsss.config import LoggerConfig
@@ -31,6 +33,8 @@ TINY = [
     "budget.max_steps=2",
     "budget.eval_every=2",
     "budget.crop_size=64",
+    "budget.cam_size=64",
+    "eval.single_resize=64",
     "budget.local_size=16",
     "budget.warmup_steps=1",
     "budget.global_batch_size=2",
@@ -171,6 +175,27 @@ def test_code_configuration_and_checkpoints_are_artifacts(
     (model,) = [a for a in offline["tagged"].artifacts if a.type == "model"]
     (entry,) = model.manifest.contents
     assert entry.local_path == str(study["tagged"] / "checkpoints" / "last.ckpt"), "not a copy"
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path: Path) -> None:
+    """Every step is there once, in two sessions of one id."""
+    steps = ["budget.max_steps=6", "gallery=0", f"runs_dir={tmp_path}"]
+    command = ["train", *TINY, "method=clustercam", *steps]
+    stopped = Command(command, tmp_path / "1.log")
+    stopped.until(lambda: any(tmp_path.rglob("last.ckpt")))
+    stopped.send(signal.SIGTERM)
+    assert stopped.end() == 143, stopped.text()
+    resumed = Command(command, tmp_path / "2.log")
+    assert resumed.end() == 0, resumed.text()
+    (config,) = tmp_path.rglob("config.yaml")
+    found = read_offline(config.parent)
+    assert [run.run_id for run in found.runs] == [run_id(config.parent)] * 2
+    rows = [row for row in found.rows if "train/loss" in row]
+    assert [int(row["trainer/global_step"]) for row in rows] == list(range(6))
+    validated = [row["trainer/global_step"] for row in found.rows if "val/seg_miou" in row]
+    assert len(validated) == len(set(validated))
+    assert found.exits[-1] == 0
 
 
 def test_system_metrics_are_sampled(offline: dict[str, Offline]) -> None:

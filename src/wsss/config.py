@@ -10,9 +10,10 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,7 @@ def check_config(config: DictConfig) -> None:
         WSSSError: one line naming the key, and the nearest valid one or the expected type.
     """
     content = plain(config)
+    _check_finite(content)
     _check_node(content, _parameters(TrainConfig), "", supplied=set())
     for field in fields(TrainConfig):
         schema = {"eval": Protocol, "logger": LoggerConfig, "budget": Budget}.get(field.name)
@@ -352,11 +354,25 @@ def _targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _targets(value, f"{path}.{index}")
 
 
+def _check_finite(node: Any, path: str = "") -> None:
+    """No setting is infinite or NaN, which every comparison with a bound lets pass."""
+    children: Iterable[tuple[Any, Any]] = ()
+    if isinstance(node, dict):
+        children = node.items()
+    elif isinstance(node, list):
+        children = enumerate(node)
+    elif isinstance(node, float) and not math.isfinite(node):
+        raise WSSSError(f"{path}={node}: expected a finite number")
+    for key, value in children:
+        _check_finite(value, f"{path}.{key}" if path else str(key))
+
+
 def _target(name: str, path: str) -> type:
     try:
         return get_class(name)
     except (ImportError, ValueError) as error:
-        raise WSSSError(f"{path}._target_={name}: no such class ({error})") from error
+        reason = " ".join(str(error).split())
+        raise WSSSError(f"{path}._target_={name}: no such class ({reason})") from error
 
 
 def _parameters(target: type) -> dict[str, inspect.Parameter]:

@@ -270,9 +270,9 @@ def test_wrong_settings_are_refused() -> None:
         tiny(drop_path=1.0)
     with pytest.raises(WSSSError, match="epochs >= 1"):
         tiny(epochs=0)
-    with pytest.raises(WSSSError, match="lr > 0"):
+    with pytest.raises(WSSSError, match=r"method\.lr=0\.0"):
         tiny(lr=0.0)
-    with pytest.raises(WSSSError, match="positive scales"):
+    with pytest.raises(WSSSError, match=r"method\.scales=\[1\.0, 0\.0\]"):
         tiny(scales=[1.0, 0.0])
 
 

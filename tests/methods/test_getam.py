@@ -184,6 +184,8 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         tiny(quantile=1.0)
     with pytest.raises(WSSSError, match="map_layers"):
         tiny(map_layers=0)
+    with pytest.raises(WSSSError, match=r"method\.lr=-1"):
+        tiny(lr=-1.0)
 
 
 def test_forms_of_the_gradient_are_those_of_the_comparison() -> None:

@@ -75,6 +75,13 @@ def test_one_image_is_too_few_for_a_head_that_normalises_over_the_batch() -> Non
     assert light().compute_losses(one)
 
 
+def test_settings_that_train_nothing_are_refused() -> None:
+    with pytest.raises(WSSSError, match=r"method\.lr=0\.0"):
+        light(lr=0.0)
+    with pytest.raises(WSSSError, match=r"method\.loss_scales=\[\]"):
+        light(loss_scales=[])
+
+
 @pytest.mark.parametrize("head", ["v2", "v3"])
 def test_a_light_encoder_learns_and_gives_what_an_evaluator_asks(head: str) -> None:
     module = light(head=head, freeze_batch_norm=False, optimiser="adamw", lr=1e-3, rates=(1, 2))

@@ -608,7 +608,7 @@ def test_schedule_has_two_steps() -> None:
         ({"epsilon": 0.4}, "epsilon=0.4"),
         ({"top_k": 0}, "top_k"),
         ({"top_k_fraction": 1.5}, "top_k_fraction=1.5"),
-        ({"warmup_lr": 0.0}, "warmup_lr > 0"),
+        ({"warmup_lr": 0.0}, "warmup_lr=0.0"),
     ],
 )
 def test_bad_settings_are_named(changes: dict[str, Any], expected: str) -> None:

@@ -1,5 +1,6 @@
 """What every method is: a LightningModule that gives logits, localisation maps and a loss."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -177,10 +178,12 @@ class WSSSModule(LightningModule):
         }
 
 
-def check_rate_and_scales(*, lr: float, scales: Sequence[float]) -> None:
-    """Raise WSSSError unless the learning rate and the scales of CAMs are above zero."""
-    if lr <= 0 or min(scales, default=1) <= 0:
-        raise WSSSError(f"method: expected lr > 0 and positive scales, got {lr} and {list(scales)}")
+def check_positive(**settings: float | Sequence[float]) -> None:
+    """Raise WSSSError unless settings, given by their keys, are finite numbers above zero."""
+    for name, value in settings.items():
+        numbers = list(value) if isinstance(value, Sequence) else [value]
+        if not all(0 < number < math.inf for number in numbers):
+            raise WSSSError(f"method.{name}={value}: expected finite numbers above zero")
 
 
 def check_thresholds(*, low: float, high: float) -> None:

@@ -60,7 +60,7 @@ from wsss.methods.base import (
     Batch,
     Outputs,
     WSSSModule,
-    check_rate_and_scales,
+    check_positive,
     check_thresholds,
 )
 from wsss.methods.clustercam_start import start_as_official
@@ -334,7 +334,7 @@ class ClusterCAM(WSSSModule):
         super().__init__(backbone=backbone, num_classes=num_classes, max_steps=max_steps)
         _check_settings(backbone, epochs, drop_path)
         # both would be met late: the warm-up's start is a share of lr, CAMs begin with the decoder
-        check_rate_and_scales(lr=lr, scales=scales)
+        check_positive(lr=lr, scales=scales)
         check_thresholds(low=low_threshold, high=high_threshold)
         _check_clusters(cluster_side, iterations, fixed_mixing, cam_layers)
         self.cam_layers = cam_layers

@@ -59,7 +59,7 @@ from wsss.losses import (
     full_precision,
     widened,
 )
-from wsss.methods.base import Batch, Outputs, WSSSModule, check_thresholds
+from wsss.methods.base import Batch, Outputs, WSSSModule, check_positive, check_thresholds
 from wsss.pseudo_labels import (
     cam_to_label_with_ignore,
     ignore_outside_boxes,
@@ -325,6 +325,7 @@ class GETAM(WSSSModule):
             raise WSSSError(
                 f"method=getam taps four blocks, and this backbone has {backbone.depth}"
             )
+        check_positive(lr=lr)
         check_thresholds(low=low_threshold, high=high_threshold)
         if quantile is not None and not 0 <= quantile < 1:
             raise WSSSError(f"method.quantile={quantile}: expected 0 to below 1, or null")

@@ -30,7 +30,7 @@ from wsss.conv_backbone import ConvBackbone
 from wsss.data.images import IGNORE_INDEX
 from wsss.decoders import ASPPSum
 from wsss.errors import WSSSError
-from wsss.methods.base import Batch, Outputs, WSSSModule
+from wsss.methods.base import Batch, Outputs, WSSSModule, check_positive
 from wsss.schedules import poly_warmup
 
 
@@ -69,8 +69,9 @@ class Segmenter(WSSSModule):
     ) -> None:
         # the base keeps the encoder and asks nothing of it
         super().__init__(backbone=backbone, num_classes=num_classes, max_steps=max_steps)  # type: ignore[arg-type]
-        if not loss_scales or min(loss_scales) <= 0:
-            raise WSSSError(f"method.loss_scales={list(loss_scales)}: expected positive scales")
+        if not loss_scales:
+            raise WSSSError("method.loss_scales=[]: expected one scale at least")
+        check_positive(lr=lr, loss_scales=loss_scales)
         self.optimiser = optimiser
         self.lr, self.head_lr_factor, self.weight_decay = lr, head_lr_factor, weight_decay
         self.loss_scales = tuple(loss_scales)

@@ -52,7 +52,7 @@ from wsss.backbone import Backbone
 from wsss.data.images import denormalise
 from wsss.errors import WSSSError
 from wsss.evaluation.inference import evaluating
-from wsss.methods.base import Batch, Outputs, WSSSModule
+from wsss.methods.base import Batch, Outputs, WSSSModule, check_positive
 
 TILES = 2  # a mosaic is 2 x 2 views
 
@@ -386,8 +386,7 @@ class TKPPCL(WSSSModule):
                 f"method: expected top_k >= 1, trained_blocks >= 0 and warmup_steps >= 0, got "
                 f"{top_k}, {trained_blocks} and {warmup_steps}"
             )
-        if warmup_lr <= 0 or lr <= 0:
-            raise WSSSError(f"method: expected warmup_lr > 0 and lr > 0, got {warmup_lr} and {lr}")
+        check_positive(warmup_lr=warmup_lr, lr=lr)
         if top_k_fraction is not None and not 0 < top_k_fraction <= 1:
             raise WSSSError(f"method.top_k_fraction={top_k_fraction}: expected above 0, up to 1")
         self.warmup_steps, self.warmup_lr, self.lr = warmup_steps, warmup_lr, lr

@@ -57,7 +57,7 @@ from wsss.methods.base import (
     Batch,
     Outputs,
     WSSSModule,
-    check_rate_and_scales,
+    check_positive,
     check_thresholds,
 )
 from wsss.pseudo_labels import (
@@ -333,7 +333,7 @@ class ToCo(WSSSModule):
         if backbone.num_prefix_tokens == 0:
             raise WSSSError("method=toco contrasts class tokens, and this backbone has none")
         check_thresholds(low=low_threshold, high=high_threshold)
-        check_rate_and_scales(lr=lr, scales=scales)
+        check_positive(lr=lr, scales=scales)
         if local_size < backbone.patch_size:
             raise WSSSError(
                 f"method.local_size={local_size}: smaller than one patch of "

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_docs_methods
 from small_runs import PLAIN, SMALL
 
 import wsss.methods
@@ -80,6 +81,20 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(wsss.methods, "__path__", folders)
     yield root
     sys.modules.pop("wsss.methods.toy", None)
+
+
+def test_the_toys_page_is_what_is_asked_of_pages(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {"ROOT": tree, "DOCS": tree / "docs", "CONF": tree / "conf" / "method"}
+    for name, folder in folders.items():
+        monkeypatch.setattr(test_docs_methods, name, folder)
+    test_docs_methods.test_every_marker_and_every_link_into_the_repository_leads_somewhere(
+        "methods/toy.md"
+    )
+    test_docs_methods.test_a_page_has_its_sections_in_order("toy")
+    test_docs_methods.test_configuration_is_that_of_the_method("toy")
+    test_docs_methods.test_departures_are_those_of_the_docstring("toy")
 
 
 @pytest.mark.slow

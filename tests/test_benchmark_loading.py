@@ -62,13 +62,12 @@ def test_command_reports_every_method_and_writes_the_figures(
 ) -> None:
     for number in range(2):
         photo().save(tmp_path / f"{number}.jpg")
-    out = tmp_path / "figures" / "loading.json"
+    out = tmp_path / "loading.json"
     options = [f"image_size={SIZE}", "repeats=2", f"images={tmp_path}", f"out={out}"]
     assert main(["benchmark", "part=data", *options]) == 0
     summary = json.loads(out.read_text())
     timed = [result["method"] for result in summary["methods"]]
-    assert "toco" in timed
-    assert {*timed} <= {*METHODS}
+    assert {*METHODS} - {*timed} == {"segmenter", "segmenter_vit"}  # which train on masks
     for result in summary["methods"]:
         rates = result["images_per_second_fastest"]
         assert rates["ours"] > 0

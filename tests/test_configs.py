@@ -25,6 +25,7 @@ EXPERIMENTS = sorted(
     for path in (ROOT / "experiments").rglob("*.yaml")
     if path.stem != "second_stage"  # a part of others
 )
+LEAGUES = [name for name in EXPERIMENTS if name.startswith("league_minivoc/")]  # of overlays
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
 DATA = sorted(path.stem for path in (ROOT / "conf" / "data").glob("*.yaml"))
 # a value for what a user must give, and no download
@@ -32,7 +33,7 @@ GIVEN = ["data.root=unset", "backbone.weights=random"]
 # a table names its classes itself, where there is one
 CLASSES = {"table": ["data.class_names=[apple,leaf,sky]"]}
 # a study of a method under another name; what all methods share goes with the default one
-STUDIES = {"vit_pcm": "tkp_pcl"} | dict.fromkeys(("minivoc", "leagues", "league_minivoc"), "toco")
+STUDIES = {"vit_pcm": "tkp_pcl", "minivoc": "toco", "leagues": "toco"}
 SWEEPS = [
     name
     for name in EXPERIMENTS
@@ -40,7 +41,7 @@ SWEEPS = [
 ]
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", sorted({*EXPERIMENTS} - {*LEAGUES}))
 def test_experiments_compose_and_build(experiment: str) -> None:
     config = plain(compose_config([f"+experiments={experiment}", *GIVEN]))
     folder = experiment.split("/")[0]
@@ -60,6 +61,12 @@ def test_every_job_of_an_ablation_composes_and_builds(experiment: str) -> None:
         assert config["study"] not in ("default", f"{experiment.split('/')[0]}-minivoc")
         if config["data"]["name"] == "minivoc":
             build_module(config, 1)
+
+
+@pytest.mark.parametrize("experiment", LEAGUES)
+def test_a_league_is_a_sweep_and_nothing_else(experiment: str) -> None:
+    with pytest.raises(WSSSError, match=rf"\+experiments={experiment} sweeps .* with -m"):
+        compose_config([f"+experiments={experiment}", *GIVEN])
 
 
 def test_the_demo_trains_every_method_briefly_in_one_study() -> None:

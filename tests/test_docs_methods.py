@@ -46,6 +46,7 @@ def text_of(method: str) -> str:
 
 
 def section(method: str, title: str) -> str:
+    assert f"\n## {title}\n" in text_of(method), f"docs/methods/{method}.md lacks '## {title}'"
     return re.split(r"^## ", text_of(method), flags=re.MULTILINE)[SECTIONS.index(title) + 1]
 
 
@@ -57,7 +58,7 @@ def tables(text: str) -> list[list[list[str]]]:
 
 
 def docstring_of(method: str) -> str:
-    path, _ = docs_hooks.place(f"wsss.methods.{method}")
+    path, _ = docs_hooks.place(f"wsss.methods.{method}", ROOT)
     docstring = ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8")))
     assert docstring is not None
     return docstring
@@ -76,7 +77,7 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_marker_and_every_link_into_the_repository_leads_somewhere(page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
-    resolved = docs_hooks.FENCE.sub("", docs_hooks.resolve(text, page))
+    resolved = docs_hooks.FENCE.sub("", docs_hooks.resolve(text, page, root=ROOT))
     assert not re.search(r"(?<!`)\{\{code:", resolved)
 
 

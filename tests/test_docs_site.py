@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
+from docs_hooks import FENCE
 from docs_site import fetched_from_elsewhere, with_every_method
 
 PROJECT = Path(__file__).parents[1]
@@ -59,3 +60,16 @@ def test_a_papers_recipe_says_what_is_published_and_what_was_reproduced(path: Pa
     assert f"`{path.parent.name}/{path.stem}" in page
     for number in re.findall(r"\d\d\.\d", comment):  # mIoUs, in per cent
         assert number in page, number
+
+
+def test_links_between_files_of_the_repository_lead_somewhere() -> None:
+    pages = [PROJECT / "README.md", *(PROJECT / "experiments").rglob("*.md")]
+    pages += (PROJECT / "docs").rglob("*.md")
+    links = [
+        (page, target)
+        for page in pages
+        for target in re.findall(r"\]\(([^)#\s]+)", FENCE.sub("", page.read_text("utf-8")))
+        if ":" not in target
+    ]
+    assert len(links) > 50
+    assert [(p.name, t) for p, t in links if not (p.parent / t).exists()] == []

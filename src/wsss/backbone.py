@@ -3,8 +3,9 @@
 All methods see the same class, so a comparison never mixes position handling or weight sources.
 Three things differ from calling timm directly:
 
-* positions are resized bicubically **without** antialias on every call, as the methods' official
-  codes do (timm's ``dynamic_img_size`` antialiases: up to 0.13 away at 96 px);
+* positions are resized **without** antialias on every call, as each method's official code does
+  it: bicubically, GETAM bilinearly (timm's ``dynamic_img_size`` antialiases: up to 0.13 away at 96
+  px);
 * the hybrid's convolutions are standardised by (w - mean) / (std + 1e-5), as its weights were
   trained (timm divides by sqrt(var + 1e-8): up to 1.2 % away);
 * the weights come from exactly one stated source (a pinned timm tag, a local file, or random),
@@ -34,8 +35,8 @@ from wsss.checkpoints import (
     read_state_dict,
 )
 from wsss.errors import WSSSError
+from wsss.places import PACKAGE
 
-PACKAGE = Path(__file__).parent
 HYBRID = "vit_base_r50_s16_384"  # the one convolutional stem that is supported
 
 

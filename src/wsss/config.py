@@ -34,6 +34,8 @@ from wsss.places import config_root
 
 # arguments that the training code passes itself, so a configuration need not
 SUPPLIED = {"backbone", "num_classes"}
+#: chooses an overlay beside the one that holds a sweep over overlays
+OVERLAY = "+experiments@_global_"
 # choices of Hydra's own groups that further packages bring -> the extra that installs them
 HYDRA_PLUGINS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "optuna": "optuna"}
 
@@ -154,11 +156,27 @@ def compose_config(overrides: Sequence[str], config_name: str = "train") -> Dict
     """Compose and check a configuration.
 
     Raises:
-        WSSSError: unknown group or key, missing value, wrong type, with the nearest valid key.
+        WSSSError: unknown group or key, missing value, wrong type, with the nearest valid key; an
+            overlay that only sweeps over others.
     """
+    _refuse_bare_sweeps(overrides)
     config = _compose(overrides, config_name)
     check_config(config)
     return config
+
+
+def _refuse_bare_sweeps(overrides: Sequence[str]) -> None:
+    """Refuse an overlay that is nothing but a sweep over overlays, where none of them is chosen."""
+    if any(override.startswith(f"{OVERLAY}=") for override in overrides):
+        return
+    for override in overrides:
+        key, _, name = override.partition("=")
+        file = config_root() / "experiments" / f"{name}.yaml"
+        if key != "+experiments" or not file.is_file():  # which composing tells
+            continue
+        swept = OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params")
+        if OVERLAY in (swept or {}):
+            raise WSSSError(f"{override} sweeps over other overlays; begin it with -m")
 
 
 def _compose(
@@ -172,7 +190,8 @@ def _compose(
                 config_name, with_search_path(overrides), return_hydra_config=return_hydra_config
             )
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise WSSSError(_one_line(error, root / "conf" / f"{config_name}.yaml")) from error
+        path = root / "conf" / f"{config_name}.yaml"
+        raise WSSSError(_one_line(error, path, overrides)) from error
 
 
 @dataclass(frozen=True)
@@ -439,11 +458,13 @@ def _nearest(key: str, valid: Mapping[str, Any] | Sequence[str], prefix: str = "
     return f"; valid: {', '.join(f'{prefix}{name}' for name in valid)}"
 
 
-def _one_line(error: Exception, path: Path) -> str:
+def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
     """A Hydra error as one line, with the nearest valid key where a key was mistyped."""
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
-        return f"{match[1]}: unknown key{_nearest_in_config(match[1])}"
+        # what the others give: another method has other keys
+        rest = [override for override in overrides if override.split("=")[0] != match[1]]
+        return f"{match[1]}: unknown key{nearest_key(match[1], _compose(rest, path.stem))}"
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, choice = match[1].partition("/")
         if group == "hydra":
@@ -458,12 +479,6 @@ def _one_line(error: Exception, path: Path) -> str:
         )
         return f"{group}={choice}: no such choice{_nearest(choice, options)}"
     return " ".join(text.split())[:300] or f"{path} does not compose"
-
-
-def _nearest_in_config(key: str) -> str:
-    """The nearest key of the default configuration at the same depth."""
-    with initialize_config_dir(str(config_root() / "conf"), version_base="1.3"):
-        return nearest_key(key, compose("train"))
 
 
 def nearest_key(key: str, config: DictConfig) -> str:

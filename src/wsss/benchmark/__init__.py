@@ -4,26 +4,22 @@ Each side runs in a fresh process of its own, one after the other, so that peak 
 that side alone. Weights are random: time does not depend on them.
 """
 
-import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from wsss.arguments import parse_arguments
 from wsss.benchmark.crf import compare_crfs, show_crfs
-from wsss.benchmark.report import show, summarise
+from wsss.benchmark.report import figures_file, show, summarise, write_figures
 from wsss.benchmark.runner import Side, run_side, saving_names
 from wsss.errors import WSSSError
 from wsss.places import choices
 from wsss.refine.dense_crf import CRF_PRESETS
-from wsss.results.store import write_atomically
 
 #: method -> class that computes its step the official way
 OFFICIAL = {
@@ -118,11 +114,7 @@ def main(arguments: list[str]) -> int:
 
         return pce.main([argument for argument in arguments if argument != "part=pce"])
     config = parse(arguments)
-    out = Path(config.out) if config.out else None
-    if out and out.is_dir():
-        raise WSSSError(f"out={out}: is a folder; name a .json file")
-    if out and not os.access(out.parent, os.W_OK):
-        raise WSSSError(f"out={out}: the folder {out.parent} is missing or not writable")
+    out = figures_file(config.out)
     console = Console()
     if config.part == "crf":
         summary = compare_crfs(asdict(config))
@@ -139,8 +131,7 @@ def main(arguments: list[str]) -> int:
         summary = summarise(asdict(config), results)
         show(summary, console)
     if out:
-        write_atomically(out, f"{json.dumps(summary, indent=2)}\n".encode())
-        console.print(f"figures in {out}")
+        write_figures(out, summary)
     return 0
 
 

@@ -5,7 +5,6 @@ thread, so that whatever else the machine does meets both.
 """
 
 import inspect
-import json
 import os
 import platform
 import random
@@ -29,9 +28,10 @@ from rich.table import Table
 
 from wsss.arguments import parse_arguments
 from wsss.benchmark.plain_views import PLAIN
+from wsss.benchmark.report import figures_file, write_figures
 from wsss.data.builtin import minivoc_root
 from wsss.data.dataset import ImageDataset, Sample
-from wsss.data.images import ImageFolderDataset, write_atomically
+from wsss.data.images import ImageFolderDataset
 from wsss.errors import WSSSError
 from wsss.places import choices
 from wsss.runs import build, compose_run
@@ -71,6 +71,7 @@ def main(arguments: list[str]) -> int:
     for key in ("image_size", "count", "repeats"):
         if getattr(chosen, key) < 1:
             raise WSSSError(f"{key}={getattr(chosen, key)}: must be at least 1")
+    out = figures_file(chosen.out)
     results = []
     with _pictures(chosen) as paths, _one_thread():
         for method in [chosen.method] if chosen.method else known:
@@ -81,9 +82,8 @@ def main(arguments: list[str]) -> int:
                 raise WSSSError(f"method={method}: {result['skipped']}, its loading is not timed")
     summary = {"arguments": asdict(chosen), "machine": _machine(), "methods": results}
     show(summary, Console())
-    if chosen.out:
-        write_atomically(Path(chosen.out), (json.dumps(summary, indent=2) + "\n").encode())
-        print(f"figures in {chosen.out}")
+    if out:
+        write_figures(out, summary)
     return 0
 
 

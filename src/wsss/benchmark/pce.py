@@ -4,12 +4,10 @@ Beside the closed form that trains stands the same loss from the matrix of all c
 what its definition asks for. Both are timed forward and backward on random patches.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from wsss.arguments import parse_arguments
+from wsss.benchmark.report import figures_file, write_figures
 from wsss.errors import WSSSError
 from wsss.methods.tkp_pcl import ConfidentSets, confident_sets, pce_loss
 from wsss.reporting import choose_device
@@ -62,16 +61,13 @@ def main(arguments: Sequence[str]) -> int:
         raise WSSSError(f"tokens={config.tokens}: expected two or more ascending counts from 2 on")
     if min(config.repeats, config.batch_size, config.width, config.num_classes) < 1:
         raise WSSSError("repeats, batch_size, width and num_classes must be at least 1")
-    out = Path(config.out) if config.out else None
-    if out and not out.parent.is_dir():
-        raise WSSSError(f"out={out}: the folder {out.parent} is missing")
+    out = figures_file(config.out)
     if config.threads:
         torch.set_num_threads(config.threads)
     summary = measure(config, choose_device(config.device))
     show(summary, Console())
     if out:
-        out.write_text(json.dumps(summary, indent=2) + "\n")
-        print(f"figures in {out}")
+        write_figures(out, summary)
     return 0
 
 

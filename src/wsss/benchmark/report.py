@@ -1,11 +1,17 @@
 """Figures of the benchmark as a summary for JSON and as a table."""
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from wsss.errors import WSSSError
+from wsss.results.store import write_atomically
 
 ORDER = ("forward", "cam", "pseudo_labels", "energy", "backward", "optimiser", "rest")
 
@@ -49,6 +55,28 @@ def _loss_difference(losses: dict[str, float], reference: dict[str, float]) -> f
     )
 
 
+def figures_file(out: str | None) -> Path | None:
+    """``out`` as a file that can be written, before any time is spent.
+
+    Raises:
+        WSSSError: it is a folder, or its folder is missing or not writable.
+    """
+    if not out:
+        return None
+    path = Path(out)
+    if path.is_dir():
+        raise WSSSError(f"out={out}: is a folder; name a .json file")
+    if not os.access(path.parent, os.W_OK):
+        raise WSSSError(f"out={out}: the folder {path.parent} is missing or not writable")
+    return path
+
+
+def write_figures(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write what was measured, and say where."""
+    write_atomically(path, f"{json.dumps(summary, indent=2)}\n".encode())
+    print(f"figures in {path}")
+
+
 def show(summary: dict[str, Any], console: Console) -> None:
     """Print phases of ours beside the official way, then the single savings."""
     arguments, sides = summary["arguments"], summary["sides"]
@@ -72,6 +100,8 @@ def show(summary: dict[str, Any], console: Console) -> None:
     own = {phase for side in shown for phase in side["fastest_phases"]} - {*ORDER}
     for phase in [*ORDER[:-1], *sorted(own), ORDER[-1]]:
         values = [side["fastest_phases"].get(phase, 0.0) for side in shown]
+        if not any(values):
+            continue
         cells = [phase.replace("_", " ")]
         for side, value in zip(shown, values, strict=True):
             cells += [f"{value:.3f}", f"{value / side['fastest_seconds']:.0%}"]

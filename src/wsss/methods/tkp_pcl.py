@@ -48,7 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsss.backbone import Backbone
+from wsss.backbone import Backbone, token_map
 from wsss.data.images import denormalise
 from wsss.errors import WSSSError
 from wsss.evaluation.inference import evaluating
@@ -311,7 +311,7 @@ class PatchScores(NamedTuple):
 
     def as_map(self, values: Tensor) -> Tensor:
         """(B, N, C) as (B, C, h, w)."""
-        return values.transpose(1, 2).unflatten(2, self.grid)
+        return token_map(values, self.grid)
 
 
 class StepResult(NamedTuple):

@@ -376,6 +376,11 @@ def _check_groups(entries: Sequence[Entry], by: str) -> None:
         )
         changed = [f"method.{key}" for key in changed]
         changed += [f"eval.{key}" for key in OWN if first.card.get(key) != entry.card.get(key)]
+        if "method._target_" in changed:
+            raise WSSSError(
+                f"group {entry.group} holds several methods ({first.folder.name}, "
+                f"{entry.folder.name}); use by={by},method or by=run"
+            )
         if changed:
             raise WSSSError(
                 f"group {entry.group} mixes settings ({first.folder.name}, {entry.folder.name}): "

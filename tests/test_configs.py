@@ -75,7 +75,7 @@ def test_the_demo_trains_every_method_briefly_in_one_study() -> None:
     names = {config["method"]["_target_"].rpartition(".")[2] for config in configs}
     assert names == {"ToCo", "ClusterCAM", "TKPPCL", "GETAM"}
     assert {config["study"] for config in configs} == {"demo"}
-    assert {config["budget"]["max_steps"] for config in configs} == {200}
+    assert {config["budget"]["max_steps"] for config in configs} == {150}
 
 
 def test_a_study_with_saliency_does_not_run_without() -> None:

@@ -1,10 +1,12 @@
 """Every method x data x experiment composes, passes the check, and builds."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from wsss import places
 from wsss.config import (
     check_config,
     compose_config,
@@ -140,6 +142,18 @@ def test_data_chooses_the_backbone_and_the_line_has_the_last_word() -> None:
     assert "vit_pico" in pico.backbone.weights
     chosen = compose_config(["data=minivoc", "backbone=vit_base"])
     assert chosen.backbone.name.startswith("vit_base")
+
+
+def test_an_overlay_that_overrides_no_group_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    (tmp_path / "experiments").mkdir()
+    overlay = "# @package _global_\ndefaults:\n  - override /metod: toco\n"
+    (tmp_path / "experiments" / "own.yaml").write_text(overlay)
+    monkeypatch.setattr(places, "PACKAGE", tmp_path / "src" / "wsss")
+    with pytest.raises(WSSSError, match=r"metod: unknown key; did you mean method\?"):
+        compose_config(["+experiments=own"])
 
 
 def test_stored_configuration_is_overridden_with_the_same_care() -> None:

@@ -462,9 +462,10 @@ def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
     """A Hydra error as one line, with the nearest valid key where a key was mistyped."""
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
-        # what the others give: another method has other keys
+        # what the others give: another method has other keys; the defaults where an overlay errs
         rest = [override for override in overrides if override.split("=")[0] != match[1]]
-        return f"{match[1]}: unknown key{nearest_key(match[1], _compose(rest, path.stem))}"
+        config = _compose(rest if len(rest) < len(overrides) else [], path.stem)
+        return f"{match[1]}: unknown key{nearest_key(match[1], config)}"
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, choice = match[1].partition("/")
         if group == "hydra":

@@ -149,12 +149,15 @@ def own_batch(config: dict[str, Any], module: WSSSModule, device: torch.device) 
         )
     batch = make_batch(config, device)
     draws = np.random.default_rng(config["seed"])
-    views = [
-        transform(draws.integers(0, 256, (375, 500, 3), np.uint8), draws)
-        for _ in range(config["batch_size"])
-    ]
+
+    def view() -> Batch:
+        made: Batch = transform(draws.integers(0, 256, (375, 500, 3), np.uint8), draws)
+        return made
+
+    views = [view()]
     if views[0].keys() <= batch.keys():
         return batch
+    views += [view() for _ in range(config["batch_size"] - 1)]
     stacked = {name: value.to(device) for name, value in default_collate(views).items()}
     return {**stacked, "labels": batch["labels"]}
 

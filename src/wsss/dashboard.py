@@ -16,8 +16,9 @@ from omegaconf import MISSING, OmegaConf
 from wsss.arguments import parse_arguments
 from wsss.config import LoggerConfig
 from wsss.errors import WSSSError
+from wsss.files import write_atomically
 from wsss.results.report import logged_series
-from wsss.results.store import MAP_NAMES, RESULTS_FILE, read_results, write_atomically
+from wsss.results.store import MAP_NAMES, RESULTS_FILE, read_results
 from wsss.runs import CONFIG_FILE, method_name
 from wsss.tracking import CONFUSION_COLUMNS, ID_FILE, has_key, numbers
 

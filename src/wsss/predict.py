@@ -12,13 +12,7 @@ from rich.progress import track
 
 from wsss.arguments import parse_arguments
 from wsss.data.dataset import in_threads
-from wsss.data.images import (
-    ImageFolderDataset,
-    image_size,
-    voc_palette,
-    write_atomically,
-    write_mask,
-)
+from wsss.data.images import ImageFolderDataset, image_size, voc_palette, write_mask
 from wsss.errors import WSSSError
 from wsss.evaluation.inference import (
     evaluating,
@@ -27,6 +21,7 @@ from wsss.evaluation.inference import (
     predicted_labels,
     smoothed_label,
 )
+from wsss.files import write_atomically
 from wsss.gallery import overlay
 from wsss.pseudo_labels import cam_to_label
 from wsss.reporting import choose_device, make_writable

@@ -6,7 +6,6 @@ that are done are not done again, and at most a few wait for the CRF at any time
 
 import hashlib
 import json
-import os
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -31,6 +30,7 @@ from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import crf_pool
 from wsss.evaluation.inference import evaluating, localise, predict, pseudo_label, refinement
 from wsss.evaluation.protocol import git_commit, package_versions
+from wsss.files import write_atomically
 from wsss.pseudo_labels import cam_probabilities
 from wsss.reporting import choose_device, league, make_writable
 from wsss.runs import LAST_CHECKPOINT, LoadedRun, load_run
@@ -120,12 +120,12 @@ def write_pseudo_labels(
     _barrier()
     if first:
         make_writable(folder)
-        _write_json(folder / CARD_FILE, card | {"status": "begun"})
+        _write_card(folder, card | {"status": "begun"})
     _barrier()
     _label_all(run, split, source, folder, device, crf_jobs)
     _barrier()
     if first:
-        _write_json(folder / CARD_FILE, card | {"status": "finished"})
+        _write_card(folder, card | {"status": "finished"})
         print(f"pseudo labels in {folder}")
     return folder
 
@@ -300,10 +300,8 @@ def _kept(probabilities: Tensor, labels: Tensor) -> Soft:
     return Soft(kept.float().cpu().numpy(), ids.cpu().numpy().astype(np.uint8))
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def _write_card(folder: Path, card: dict[str, Any]) -> None:
+    write_atomically(folder / CARD_FILE, f"{json.dumps(card, indent=2)}\n".encode())
 
 
 def _rank() -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """Runs on disk: where they lie, how a module is built from one, how it is read back."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from wsss.costs import CostMeter, training_cost
 from wsss.data.datamodule import TRAINING_LIST, ImageDataModule
 from wsss.errors import WSSSError
 from wsss.evaluation.protocol import Protocol
+from wsss.files import write_atomically
 from wsss.methods.base import WSSSModule
 
 if TYPE_CHECKING:
@@ -187,10 +187,7 @@ _ABSENT = object()
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write the resolved configuration beside the run's results, atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{CONFIG_FILE}.tmp"
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    os.replace(temporary, folder / CONFIG_FILE)
+    write_atomically(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(config)).encode())
 
 
 def compose_run(overrides: list[str]) -> dict[str, Any]:

@@ -22,10 +22,11 @@ from rich.progress import track
 from wsss.arguments import parse_arguments
 from wsss.checkpoints import file_sha256
 from wsss.data.dataset import Sample, check_files
-from wsss.data.images import image_size, mask_png, normalise, read_rgb, write_atomically
+from wsss.data.images import image_size, mask_png, normalise, read_rgb
 from wsss.data.voc import VOC_CLASSES, find_voc_root, list_path, voc_samples
 from wsss.errors import WSSSError
 from wsss.evaluation.inference import evaluating
+from wsss.files import write_atomically
 from wsss.predict import predict_mask
 from wsss.reporting import choose_device, make_writable
 from wsss.runs import LAST_CHECKPOINT, LoadedRun, load_run

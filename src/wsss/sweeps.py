@@ -20,8 +20,8 @@ from types import FrameType
 
 from wsss.cli import JOB_STEM
 from wsss.errors import WSSSError
+from wsss.files import write_atomically
 from wsss.processes import end_with
-from wsss.results.store import write_atomically
 
 #: in the environment of a job: the process that started it, with which it ends
 PARENT = "WSSS_PARENT"

@@ -44,12 +44,13 @@ from wsss.errors import WSSSError
 from wsss.evaluation.evaluator import Evaluator
 from wsss.evaluation.holdout import Holdout
 from wsss.evaluation.protocol import Protocol
+from wsss.files import write_atomically
 from wsss.methods.base import WSSSModule
 from wsss.parallel import GradientAveraging, choose_strategy, naming_lost_processes
 from wsss.processes import is_alive
 from wsss.refine.dense_crf import import_pydensecrf
 from wsss.reporting import evaluate_and_report, make_writable
-from wsss.results.store import RESULTS_FILE, print_table, read_results, write_atomically
+from wsss.results.store import RESULTS_FILE, print_table, read_results
 from wsss.runs import LAST_CHECKPOINT, build, build_data, build_module, run_folder, write_config
 from wsss.sweeps import (
     end_with_sweep,

@@ -11,8 +11,9 @@ from trees import CLASSES_OF_PHOTOS, make_photos
 from voc_tree import CLASSES, make_voc
 
 from wsss.data.datamodule import ImageDataModule, TableDataModule, WSSSDataModule
-from wsss.data.images import mask_png, write_atomically
+from wsss.data.images import mask_png
 from wsss.errors import WSSSError
+from wsss.files import write_atomically
 
 
 def plain(rgb: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:

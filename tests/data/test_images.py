@@ -17,9 +17,9 @@ from wsss.data.images import (
     read_mask,
     read_rgb,
     voc_palette,
-    write_atomically,
 )
 from wsss.errors import WSSSError
+from wsss.files import write_atomically
 
 
 def ramp(height: int = 12, width: int = 16) -> np.ndarray:

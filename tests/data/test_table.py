@@ -11,9 +11,10 @@ from PIL import Image
 from trees import make_photos, write_photo_table
 
 from wsss.data.datamodule import TableDataModule
-from wsss.data.images import mask_png, write_atomically
+from wsss.data.images import mask_png
 from wsss.data.table import holdout, read_table
 from wsss.errors import WSSSError
+from wsss.files import write_atomically
 
 
 def whole(rgb: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wsss.errors import WSSSError
-from wsss.results.store import write_atomically
+from wsss.files import write_atomically
 
 ORDER = ("forward", "cam", "pseudo_labels", "energy", "backward", "optimiser", "rest")
 

@@ -16,19 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsss.data.dataset import present
-from wsss.data.images import (
-    IGNORE_INDEX,
-    IMAGE_SUFFIXES,
-    image_size,
-    mask_png,
-    read_mask,
-    read_rgb,
-    write_atomically,
-)
+from wsss.data.images import IGNORE_INDEX, IMAGE_SUFFIXES, image_size, mask_png, read_mask, read_rgb
 from wsss.data.prepare import TABLE_FILE, TableRow, run_all, split_of, write_table
 from wsss.data.table import FOLDER, read_text
 from wsss.data.voc import labels_from_mask, labels_from_xml, read_split
 from wsss.errors import WSSSError
+from wsss.files import write_atomically
 
 LABELME_CLASSES = "class_names.txt"
 CVAT_CLASSES = "labelmap.txt"

@@ -6,7 +6,6 @@ its tag is read lying on its side; rotate the file itself first.
 """
 
 import io
-import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from wsss.errors import WSSSError
+from wsss.files import write_atomically
 
 IGNORE_INDEX = 255
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -245,17 +245,6 @@ def mask_png(ids: NDArray[np.uint8]) -> bytes:
     content = io.BytesIO()
     image.save(content, format="PNG")
     return content.getvalue()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that appears whole or not at all; its folder is created.
-
-    The temporary file's name is fixed, so that what a killed process left is overwritten.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def write_mask(ids: NDArray[np.uint8], path: Path) -> None:

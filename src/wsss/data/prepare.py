@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from rich.progress import track
 
-from wsss.data.images import write_atomically
 from wsss.data.table import CLASSES_FILE, COLUMNS, read_text
 from wsss.errors import WSSSError
+from wsss.files import write_atomically
 from wsss.processes import serve
 
 TABLE_FILE = "labels.csv"

@@ -22,7 +22,7 @@ from wsss.arguments import parse_arguments
 from wsss.checkpoints import file_sha256
 from wsss.data.dataset import missing_files
 from wsss.data.exports import BACKGROUND
-from wsss.data.images import IGNORE_INDEX, image_size, mask_png, write_atomically
+from wsss.data.images import IGNORE_INDEX, image_size, mask_png
 from wsss.data.prepare import (
     TABLE_FILE,
     TableRow,
@@ -33,6 +33,7 @@ from wsss.data.prepare import (
 )
 from wsss.data.table import FOLDER, read_text, refuse_pickle
 from wsss.errors import WSSSError
+from wsss.files import write_atomically
 
 OFFICIAL = {"train2014": 82081, "val2014": 40137}
 ANNOTATION_FOLDERS = ("annotations", "Annotations", ".", "coco2014/annotations")

@@ -18,7 +18,7 @@ from rich.table import Table
 from wsss.arguments import parse_arguments
 from wsss.data.dataset import Sample, check_files, in_threads, present
 from wsss.data.exports import is_export, prepare_export
-from wsss.data.images import image_size, mask_png, read_mask, write_atomically
+from wsss.data.images import image_size, mask_png, read_mask
 from wsss.data.prepare import TableRow, run_all, table_text, write_text
 from wsss.data.table import refuse_pickle
 from wsss.data.voc import (
@@ -31,6 +31,7 @@ from wsss.data.voc import (
     read_split,
 )
 from wsss.errors import WSSSError
+from wsss.files import write_atomically
 
 OFFICIAL = {"train": 1464, "val": 1449, "test": 1456, "train_aug": 10582}
 AUG = "SegmentationClassAug"

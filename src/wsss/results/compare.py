@@ -14,6 +14,7 @@ from rich.console import Console
 from wsss.arguments import split_arguments
 from wsss.errors import WSSSError
 from wsss.evaluation.per_image import per_image_counts
+from wsss.files import write_atomically
 from wsss.results.bootstrap import Difference, Draws, draw
 from wsss.results.grids import FORMATS, Cell, Grid, print_grids
 from wsss.results.store import (
@@ -25,7 +26,6 @@ from wsss.results.store import (
     look_up,
     read_cells,
     read_results,
-    write_atomically,
 )
 
 #: mIoU -> kind of label map and whether abstentions are left out; these can be bootstrapped

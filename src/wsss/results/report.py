@@ -18,6 +18,7 @@ from wsss.data.images import voc_palette
 from wsss.errors import WSSSError
 from wsss.evaluation.ledger import readings
 from wsss.evaluation.per_image import mean_iou
+from wsss.files import write_atomically
 from wsss.gallery import heat, overlay
 from wsss.reporting import make_writable
 from wsss.results.compare import (
@@ -31,7 +32,7 @@ from wsss.results.compare import (
 )
 from wsss.results.grids import FORMATS, html_tables
 from wsss.results.panels import Maps, data_uri, maps_of, open_dataset
-from wsss.results.store import MAP_NAMES, ROWS, look_up, write_atomically
+from wsss.results.store import MAP_NAMES, ROWS, look_up
 from wsss.results.svg import NUM_COLOURS, Series, bar_chart, line_chart, scatter
 
 PAGE = "index.html"

@@ -13,13 +13,10 @@ Metrics are numbers, or null where a number does not exist (a model without a se
 class that the split never shows).
 """
 
-import contextlib
 import io
 import json
 import math
-import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from wsss.errors import WSSSError
+from wsss.files import write_atomically
 
 RESULTS_FILE = "results.json"
 CELLS_FILE = "images.npz"
@@ -116,23 +114,6 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
         json.dumps(_plain({"schema": SCHEMA, **results}), indent=2, allow_nan=False)
     )
     write_atomically(path, f"{text}\n".encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new one; its folder is created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; results are to be shared
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def write_cells(path: Path, cells: Mapping[str, Mapping[str, Any]]) -> None:

@@ -505,6 +505,23 @@ def test_what_pretraining_does_not_give_has_a_rate_of_its_own() -> None:
     }
 
 
+def test_class_tokens_start_as_copies_unless_noise_parts_them() -> None:
+    starts = {}
+    for noise in (0.0, 0.5):
+        torch.manual_seed(0)
+        module = ClusterCAM(
+            backbone=backbone_of(depth=2), num_classes=200, max_steps=1, token_noise=noise
+        )
+        starts[noise] = module.backbone.vit.cls_token.detach()
+    copies = starts[0.0]
+    assert torch.equal(copies, copies[:, :1].expand_as(copies))
+    difference = starts[0.5] - copies
+    assert difference.std().item() == pytest.approx(0.5, rel=0.05)
+    assert difference.mean().item() == pytest.approx(0.0, abs=0.02)
+    with pytest.raises(WSSSError, match="token_noise=-1"):
+        tiny(token_noise=-1)
+
+
 def fit(module: ClusterCAM, folder: Path, steps: int) -> lightning.Trainer:
     samples = [{"image": make_images(count=1, seed=s)[0], "name": str(s)} for s in range(4)]
     for index, sample in enumerate(samples):

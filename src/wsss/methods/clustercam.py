@@ -281,6 +281,9 @@ class ClusterCAM(WSSSModule):
         epochs: equal parts of the run, in which the schedules count.
         seg_from_epoch: 0-based epoch with which the segmentation loss begins.
         lr: base learning rate; officially 5e-4 x batch / 512.
+        token_noise: standard deviation of normal noise that parts the class tokens at the start;
+            officially 0. Copies of one part through their targets alone, which took over a
+            thousand steps here (docs/league.md), and the paper has 94,000.
         head_lr_factor: times ``lr`` for what pretraining does not give: the class tokens' own
             values, the space of clusters, mixing scalars, patch head and decoder; officially 1.
         warmup_epochs: epochs of linear warm-up from 1e-6.
@@ -316,6 +319,7 @@ class ClusterCAM(WSSSModule):
         epochs: int = 80,
         seg_from_epoch: int = 50,
         lr: float = 8.7890625e-6,
+        token_noise: float = 0.0,
         head_lr_factor: float = 1.0,
         warmup_epochs: float = 5.0,
         weight_decay: float = 0.05,
@@ -332,7 +336,7 @@ class ClusterCAM(WSSSModule):
         official_compat: bool = False,
     ) -> None:
         super().__init__(backbone=backbone, num_classes=num_classes, max_steps=max_steps)
-        _check_settings(backbone, epochs, drop_path)
+        _check_settings(backbone, epochs, drop_path, token_noise)
         # both would be met late: the warm-up's start is a share of lr, CAMs begin with the decoder
         check_positive(lr=lr, scales=scales)
         check_thresholds(low=low_threshold, high=high_threshold)
@@ -346,7 +350,7 @@ class ClusterCAM(WSSSModule):
         self.seg_weight = seg_weight
         self.official_compat = official_compat
 
-        prepare_backbone(backbone, num_classes, drop_path)
+        prepare_backbone(backbone, num_classes, drop_path, token_noise)
         blocks: Any = backbone.vit.blocks
         self.branches = nn.ModuleList(
             ClusterBranch(block, side=cluster_side, iterations=iterations) for block in blocks
@@ -664,7 +668,9 @@ class ClusterCAM(WSSSModule):
         )
 
 
-def _check_settings(backbone: Backbone, epochs: int, drop_path: float) -> None:
+def _check_settings(
+    backbone: Backbone, epochs: int, drop_path: float, token_noise: float
+) -> None:
     if backbone.num_prefix_tokens != 1 or backbone.vit.no_embed_class:
         raise WSSSError(
             "method=clustercam turns the class token into one a class; this backbone has "
@@ -674,6 +680,8 @@ def _check_settings(backbone: Backbone, epochs: int, drop_path: float) -> None:
         raise WSSSError(
             f"method: expected epochs >= 1 and 0 <= drop_path < 1, got {epochs} and {drop_path}"
         )
+    if token_noise < 0:
+        raise WSSSError(f"method.token_noise={token_noise}: expected 0 or more")
 
 
 def _check_clusters(
@@ -688,14 +696,20 @@ def _check_clusters(
         raise WSSSError(f"method.fixed_mixing={fixed_mixing}: expected 0 to 1, or null to learn it")
 
 
-def prepare_backbone(backbone: Backbone, num_classes: int, drop_path: float) -> None:
+def prepare_backbone(
+    backbone: Backbone, num_classes: int, drop_path: float, token_noise: float
+) -> None:
     """Make a shared encoder ClusterCAM's: K class tokens, its norms, positions and drop path.
 
-    The class token and its position are copied K times (section 1, "Initialisation").
+    The class token and its position are copied K times (section 1, "Initialisation"); noise, if
+    any, is added to the copied tokens.
     """
     vit: Any = backbone.vit
     position, grid = vit.pos_embed[:, :1], vit.pos_embed[:, 1:]
-    vit.cls_token = nn.Parameter(vit.cls_token.detach().repeat(1, num_classes, 1))
+    tokens = vit.cls_token.detach().repeat(1, num_classes, 1)
+    if token_noise:
+        tokens += token_noise * torch.randn_like(tokens)
+    vit.cls_token = nn.Parameter(tokens)
     vit.pos_embed = nn.Parameter(
         torch.cat([position.repeat(1, num_classes, 1), grid], dim=1).detach()
     )

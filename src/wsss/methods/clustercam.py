@@ -668,9 +668,7 @@ class ClusterCAM(WSSSModule):
         )
 
 
-def _check_settings(
-    backbone: Backbone, epochs: int, drop_path: float, token_noise: float
-) -> None:
+def _check_settings(backbone: Backbone, epochs: int, drop_path: float, token_noise: float) -> None:
     if backbone.num_prefix_tokens != 1 or backbone.vit.no_embed_class:
         raise WSSSError(
             "method=clustercam turns the class token into one a class; this backbone has "

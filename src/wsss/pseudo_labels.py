@@ -185,7 +185,8 @@ def _refined_maps(
     refined = refined_scores(par, images, scores, valid)
     full = F.interpolate(refined.flatten(1, 2), size=size, mode="bilinear", align_corners=False)
     full = full.unflatten(1, refined.shape[1:3])
-    return full.masked_fill_(~valid[:, None, :, None, None], -1.0).argmax(dim=2)
+    # a tenth of argmax's time on a CPU, where the dimension is not the last; ties alike
+    return full.masked_fill_(~valid[:, None, :, None, None], -1.0).max(dim=2).indices
 
 
 def _refined_maps_one_by_one(

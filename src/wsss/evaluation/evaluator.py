@@ -301,7 +301,7 @@ class Tally(nn.Module):
                     f"segmentation logits hold {logits.shape[1]} classes, expected "
                     f"{self.num_classes} (background and the data's classes)"
                 )
-            self.count_labels(name, logits.argmax(1), truth)
+            self.count_labels(name, logits.max(dim=1).indices, truth)  # sooner than argmax
             if crf is not None:
                 prune = labels if self.protocol.crf_prune else None
                 counts = self.counts(f"{name}_crf")

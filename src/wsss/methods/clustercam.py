@@ -74,7 +74,7 @@ POSITION_OFFSET = 0.1
 WARMUP_START = 1e-6  # learning rates, absolute as officially
 OFFICIAL_FLOOR = 1e-5
 FLOOR_RATIO = 0.16  # 1e-5 / 6.25e-5, MCTformer's floor over its base rate
-QUERY_ROWS = 128  # of attention held at once in CAM passes
+QUERY_ROWS = 64  # of attention held at once in CAM passes
 # parameters that take ``head_lr_factor``: class tokens are copies of one and have to part
 NOT_PRETRAINED = re.compile(r"cls_token|to_space|mixing|^patch_head|^decoder")
 

@@ -25,6 +25,15 @@ def shifted(maps: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
             yield padded[..., top : top + height, left : left + width]
 
 
+def deviation(values: Tensor) -> Tensor:
+    """Unbiased standard deviation (B, 1, H, W) over the second dimension of (B, n, H, W).
+
+    ``std`` along a dimension that is not the last takes seven times as long on a CPU.
+    """
+    difference = values - values.mean(dim=1, keepdim=True)
+    return difference.square_().sum(dim=1, keepdim=True).div_(values.shape[1] - 1).sqrt_()
+
+
 def at_affinity_size(masks: Tensor, affinity: Tensor) -> Tensor:
     """Masks (B, C, h, w) resized bilinearly with aligned corners to (H, W) of (B, n, H, W)."""
     size = affinity.shape[-2:]

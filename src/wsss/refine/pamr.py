@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from wsss.refine.neighbours import diffuse, shifted
+from wsss.refine.neighbours import deviation, diffuse, shifted
 
 _COLOUR_WIDTH = 0.1  # of a neighbourhood's standard deviation
 _EPS = 1e-8
@@ -48,7 +48,7 @@ class PAMR(nn.Module):
         for channel in images.split(1, dim=1):
             neighbours = torch.cat(list(shifted(channel, self.dilations)), dim=1)
             centres = channel.expand(-1, len(self.dilations), -1, -1)
-            width = torch.cat([neighbours, centres], dim=1).std(dim=1, keepdim=True)
+            width = deviation(torch.cat([neighbours, centres], dim=1))
             term = (neighbours - channel).abs_().div_(_EPS + _COLOUR_WIDTH * width)
             logits = term if logits is None else logits.add_(term)
         assert logits is not None

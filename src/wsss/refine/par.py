@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from wsss.refine.neighbours import OFFSETS, diffuse, shifted
+from wsss.refine.neighbours import OFFSETS, deviation, diffuse, shifted
 
 _COLOUR_WIDTH = 0.3  # of a neighbourhood's standard deviation
 _POSITION_WIDTH = 0.3
@@ -60,7 +60,7 @@ class PAR(nn.Module):
         # One colour channel at a time keeps the peak at a few times n x H x W.
         for channel in images.split(1, dim=1):
             neighbours = torch.cat(list(shifted(channel, self.dilations)), dim=1)
-            width = neighbours.std(dim=1, keepdim=True) + self.eps
+            width = deviation(neighbours) + self.eps
             term = ((neighbours - channel).abs_() / width / _COLOUR_WIDTH).square_()
             logits = term if logits is None else logits.add_(term)
         assert logits is not None

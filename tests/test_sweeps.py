@@ -80,15 +80,22 @@ def test_the_same_command_resumes_goes_on_after_a_failure_and_lists_it(
     assert "Traceback" not in third
 
 
+TPE = ["tpe", "hydra.sweeper.sampler.seed=0", "hydra.sweeper.sampler.n_startup_trials=1"]
+
+
 @pytest.mark.slow
-def test_optuna_works_on_the_objective_of_finished_runs(runs: Path, tmp_path: Path) -> None:
-    """Both trials are runs of the sweep before, so they are skipped and still give their number."""
+@pytest.mark.parametrize(("sampler", "trials"), [(["grid"], 2), (TPE, 4)], ids=["grid", "tpe"])
+def test_optuna_works_on_the_objective_of_finished_runs(
+    runs: Path, tmp_path: Path, sampler: list[str], trials: int
+) -> None:
+    """All trials are runs of the sweep before, so they are skipped and still give their number."""
     pytest.importorskip("optuna")
     arguments = [
         "hydra/sweeper=optuna",
-        "hydra/sweeper/sampler=grid",
+        f"hydra/sweeper/sampler={sampler[0]}",
+        *sampler[1:],
         "hydra.sweeper.direction=maximize",
-        "hydra.sweeper.n_trials=2",
+        f"hydra.sweeper.n_trials={trials}",
         "method.lr=choice(6e-5,5e-5)",
         f"runs_dir={runs}",
     ]
@@ -97,7 +104,7 @@ def test_optuna_works_on_the_objective_of_finished_runs(runs: Path, tmp_path: Pa
     assert all("is finished" in log for log in logs(runs))
     found = [json.loads(path.read_text()) for path in runs.rglob("results.json")]
     values = {f["config"]["method"]["lr"]: f["splits"]["val"]["seed_miou"] for f in found}
-    (path,) = runs.rglob("optimization_results.yaml")
+    path = max(runs.rglob("optimization_results.yaml"), key=lambda found: found.stat().st_mtime)
     best = OmegaConf.load(path)
     assert best.best_value == max(values.values())
     assert values[best.best_params["method.lr"]] == best.best_value

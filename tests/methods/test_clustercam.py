@@ -506,20 +506,37 @@ def test_what_pretraining_does_not_give_has_a_rate_of_its_own() -> None:
 
 
 def test_class_tokens_start_as_copies_unless_noise_parts_them() -> None:
-    starts = {}
+    starts, mixing = {}, {}
     for noise in (0.0, 0.5):
         torch.manual_seed(0)
         module = ClusterCAM(
             backbone=backbone_of(depth=2), num_classes=200, max_steps=1, token_noise=noise
         )
         starts[noise] = module.backbone.vit.cls_token.detach()
+        mixing[noise] = module.branch(0).mixing.item()
+    assert mixing[0.0] == mixing[0.5]  # runs that differ in noise start alike in all else
     copies = starts[0.0]
     assert torch.equal(copies, copies[:, :1].expand_as(copies))
     difference = starts[0.5] - copies
     assert difference.std().item() == pytest.approx(0.5, rel=0.05)
     assert difference.mean().item() == pytest.approx(0.0, abs=0.02)
-    with pytest.raises(WSSSError, match="token_noise=-1"):
-        tiny(token_noise=-1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("token_noise", -1.0),
+        ("token_noise", float("nan")),
+        ("head_lr_factor", -1.0),
+        ("weight_decay", -1.0),
+        ("seg_weight", -1.0),
+        ("warmup_epochs", -1.0),
+        ("decoder_channels", 0),
+    ],
+)
+def test_a_setting_of_the_wrong_sign_is_told_by_its_key(setting: str, value: float) -> None:
+    with pytest.raises(WSSSError, match=f"method.{setting}={value}: expected"):
+        tiny(**{setting: value})
 
 
 def fit(module: ClusterCAM, folder: Path, steps: int) -> lightning.Trainer:

@@ -186,6 +186,13 @@ def check_positive(**settings: float | Sequence[float]) -> None:
             raise WSSSError(f"method.{name}={value}: expected finite numbers above zero")
 
 
+def check_not_negative(**settings: float) -> None:
+    """Raise WSSSError unless settings, given by their keys, are finite and not below zero."""
+    for name, value in settings.items():
+        if not 0 <= value < math.inf:
+            raise WSSSError(f"method.{name}={value}: expected a finite number, 0 or more")
+
+
 def check_thresholds(*, low: float, high: float) -> None:
     """Raise WSSSError unless the two thresholds of pseudo labels are 0 <= low <= high <= 1."""
     if not 0 <= low <= high <= 1:

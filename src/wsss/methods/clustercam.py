@@ -60,6 +60,7 @@ from wsss.methods.base import (
     Batch,
     Outputs,
     WSSSModule,
+    check_not_negative,
     check_positive,
     check_thresholds,
 )
@@ -75,7 +76,7 @@ WARMUP_START = 1e-6  # learning rates, absolute as officially
 OFFICIAL_FLOOR = 1e-5
 FLOOR_RATIO = 0.16  # 1e-5 / 6.25e-5, MCTformer's floor over its base rate
 QUERY_ROWS = 64  # of attention held at once in CAM passes
-# parameters that take ``head_lr_factor``: class tokens are copies of one and have to part
+# parameters that take ``head_lr_factor``; class tokens too, which have to part
 NOT_PRETRAINED = re.compile(r"cls_token|to_space|mixing|^patch_head|^decoder")
 
 
@@ -282,8 +283,9 @@ class ClusterCAM(WSSSModule):
         seg_from_epoch: 0-based epoch with which the segmentation loss begins.
         lr: base learning rate; officially 5e-4 x batch / 512.
         token_noise: standard deviation of normal noise that parts the class tokens at the start;
-            officially 0. Copies of one part through their targets alone, which took over a
-            thousand steps here (docs/league.md), and the paper has 94,000.
+            officially 0. Copies of one part through their targets alone: not in 1,000 steps of
+            the first phase here (docs/league.md); the paper has 94,000. ``official_compat`` leaves
+            this and ``head_lr_factor`` as they are set.
         head_lr_factor: times ``lr`` for what pretraining does not give: the class tokens' own
             values, the space of clusters, mixing scalars, patch head and decoder; officially 1.
         warmup_epochs: epochs of linear warm-up from 1e-6.
@@ -336,9 +338,17 @@ class ClusterCAM(WSSSModule):
         official_compat: bool = False,
     ) -> None:
         super().__init__(backbone=backbone, num_classes=num_classes, max_steps=max_steps)
-        _check_settings(backbone, epochs, drop_path, token_noise)
+        _check_settings(backbone, epochs, drop_path)
         # both would be met late: the warm-up's start is a share of lr, CAMs begin with the decoder
-        check_positive(lr=lr, scales=scales)
+        check_positive(
+            lr=lr, scales=scales, head_lr_factor=head_lr_factor, decoder_channels=decoder_channels
+        )
+        check_not_negative(
+            token_noise=token_noise,
+            warmup_epochs=warmup_epochs,
+            weight_decay=weight_decay,
+            seg_weight=seg_weight,
+        )
         check_thresholds(low=low_threshold, high=high_threshold)
         _check_clusters(cluster_side, iterations, fixed_mixing, cam_layers)
         self.cam_layers = cam_layers
@@ -668,7 +678,7 @@ class ClusterCAM(WSSSModule):
         )
 
 
-def _check_settings(backbone: Backbone, epochs: int, drop_path: float, token_noise: float) -> None:
+def _check_settings(backbone: Backbone, epochs: int, drop_path: float) -> None:
     if backbone.num_prefix_tokens != 1 or backbone.vit.no_embed_class:
         raise WSSSError(
             "method=clustercam turns the class token into one a class; this backbone has "
@@ -678,8 +688,6 @@ def _check_settings(backbone: Backbone, epochs: int, drop_path: float, token_noi
         raise WSSSError(
             f"method: expected epochs >= 1 and 0 <= drop_path < 1, got {epochs} and {drop_path}"
         )
-    if token_noise < 0:
-        raise WSSSError(f"method.token_noise={token_noise}: expected 0 or more")
 
 
 def _check_clusters(
@@ -699,15 +707,14 @@ def prepare_backbone(
 ) -> None:
     """Make a shared encoder ClusterCAM's: K class tokens, its norms, positions and drop path.
 
-    The class token and its position are copied K times (section 1, "Initialisation"); noise, if
-    any, is added to the copied tokens.
+    The class token and its position are copied K times (section 1, "Initialisation"); noise is
+    added to the copied tokens.
     """
     vit: Any = backbone.vit
     position, grid = vit.pos_embed[:, :1], vit.pos_embed[:, 1:]
     tokens = vit.cls_token.detach().repeat(1, num_classes, 1)
-    if token_noise:
-        tokens += token_noise * torch.randn_like(tokens)
-    vit.cls_token = nn.Parameter(tokens)
+    # drawn in any case, so that what else a seed gives does not depend on the noise
+    vit.cls_token = nn.Parameter(tokens + token_noise * torch.randn_like(tokens))
     vit.pos_embed = nn.Parameter(
         torch.cat([position.repeat(1, num_classes, 1), grid], dim=1).detach()
     )

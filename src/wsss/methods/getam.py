@@ -59,7 +59,14 @@ from wsss.losses import (
     full_precision,
     widened,
 )
-from wsss.methods.base import Batch, Outputs, WSSSModule, check_positive, check_thresholds
+from wsss.methods.base import (
+    Batch,
+    Outputs,
+    WSSSModule,
+    check_not_negative,
+    check_positive,
+    check_thresholds,
+)
 from wsss.pseudo_labels import (
     cam_to_label_with_ignore,
     ignore_outside_boxes,
@@ -325,7 +332,13 @@ class GETAM(WSSSModule):
             raise WSSSError(
                 f"method=getam taps four blocks, and this backbone has {backbone.depth}"
             )
-        check_positive(lr=lr)
+        check_positive(lr=lr, decoder_channels=decoder_channels)
+        check_not_negative(
+            weight_decay=weight_decay,
+            seg_weight=seg_weight,
+            energy_weight=energy_weight,
+            saliency_weight=saliency_weight,
+        )
         check_thresholds(low=low_threshold, high=high_threshold)
         if quantile is not None and not 0 <= quantile < 1:
             raise WSSSError(f"method.quantile={quantile}: expected 0 to below 1, or null")

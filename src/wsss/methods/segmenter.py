@@ -30,7 +30,7 @@ from wsss.conv_backbone import ConvBackbone
 from wsss.data.images import IGNORE_INDEX
 from wsss.decoders import ASPPSum
 from wsss.errors import WSSSError
-from wsss.methods.base import Batch, Outputs, WSSSModule, check_positive
+from wsss.methods.base import Batch, Outputs, WSSSModule, check_not_negative, check_positive
 from wsss.schedules import poly_warmup
 
 
@@ -71,7 +71,8 @@ class Segmenter(WSSSModule):
         super().__init__(backbone=backbone, num_classes=num_classes, max_steps=max_steps)  # type: ignore[arg-type]
         if not loss_scales:
             raise WSSSError("method.loss_scales=[]: expected one scale at least")
-        check_positive(lr=lr, loss_scales=loss_scales)
+        check_positive(lr=lr, head_lr_factor=head_lr_factor, loss_scales=loss_scales)
+        check_not_negative(weight_decay=weight_decay)
         self.optimiser = optimiser
         self.lr, self.head_lr_factor, self.weight_decay = lr, head_lr_factor, weight_decay
         self.loss_scales = tuple(loss_scales)

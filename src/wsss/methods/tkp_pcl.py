@@ -52,7 +52,7 @@ from wsss.backbone import Backbone, token_map
 from wsss.data.images import denormalise
 from wsss.errors import WSSSError
 from wsss.evaluation.inference import evaluating
-from wsss.methods.base import Batch, Outputs, WSSSModule, check_positive
+from wsss.methods.base import Batch, Outputs, WSSSModule, check_not_negative, check_positive
 
 TILES = 2  # a mosaic is 2 x 2 views
 
@@ -386,7 +386,10 @@ class TKPPCL(WSSSModule):
                 f"method: expected top_k >= 1, trained_blocks >= 0 and warmup_steps >= 0, got "
                 f"{top_k}, {trained_blocks} and {warmup_steps}"
             )
-        check_positive(warmup_lr=warmup_lr, lr=lr)
+        check_positive(warmup_lr=warmup_lr, lr=lr, lstm_hidden=lstm_hidden)
+        check_not_negative(
+            pce_weight=pce_weight, l2_weight=l2_weight, equivariance_weight=equivariance_weight
+        )
         if top_k_fraction is not None and not 0 < top_k_fraction <= 1:
             raise WSSSError(f"method.top_k_fraction={top_k_fraction}: expected above 0, up to 1")
         self.warmup_steps, self.warmup_lr, self.lr = warmup_steps, warmup_lr, lr

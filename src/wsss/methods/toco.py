@@ -57,6 +57,7 @@ from wsss.methods.base import (
     Batch,
     Outputs,
     WSSSModule,
+    check_not_negative,
     check_positive,
     check_thresholds,
 )
@@ -333,7 +334,16 @@ class ToCo(WSSSModule):
         if backbone.num_prefix_tokens == 0:
             raise WSSSError("method=toco contrasts class tokens, and this backbone has none")
         check_thresholds(low=low_threshold, high=high_threshold)
-        check_positive(lr=lr, scales=scales)
+        check_positive(
+            lr=lr, scales=scales, head_lr_factor=head_lr_factor, decoder_channels=decoder_channels
+        )
+        check_not_negative(
+            weight_decay=weight_decay,
+            ptc_weight=ptc_weight,
+            ctc_weight=ctc_weight,
+            seg_weight=seg_weight,
+            reg_weight=reg_weight,
+        )
         if local_size < backbone.patch_size:
             raise WSSSError(
                 f"method.local_size={local_size}: smaller than one patch of "

@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 from io import StringIO
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import torch
 from rich.console import Console
 
 from wsss.errors import WSSSError
-from wsss.results import store
 from wsss.results.store import print_table, read_results, write_results
 
 RESULTS = {
@@ -46,21 +46,19 @@ def test_round_trip_with_plain_values_and_null_for_nan(tmp_path: Path) -> None:
     assert back["extra"] == {"t": [1, 2], "n": 0.5, "p": "a/b", "u": [1, None]}
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     write_results(path, {"seed": 1})
     before = path.read_bytes()
     with pytest.raises(TypeError):
         write_results(path, {"seed": object()})
-
-    def full_disk(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(store.os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write_results(path, {"seed": 2})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))  # fails in the middle, as a full disk
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_results(path, {"seed": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 

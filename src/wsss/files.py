@@ -2,17 +2,17 @@
 
 import os
 from pathlib import Path
-from uuid import uuid4
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that a reader sees the old one or the new one; its folder is created.
 
-    Processes that write the same file at the same time do not disturb each other: the last wins.
-    Nothing is forced to the disk: what a power cut leaves is the system's business.
+    The temporary file's name is fixed, so that what a killed process left is overwritten by the
+    next; a file has one writer at a time. Nothing is forced to the disk: what a power cut leaves is
+    the system's business.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{uuid4().hex}.tmp"
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)

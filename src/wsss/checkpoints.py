@@ -5,7 +5,6 @@ cannot run code. Keys are never matched loosely: what is missing, extra or missh
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from math import isqrt
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wsss.errors import WSSSError
+from wsss.files import whole_file
 
 # official ToCo name -> ours, by prefix (../shared/methods/toco.md section 1); order matters
 TOCO_PREFIXES = {
@@ -108,17 +108,13 @@ def save_atomically(checkpoint: Mapping[str, Any], target: Path) -> None:
     Raises:
         WSSSError: it cannot be written; what was there is untouched.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, target)
+        with whole_file(target) as temporary:
+            torch.save(checkpoint, temporary)
     except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
         raise WSSSError(
             f"{target}: cannot be written ({first_line(error)}); a previous file is untouched"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_state_dict_strictly(

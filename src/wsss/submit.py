@@ -8,7 +8,6 @@ tar.gz (field.md, C).
 import gzip
 import io
 import json
-import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from wsss.data.images import image_size, mask_png, normalise, read_rgb
 from wsss.data.voc import VOC_CLASSES, find_voc_root, list_path, voc_samples
 from wsss.errors import WSSSError
 from wsss.evaluation.inference import evaluating
-from wsss.files import write_atomically
+from wsss.files import whole_file, write_atomically
 from wsss.predict import predict_mask
 from wsss.reporting import choose_device, make_writable
 from wsss.runs import LAST_CHECKPOINT, LoadedRun, load_run
@@ -106,8 +105,8 @@ def _predict_all(run: LoadedRun, samples: Sequence[Sample], folder: Path, device
 
 def write_archive(archive: Path, base: Path, members: Sequence[PurePosixPath]) -> None:
     """Packs files; the same masks give the same bytes."""
-    temporary = archive.with_name(f".{archive.name}.tmp")
     with (
+        whole_file(archive) as temporary,
         temporary.open("wb") as stream,
         gzip.GzipFile(filename="", fileobj=stream, mode="wb", mtime=0) as zipped,
         tarfile.open(fileobj=zipped, mode="w") as tar,
@@ -117,7 +116,6 @@ def write_archive(archive: Path, base: Path, members: Sequence[PurePosixPath]) -
             info = tarfile.TarInfo(str(member))
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    os.replace(temporary, archive)
 
 
 def validate_archive(archive: Path, inner: PurePosixPath, samples: Sequence[Sample]) -> None:

@@ -11,9 +11,10 @@ import test_docs_methods
 from small_runs import PLAIN, SMALL
 
 import wsss.methods
-from wsss import benchmark, places
+from wsss import benchmark
 from wsss.benchmark.runner import run_side
 from wsss.cli import main
+from wsss.core import places
 from wsss.data.builtin import minivoc_root
 
 PROJECT = Path(__file__).parents[1]

@@ -1,6 +1,6 @@
 import torch
 
-from wsss.affinity import pair_masks
+from wsss.methods.toco.contrast import pair_masks
 
 
 def test_pairs_of_a_small_map() -> None:

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wsss.backbone import Backbone, Features, load_encoder, resize_positions, state_sha256
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
+from wsss.models.backbone import Backbone, Features
+from wsss.models.vit import resize_positions
+from wsss.models.weights import load_encoder, state_sha256
 
 GOLDEN = Path(__file__).parent / "golden" / "toco" / "a_backbone.npz"
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])

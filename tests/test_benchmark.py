@@ -13,7 +13,6 @@ from rich.console import Console
 from torch import nn
 
 from wsss import benchmark
-from wsss.backbone import Backbone
 from wsss.benchmark import crf
 from wsss.benchmark.clustercam_official import OfficialClusterCAM
 from wsss.benchmark.clustercam_official import Savings as ClusterSavings
@@ -21,10 +20,12 @@ from wsss.benchmark.report import show, summarise
 from wsss.benchmark.runner import Side, Stopwatch, make_batch, peak_memory, run_side
 from wsss.benchmark.toco_official import OfficialToCo, Savings, looped_ctc_loss
 from wsss.cli import main
-from wsss.errors import WSSSError
-from wsss.methods.clustercam import ClusterCAM
-from wsss.methods.clustercam import StepResult as ClusterResult
-from wsss.methods.toco import StepResult, ToCo, ctc_loss
+from wsss.core.errors import WSSSError
+from wsss.methods.clustercam.method import ClusterCAM
+from wsss.methods.clustercam.method import StepResult as ClusterResult
+from wsss.methods.toco.contrast import ctc_loss
+from wsss.methods.toco.method import StepResult, ToCo
+from wsss.models.backbone import Backbone
 
 SAVINGS = [field.name for field in fields(Savings)]
 MAX_STEPS = 100

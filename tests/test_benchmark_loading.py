@@ -12,8 +12,8 @@ from PIL import Image
 from wsss.benchmark.loading import enlarged_minivoc
 from wsss.benchmark.plain_views import PLAIN
 from wsss.cli import main
-from wsss.config import config_root
-from wsss.data.transforms import ToCoViews
+from wsss.core.places import config_root
+from wsss.data.views.toco import ToCoViews
 
 METHODS = sorted(path.stem for path in (config_root() / "conf" / "method").glob("*.yaml"))
 SIZE = 64

@@ -8,7 +8,7 @@ import torch
 
 from wsss.benchmark.pce import PCEArguments, make_patches, measure, pce_matrix
 from wsss.cli import main
-from wsss.methods.tkp_pcl import pce_loss
+from wsss.methods.tkp_pcl.patches import pce_loss
 
 
 def test_all_pairs_are_the_closed_form() -> None:

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss.cams import class_activation, multiscale_cam, normalise_cam
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
+from wsss.maps.cams import class_activation, multiscale_cam, normalise_cam
 
 
 class Heads:

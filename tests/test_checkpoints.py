@@ -10,17 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wsss.backbone import Backbone
-from wsss.checkpoints import (
-    OFFICIAL_NAMES,
-    clustercam_name,
-    convert_official,
-    load_official,
-    read_state_dict,
-)
-from wsss.errors import WSSSError
-from wsss.methods.clustercam import ClusterCAM
-from wsss.methods.toco import ToCo
+from wsss.core.errors import WSSSError
+from wsss.methods.clustercam.method import ClusterCAM
+from wsss.methods.clustercam.official import clustercam_name
+from wsss.methods.official import OFFICIAL_NAMES, convert_official, load_official
+from wsss.methods.toco.method import ToCo
+from wsss.models.backbone import Backbone
+from wsss.models.weights import read_state_dict
 
 State = dict[str, Tensor]
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from wsss.backbone import Backbone
-from wsss.checkpoints import convert_official, getam_official_name, load_official
 from wsss.cli import main
-from wsss.errors import WSSSError
-from wsss.methods.getam import GETAM
-from wsss.runs import load_run
+from wsss.core.errors import WSSSError
+from wsss.methods.getam.method import GETAM
+from wsss.methods.getam.official import getam_official_name
+from wsss.methods.official import convert_official, load_official
+from wsss.models.backbone import Backbone
+from wsss.runs.folder import load_run
 
 NAMES = {
     "vitb": "vit_tiny_patch16_224",

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from wsss import benchmark, dashboard, evaluate, predict, pseudo, submit
-from wsss.arguments import parse_arguments, split_arguments
+from wsss import benchmark
 from wsss.benchmark import loading, pce
-from wsss.checkpoints import CONVERTERS
 from wsss.cli import VERBS
-from wsss.config import compose_config, plain, sweep_jobs
-from wsss.data import prepare_coco, prepare_voc
-from wsss.errors import WSSSError
+from wsss.commands import dashboard, data, evaluate, predict, pseudo, report, submit
+from wsss.commands.train import _read_command_line
+from wsss.comparison import compare as comparison
+from wsss.core.arguments import parse_arguments, split_arguments
+from wsss.core.errors import WSSSError
+from wsss.methods.official import CONVERTERS
 from wsss.parity import METHODS
-from wsss.results import compare, report
-from wsss.runs import override_config
-from wsss.training import _read_command_line
+from wsss.runs.compose import compose_config, sweep_jobs
+from wsss.runs.config import override_config, plain
 
 PROJECT = Path(__file__).parents[1]
 PAGES = [PROJECT / "README.md"]
@@ -63,7 +63,7 @@ def take_data(arguments: list[str]) -> None:
         own = ("data=", "data.")
         compose_config([a if a.startswith(own) else f"data.{a}" for a in settings])
         return
-    schemas = {"voc": prepare_voc.VOCArguments, "coco": prepare_coco.COCOArguments}
+    schemas = {"voc": data.VOCArguments, "coco": data.COCOArguments}
     parse_arguments(schemas[rest[0]], rest[1:])
 
 
@@ -109,7 +109,7 @@ ALONE: dict[str, Callable[[list[str]], None]] = {
     "train": take_train,
     "data": take_data,
     "benchmark": take_benchmark,
-    "compare": of_folders(compare.CompareArguments),
+    "compare": of_folders(comparison.CompareArguments),
     "report": of_folders(report.ReportArguments),
     "dashboard": lambda arguments: (
         parse_arguments(dashboard.DashboardArguments, arguments) and None

@@ -6,20 +6,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from wsss import places
-from wsss.config import (
-    check_config,
-    compose_config,
-    config_hash,
-    config_root,
-    plain,
-    second_stage_config,
-    sweep_jobs,
-)
-from wsss.data.prepare_coco import COCO_CLASSES
-from wsss.data.train_masks import PIXEL_MASKS
-from wsss.errors import WSSSError
-from wsss.runs import build_data, build_module, override_config
+from wsss.core import places
+from wsss.core.errors import WSSSError
+from wsss.core.places import config_root
+from wsss.core.supervision import PIXEL_MASKS
+from wsss.data.prepare.coco import COCO_CLASSES
+from wsss.runs.compose import compose_config, sweep_jobs
+from wsss.runs.config import check_config, config_hash, override_config, plain, second_stage_config
+from wsss.runs.folder import build_data, build_module
 
 ROOT = config_root()
 EXPERIMENTS = sorted(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wsss.costs import CostMeter, training_cost
+from wsss.runs.costs import CostMeter, training_cost
 
 
 def session(meter: CostMeter, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -13,7 +13,7 @@ def session(meter: CostMeter, monkeypatch: pytest.MonkeyPatch, seconds: float) -
     module = SimpleNamespace(device=torch.device("cpu"))
     trainer = SimpleNamespace(world_size=2)
     times = iter((100.0, 100.0 + seconds))
-    monkeypatch.setattr("wsss.costs.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("wsss.runs.costs.time.perf_counter", lambda: next(times))
     meter.on_train_start(trainer, module)  # type: ignore[arg-type]
     meter.on_train_end(trainer, module)  # type: ignore[arg-type]
 

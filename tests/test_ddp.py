@@ -16,14 +16,15 @@ from lightning.pytorch.callbacks import Callback
 from small_runs import FORKED, SMALL, Command, processes_of
 from torch import Tensor
 
-from wsss.backbone import state_sha256
 from wsss.cli import main
 from wsss.data.datamodule import ImageDataModule
 from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
-from wsss.runs import build_data, build_module, compose_run
-from wsss.training import accelerate, build_trainer
+from wsss.models.weights import state_sha256
+from wsss.runs.compose import compose_run
+from wsss.runs.folder import build_data, build_module
+from wsss.training.trainer import accelerate, build_trainer
 
 STEPS = 6  # of which 0 to 3 are the first phase
 METHODS = {

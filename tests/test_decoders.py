@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from wsss.decoders import DPTDecoder, Fusion, Reassemble, ResidualUnit, SqueezeBlock
+from wsss.models.decoders import DPTDecoder, Fusion, Reassemble, ResidualUnit, SqueezeBlock
 
 
 def test_reassembled_sizes() -> None:

@@ -252,7 +252,7 @@ And {{code:pack.part:LIMIT}}
 
 def test_mkdocs_calls_the_hook() -> None:
     page = SimpleNamespace(file=SimpleNamespace(src_uri="methods/toco.md"))
-    marker = "{{code:wsss.methods.toco:ToCo}}"
+    marker = "{{code:wsss.methods.toco.method:ToCo}}"
     config = SimpleNamespace(repo_url="https://host/wsss")
     made = docs_hooks.on_page_markdown(marker, page=page, config=config, files=None)
     assert re.fullmatch(

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from wsss.data.images import voc_palette
 from wsss.evaluation.protocol import Protocol
-from wsss.gallery import (
+from wsss.methods.base import Outputs
+from wsss.results.gallery import (
     PANEL,
     ROWS_PER_SHEET,
     choose_images,
@@ -19,7 +20,6 @@ from wsss.gallery import (
     sheet_size,
     write_gallery,
 )
-from wsss.methods.base import Outputs
 
 NAMES = ("cat", "dog")
 PROTOCOL = Protocol(cam_high=0.6, cam_low=0.4, refine="par")

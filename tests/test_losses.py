@@ -5,11 +5,10 @@ import torch.nn.functional as F
 from series import refine_inputs, series
 from torch import Tensor
 
-from wsss.affinity import pair_masks
-from wsss.data.images import IMAGENET_MEAN, IMAGENET_STD
-from wsss.errors import WSSSError
-from wsss.losses import balanced_segmentation_loss, dense_energy_loss, gaussian_filter
-from wsss.methods.toco import ctc_loss, ptc_loss
+from wsss.core.errors import WSSSError
+from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD
+from wsss.methods.losses import balanced_segmentation_loss, dense_energy_loss, gaussian_filter
+from wsss.methods.toco.contrast import ctc_loss, pair_masks, ptc_loss
 
 STATS = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
@@ -107,7 +106,7 @@ def test_gaussian_filter_in_chunks_is_the_sum(monkeypatch: pytest.MonkeyPatch) -
     distance = (features[:, None] - features[None]).square().sum(-1)
     expected = (-0.5 * distance).exp() @ values
     torch.testing.assert_close(gaussian_filter(features, values), expected)
-    monkeypatch.setattr("wsss.losses._CHUNK_ENTRIES", 350)
+    monkeypatch.setattr("wsss.methods.losses._CHUNK_ENTRIES", 350)
     torch.testing.assert_close(gaussian_filter(features, values), expected)
 
 

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent / "data"))  # the generators of sma
 from trees import CLASSES_OF_PHOTOS, make_coco, make_photos, write_photo_table
 
 from wsss.cli import main
-from wsss.data.datamodule import TableDataModule
+from wsss.data.table_module import TableDataModule
 from wsss.results.store import read_results
-from wsss.runs import load_run
+from wsss.runs.folder import load_run
 
 TINY = [
     "method=toco",

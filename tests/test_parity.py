@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from series import GOLDEN
 
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
 from wsss.parity import (
     EXACT,
     LOSS,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from wsss.errors import WSSSError
-from wsss.permutohedral import PermutohedralLattice
+from wsss.core.errors import WSSSError
+from wsss.maps.permutohedral import PermutohedralLattice
 
 
 def points(count: int, d: int, spread: float, seed: int = 0) -> Tensor:

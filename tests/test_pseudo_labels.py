@@ -2,15 +2,15 @@ import pytest
 import torch
 from series import refine_inputs
 
-from wsss.errors import WSSSError
-from wsss.pseudo_labels import (
+from wsss.core.errors import WSSSError
+from wsss.maps.pseudo_labels import (
     cam_to_label,
     cam_to_label_with_ignore,
     ignore_outside_boxes,
     refine_cam_to_label,
     roi_mask,
 )
-from wsss.refine.par import PAR
+from wsss.maps.refine.par import PAR
 
 
 def test_thresholds_and_equality() -> None:

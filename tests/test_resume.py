@@ -12,10 +12,10 @@ import pytest
 import torch
 from small_runs import FORKED, METHODS, PLAIN, SMALL, Command, processes_of
 
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
 from wsss.evaluation.ledger import readings
-from wsss.refine.dense_crf import CRF_PRESETS, CRFPool
-from wsss.training import holding
+from wsss.maps.refine.dense_crf import CRF_PRESETS, CRFPool
+from wsss.training.lock import lock
 
 # three steps an epoch, so that the checkpoints of steps 2 and 4 are from the middle of one
 STEPS = [
@@ -140,7 +140,7 @@ def test_ctrl_c_a_full_disk_sigterm_and_kill_leave_a_run_that_ends_the_same(tmp_
 
 
 def _hold(folder: Path, ready: Any) -> None:
-    with holding(folder):
+    with lock(folder):
         if os.fork() == 0:  # as a worker that loads data: it has the lock, too
             time.sleep(2)
             os._exit(0)
@@ -155,12 +155,12 @@ def test_a_second_process_is_refused_until_the_first_and_its_workers_are_gone(
     first = FORKED.Process(target=_hold, args=(tmp_path, ready))
     first.start()
     assert ready.wait(60)
-    with pytest.raises(WSSSError, match=f"another process .* {first.pid}"), holding(tmp_path):
+    with pytest.raises(WSSSError, match=f"another process .* {first.pid}"), lock(tmp_path):
         pass
     first.kill()
     first.join()
     began = time.monotonic()
-    with holding(tmp_path):
+    with lock(tmp_path):
         assert time.monotonic() - began < 10
 
 

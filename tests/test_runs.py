@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 from small_runs import SMALL
 
-from wsss.checkpoints import toco_official_name
 from wsss.cli import main
+from wsss.core.errors import WSSSError
 from wsss.data.builtin import minivoc_root
 from wsss.data.images import voc_palette
-from wsss.errors import WSSSError
 from wsss.evaluation.ledger import readings
+from wsss.methods.toco.official import toco_official_name
 from wsss.results.store import read_cells
-from wsss.runs import build_data, compose_run, load_run
+from wsss.runs.compose import compose_run
+from wsss.runs.folder import build_data, load_run
 
 # a network and pictures small enough for a second a step
 TINY = [

@@ -1,6 +1,6 @@
 import pytest
 
-from wsss.schedules import cosine_warmup, poly_warmup
+from wsss.methods.schedules import cosine_warmup, poly_warmup
 
 
 @pytest.mark.parametrize(

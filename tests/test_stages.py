@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from wsss.cli import main
+from wsss.core.supervision import PIXEL_MASKS
 from wsss.data.images import read_mask
-from wsss.data.train_masks import CARD_FILE, PIXEL_MASKS
+from wsss.data.train_masks import CARD_FILE
 from wsss.evaluation.inference import localise, pseudo_label
 from wsss.evaluation.protocol import Protocol
-from wsss.pseudo import Labeller, Soft
-from wsss.pseudo_labels import cam_probabilities, cam_to_label
-from wsss.runs import LoadedRun, build_data, build_module, compose_run, load_run
+from wsss.maps.pseudo_labels import cam_probabilities, cam_to_label
+from wsss.runs.compose import compose_run
+from wsss.runs.folder import Run, build_data, build_module, load_run
+from wsss.runs.label_writer import Labeller, Soft
 
 SMALL = [
     "backbone.weights=random",
@@ -155,12 +157,12 @@ def test_upper_bound_is_recorded_as_pixel_supervision(tmp_path: Path) -> None:
     assert _results(_run(tmp_path, "segmenter"))["protocol"]["supervision"] == PIXEL_MASKS
 
 
-def _untrained(*overrides: str) -> LoadedRun:
+def _untrained(*overrides: str) -> Run:
     config = compose_run(["data=minivoc", *SMALL, *overrides])
     data = build_data(config)
     torch.manual_seed(0)
     module = build_module(config, data.num_classes).eval()
-    return LoadedRun(module, data, Protocol(**config["eval"]), config, Path(), 0, None)
+    return Run(module, data, Protocol(**config["eval"]), config, Path(), 0, None)
 
 
 @torch.no_grad()

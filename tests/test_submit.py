@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 from wsss import cli
-from wsss.checkpoints import save_atomically
+from wsss.core.errors import WSSSError
 from wsss.data.dataset import Sample
 from wsss.data.images import mask_png, voc_palette
 from wsss.data.voc import VOC_CLASSES
-from wsss.errors import WSSSError
-from wsss.runs import build_module, compose_run
-from wsss.submit import validate_archive, write_archive
+from wsss.models.weights import save_atomically
+from wsss.runs.compose import compose_run
+from wsss.runs.folder import build_module
+from wsss.runs.submission import validate_archive, write_archive
 
 NAMES = ["2008_000006", "2008_000011", "2008_000012"]
 INNER = Path("results/VOC2012/Segmentation/comp6_test_cls")

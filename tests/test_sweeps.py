@@ -11,9 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 from small_runs import PLAIN, SMALL, Command, processes_of
 
-from wsss.config import compose_config, sweep_jobs
-from wsss.errors import WSSSError
-from wsss.sweeps import Outcome, exit_status, outcomes, share_devices, summary
+from wsss.core.errors import WSSSError
+from wsss.runs.compose import compose_config, sweep_jobs
+from wsss.training.sweeps import Outcome, exit_status, outcomes, share_devices, summary
 
 JOB = [
     "method=toco",

@@ -15,12 +15,12 @@ from PIL import Image
 from small_runs import Command
 
 from wsss.cli import main
-from wsss.config import LoggerConfig
-from wsss.dashboard import varying
-from wsss.errors import WSSSError
+from wsss.comparison.dashboard import varying
+from wsss.core.errors import WSSSError
 from wsss.results.store import read_results
-from wsss.runs import compose_run
-from wsss.tracking import has_key, run_id, wandb_run
+from wsss.runs.compose import compose_run
+from wsss.runs.config import LoggerConfig
+from wsss.runs.wandb import has_key, run_id, wandb_run
 
 wandb = pytest.importorskip("wandb")
 pytest.importorskip("wandb_workspaces")

@@ -41,7 +41,7 @@ def test_installed_wheel_composes_from_the_root_folder(tmp_path: Path) -> None:
     assert "study: toco-minivoc" in job
     code = (
         "import wsss, pathlib; from wsss.data.builtin import minivoc_root;"
-        "from wsss.backbone import PACKAGE;"
+        "from wsss.models.backbone import PACKAGE;"
         "assert (PACKAGE / 'weights' / 'vit_pico.safetensors').is_file();"
         "assert (minivoc_root() / 'VOC2012').is_dir(); print(wsss.__file__)"
     )

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 
 class ProcessLauncher(Launcher):
-    """Starts ``wsss train`` for each job (:func:`wsss.sweeps.run_jobs`).
+    """Starts ``wsss train`` for each job (:func:`wsss.training.sweeps.run_jobs`).
 
     Args:
         jobs: how many at a time.
@@ -34,7 +34,7 @@ class ProcessLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Run jobs to their end; one that failed returns NaN, so that a sweeper goes on."""
-        from wsss.sweeps import run_jobs  # Hydra imports this file in every run
+        from wsss.training.sweeps import run_jobs  # Hydra imports this file in every run
 
         settings = self.config.hydra
         # composed in the child, where -m would sweep again

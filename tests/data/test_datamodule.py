@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from PIL import Image
 from voc_tree import CLASSES, make_voc, write_image, write_mask, write_xml
 
+from wsss.core.errors import WSSSError
 from wsss.data.builtin import MINIVOC_CLASSES
-from wsss.data.datamodule import WSSSDataModule
-from wsss.data.transforms import ToCoViews
-from wsss.errors import WSSSError
+from wsss.data.views.toco import ToCoViews
+from wsss.data.voc_module import VOCDataModule
 
 
 def small_view(rgb: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
@@ -22,7 +22,7 @@ def small_view(rgb: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Ten
     return {"image": torch.full((1,), float(rgb.mean())), "draw": torch.tensor(rng.random())}
 
 
-def module(root: Path | str, **changes: Any) -> WSSSDataModule:
+def module(root: Path | str, **changes: Any) -> VOCDataModule:
     settings: dict[str, Any] = {
         "name": "small",
         "root": root,
@@ -34,7 +34,7 @@ def module(root: Path | str, **changes: Any) -> WSSSDataModule:
         "global_batch_size": 2,
         "seed": 3,
     }
-    return WSSSDataModule(**(settings | changes))
+    return VOCDataModule(**(settings | changes))
 
 
 class Recorder(L.LightningModule):
@@ -57,7 +57,7 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(data: WSSSDataModule, folder: Path, *, steps: int, **options: Any) -> Recorder:
+def fit(data: VOCDataModule, folder: Path, *, steps: int, **options: Any) -> Recorder:
     resume = options.pop("ckpt_path", None)
     recorder = Recorder()
     trainer = L.Trainer(
@@ -162,7 +162,7 @@ def test_resuming_with_another_list_is_refused(tmp_path: Path) -> None:
         fit(module(root, seed=4), tmp_path, steps=2, ckpt_path=path)
 
 
-def batches(data: WSSSDataModule, epoch: int = 0) -> list[dict[str, Any]]:
+def batches(data: VOCDataModule, epoch: int = 0) -> list[dict[str, Any]]:
     data.setup("fit")
     loader = data.train_dataloader()
     loader.sampler.set_epoch(epoch)

@@ -13,9 +13,9 @@ from trees import write_photo_table as write_table
 from voc_tree import write_mask, write_xml
 
 from wsss.cli import main
-from wsss.data.datamodule import WSSSDataModule
 from wsss.data.images import mask_png
-from wsss.data.prepare_coco import COCO_CLASSES
+from wsss.data.prepare.coco import COCO_CLASSES
+from wsss.data.voc_module import VOCDataModule
 
 
 def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:
@@ -61,7 +61,7 @@ def test_a_healthy_tree_has_no_error_and_is_left_as_it_is(
 
 def test_hashes_are_those_that_a_run_records(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, lines = check(capsys, "data=voc", f"root={voc}")
-    data = WSSSDataModule(
+    data = VOCDataModule(
         name="voc",
         root=voc,
         class_names=[*_voc_classes()],

@@ -11,10 +11,10 @@ from trees import CLASSES_OF_PHOTOS, coco_instances, make_photos, rectangle
 from voc_tree import write_xml
 
 from wsss.cli import main
-from wsss.data.datamodule import TableDataModule
+from wsss.core.files import write_atomically
 from wsss.data.images import mask_png
 from wsss.data.table import read_table
-from wsss.files import write_atomically
+from wsss.data.table_module import TableDataModule
 
 COLOURS = {"background": (0, 0, 0), "sky": (255, 0, 10), "leaf": (0, 7, 0), "apple": (9, 9, 200)}
 ORDER = ("sky", "leaf", "apple")  # of the tools' files, not alphabetical

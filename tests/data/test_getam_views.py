@@ -8,13 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
+from wsss.core.errors import WSSSError
 from wsss.data.builtin import minivoc_root
-from wsss.data.datamodule import WSSSDataModule
 from wsss.data.dataset import saliency_guide
-from wsss.data.images import IMAGENET_MEAN, IMAGENET_STD, denormalise, read_saliency, squash_pixels
-from wsss.data.transforms import GETAMViews, ToCoViews
+from wsss.data.images import read_saliency
+from wsss.data.views.getam import GETAMViews
+from wsss.data.views.toco import ToCoViews
 from wsss.data.voc import VOCDataset
-from wsss.errors import WSSSError
+from wsss.data.voc_module import VOCDataModule
+from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD, denormalise, squash_pixels
 
 CLASSES = ["bottle", "car", "chair", "diningtable", "person", "pottedplant", "sofa", "tvmonitor"]
 
@@ -127,8 +129,8 @@ def test_bad_saliency_maps_are_named(folder: Path) -> None:
         read_saliency(victim, threshold=127, size=(160, 160))
 
 
-def module(**settings: object) -> WSSSDataModule:
-    return WSSSDataModule(
+def module(**settings: object) -> VOCDataModule:
+    return VOCDataModule(
         name="minivoc",
         root="builtin",
         class_names=CLASSES,

@@ -10,10 +10,12 @@ from PIL import Image
 from trees import CLASSES_OF_PHOTOS, make_photos
 from voc_tree import CLASSES, make_voc
 
-from wsss.data.datamodule import ImageDataModule, TableDataModule, WSSSDataModule
+from wsss.core.errors import WSSSError
+from wsss.core.files import write_atomically
+from wsss.data.datamodule import ImageDataModule
 from wsss.data.images import mask_png
-from wsss.errors import WSSSError
-from wsss.files import write_atomically
+from wsss.data.table_module import TableDataModule
+from wsss.data.voc_module import VOCDataModule
 
 
 def plain(rgb: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
@@ -32,7 +34,7 @@ def with_mask(
     return {"seen": torch.tensor(int(mask.max()))}
 
 
-def voc(parent: Path, **changes: Any) -> WSSSDataModule:
+def voc(parent: Path, **changes: Any) -> VOCDataModule:
     settings: dict[str, Any] = {
         "name": "voc",
         "root": parent / "VOCdevkit",
@@ -41,7 +43,7 @@ def voc(parent: Path, **changes: Any) -> WSSSDataModule:
         "val_split": "val",
         "global_batch_size": 1,
     }
-    return WSSSDataModule(**(settings | changes))
+    return VOCDataModule(**(settings | changes))
 
 
 def table(parent: Path, **changes: Any) -> TableDataModule:

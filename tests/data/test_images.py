@@ -6,20 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
+from wsss.core.errors import WSSSError
+from wsss.core.files import write_atomically
 from wsss.data.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     ImageFolderDataset,
-    denormalise,
     image_size,
     mask_png,
-    normalise,
     read_mask,
     read_rgb,
     voc_palette,
 )
-from wsss.errors import WSSSError
-from wsss.files import write_atomically
+from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD, denormalise, normalise
 
 
 def ramp(height: int = 12, width: int = 16) -> np.ndarray:

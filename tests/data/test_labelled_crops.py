@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from voc_tree import CLASSES, make_voc
 
-from wsss.data.datamodule import WSSSDataModule
-from wsss.data.images import denormalise, read_mask, write_mask
-from wsss.data.labelled_crops import LabelledCrops
-from wsss.data.train_masks import CARD_FILE, GROUND_TRUTH, PIXEL_MASKS, supervision_of
-from wsss.data.transforms import ToCoViews
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
+from wsss.core.supervision import PIXEL_MASKS
+from wsss.data.images import read_mask, write_mask
+from wsss.data.train_masks import CARD_FILE, GROUND_TRUTH, supervision_of
+from wsss.data.views.segmenter import LabelledCrops
+from wsss.data.views.toco import ToCoViews
+from wsss.data.voc_module import VOCDataModule
+from wsss.maps.pixels import denormalise
 
 
 def test_image_and_mask_are_cut_alike() -> None:
@@ -49,7 +51,7 @@ def test_flips_happen() -> None:
     assert set(left) == {0, 1}
 
 
-def module(root: Path, train_masks: str | None, **changes: Any) -> WSSSDataModule:
+def module(root: Path, train_masks: str | None, **changes: Any) -> VOCDataModule:
     settings: dict[str, Any] = {
         "name": "tree",
         "root": root,
@@ -59,7 +61,7 @@ def module(root: Path, train_masks: str | None, **changes: Any) -> WSSSDataModul
         "train_transform": LabelledCrops(crop_size=16),
         "global_batch_size": 2,
     }
-    return WSSSDataModule(**{**settings, "train_masks": train_masks, **changes})
+    return VOCDataModule(**{**settings, "train_masks": train_masks, **changes})
 
 
 def test_training_reads_the_folder_it_is_given(tmp_path: Path) -> None:

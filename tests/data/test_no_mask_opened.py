@@ -14,10 +14,11 @@ import pytest
 from trees import CLASSES_OF_PHOTOS, make_photos
 from voc_tree import CLASSES, make_voc
 
-from wsss.config import config_root
+from wsss.core.places import config_root
 from wsss.evaluation.protocol import Protocol
-from wsss.runs import build_data, build_module, compose_run
-from wsss.training import build_trainer
+from wsss.runs.compose import compose_run
+from wsss.runs.folder import build_data, build_module
+from wsss.training.trainer import build_trainer
 
 METHODS = sorted(path.stem for path in (config_root() / "conf" / "method").glob("*.yaml"))
 watched: list[Path] = []  # folders of masks; a hook cannot be taken off again, so it is emptied

@@ -20,9 +20,9 @@ from trees import (
 )
 
 from wsss.cli import main
-from wsss.data.prepare_coco import COCO_CLASSES, Instance, Picture, paint, region
+from wsss.core.errors import WSSSError
+from wsss.data.prepare.coco import COCO_CLASSES, Instance, Picture, paint, region
 from wsss.data.table import read_table
-from wsss.errors import WSSSError
 
 pycocotools_mask = pytest.importorskip("pycocotools.mask")
 

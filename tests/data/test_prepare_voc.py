@@ -12,9 +12,9 @@ from trees import AUG, SBD_TRAIN, VOC_TRAIN, VOC_VAL, ids_of, make_official_voc
 from voc_tree import write_image, write_mask, write_xml
 
 from wsss.cli import main
-from wsss.data.prepare_voc import find_sbd, read_sbd_mask
+from wsss.core.errors import WSSSError
+from wsss.data.prepare.voc import find_sbd, read_sbd_mask
 from wsss.data.voc import VOC_CLASSES, VOCDataset, read_split
-from wsss.errors import WSSSError
 
 
 def read(path: Path) -> np.ndarray:

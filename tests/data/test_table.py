@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from trees import make_photos, write_photo_table
 
-from wsss.data.datamodule import TableDataModule
+from wsss.core.errors import WSSSError
+from wsss.core.files import write_atomically
 from wsss.data.images import mask_png
 from wsss.data.table import holdout, read_table
-from wsss.errors import WSSSError
-from wsss.files import write_atomically
+from wsss.data.table_module import TableDataModule
 
 
 def whole(rgb: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:

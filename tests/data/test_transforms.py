@@ -11,20 +11,11 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from wsss.data.images import denormalise
-from wsss.data.transforms import (
-    ERASED_AREA,
-    GLOBAL2_AREA,
-    ClusterCAMView,
-    PillowBlur,
-    ToCoViews,
-    _apply,
-    _draw_area,
-    _photometric,
-    _random_resized_crop,
-    erase_box,
-)
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
+from wsss.data.views.clustercam import ERASED_AREA, ClusterCAMView, erase_box
+from wsss.data.views.drawing import draw_area, random_resized_crop
+from wsss.data.views.toco import GLOBAL2_AREA, PillowBlur, ToCoViews, _apply, _photometric
+from wsss.maps.pixels import denormalise
 
 
 def photo(height: int = 120, width: int = 160, seed: int = 0) -> np.ndarray:
@@ -136,9 +127,9 @@ def test_the_two_modes_differ_in_nothing_else() -> None:
 def test_view2_is_a_bicubic_crop_of_the_original() -> None:
     rgb, flipped = photo(), 0
     for seed in range(20):
-        view = _random_resized_crop(Image.fromarray(rgb), 50, GLOBAL2_AREA, rng(seed))
+        view = random_resized_crop(Image.fromarray(rgb), 50, GLOBAL2_AREA, rng(seed))
         draws = rng(seed)
-        left, top, width, height = _draw_area(160, 120, GLOBAL2_AREA, draws)
+        left, top, width, height = draw_area(160, 120, GLOBAL2_AREA, draws)
         part = Image.fromarray(rgb[top : top + height, left : left + width])
         expected = np.array(part.resize((50, 50), Image.Resampling.BICUBIC))
         flip = draws.random() < 0.5
@@ -150,7 +141,7 @@ def test_view2_is_a_bicubic_crop_of_the_original() -> None:
 @pytest.mark.parametrize(("width", "height"), [(160, 120), (100, 300), (1000, 20), (1, 1)])
 def test_area_is_drawn_as_torchvision_does(width: int, height: int) -> None:
     draws = rng(0)
-    ours = np.array([_draw_area(width, height, GLOBAL2_AREA, draws) for _ in range(1500)])
+    ours = np.array([draw_area(width, height, GLOBAL2_AREA, draws) for _ in range(1500)])
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     theirs = np.array(
@@ -347,7 +338,7 @@ def test_rand_augment_is_the_increasing_recipe() -> None:
     untouched = 0
     for seed in range(200):
         draws = rng(seed)
-        plain_view = _random_resized_crop(Image.fromarray(rgb), 32, (0.08, 1.0), draws)
+        plain_view = random_resized_crop(Image.fromarray(rgb), 32, (0.08, 1.0), draws)
         own = pixels(view(rgb, rng(seed))["image"])
         untouched += np.array_equal(own, plain_view)
     # a quarter fires no operation; of those a quarter is erased; a few operations change nothing

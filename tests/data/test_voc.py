@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from voc_tree import CLASSES, make_voc, write_image, write_mask, write_xml
 
+from wsss.core.errors import WSSSError
 from wsss.data.builtin import MINIVOC_CLASSES, minivoc_root
 from wsss.data.voc import (
     VOC_CLASSES,
@@ -17,7 +18,6 @@ from wsss.data.voc import (
     labels_from_xml,
     read_split,
 )
-from wsss.errors import WSSSError
 
 
 def dataset(root: Path, split: str = "val", **changes: Any) -> VOCDataset:

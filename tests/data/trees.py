@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from voc_tree import write_image, write_mask, write_xml
 
-from wsss.data.prepare_coco import COCO_CLASSES
+from wsss.data.prepare.coco import COCO_CLASSES
 from wsss.data.voc import VOC_CLASSES
 
 UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}

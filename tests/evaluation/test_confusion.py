@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
 from wsss.evaluation.confusion import (
     ConfusionMatrix,
     ThresholdConfusion,
@@ -13,7 +13,7 @@ from wsss.evaluation.confusion import (
     scores,
 )
 from wsss.evaluation.protocol import ORACLE_THRESHOLDS
-from wsss.pseudo_labels import cam_to_label
+from wsss.maps.pseudo_labels import cam_to_label
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "toco"
 

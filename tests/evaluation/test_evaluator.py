@@ -11,14 +11,15 @@ import torch.multiprocessing as mp
 from tiny_module import CLASS_NAMES, Scenes, TinyModule, batches
 from torch.utils.data import DataLoader
 
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
 from wsss.evaluation.confusion import ConfusionMatrix, scores
-from wsss.evaluation.evaluator import NO_SEGMENTATION, Evaluator, evaluate
+from wsss.evaluation.evaluator import Evaluator, evaluate
 from wsss.evaluation.inference import predict, predicted_labels
 from wsss.evaluation.protocol import Protocol
-from wsss.pseudo_labels import cam_to_label, refine_cam_to_label
-from wsss.refine.dense_crf import CRF_PRESETS, dense_crf
-from wsss.refine.par import PAR
+from wsss.evaluation.tally import NO_SEGMENTATION
+from wsss.maps.pseudo_labels import cam_to_label, refine_cam_to_label
+from wsss.maps.refine.dense_crf import CRF_PRESETS, dense_crf
+from wsss.maps.refine.par import PAR
 
 PLAIN = Protocol(cam_threshold=0.5)
 FULL = replace(

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from wsss.cli import main
+from wsss.core.errors import WSSSError
 from wsss.data.builtin import minivoc_root
-from wsss.errors import WSSSError
 from wsss.evaluation.folders import find_files, read_class_maps, read_label_map
 
 K = 8

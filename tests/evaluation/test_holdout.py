@@ -6,12 +6,13 @@ import pytest
 import torch
 from tiny_module import CLASS_NAMES, Scenes, TinyModule, batches
 
-from wsss.config import compose_config, plain
 from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.holdout import Holdout, choose_names, choose_threshold
-from wsss.evaluation.ledger import LEDGER_FILE, enter, readings
+from wsss.evaluation.ledger import LEDGER_FILE, readings, record_reading
 from wsss.evaluation.protocol import Protocol
-from wsss.runs import build_data
+from wsss.runs.compose import compose_config
+from wsss.runs.config import plain
+from wsss.runs.folder import build_data
 
 
 def test_every_class_gets_its_images_whatever_the_order() -> None:
@@ -65,9 +66,9 @@ def test_the_threshold_is_the_oracle_of_the_holdout(given: bool) -> None:
 
 def test_the_ledger_counts_readings_of_each_split(tmp_path: Path) -> None:
     assert readings(tmp_path) == []
-    assert enter(tmp_path, split="val", purpose="report", step=4) == 1
-    assert enter(tmp_path, split="holdout", purpose="choosing a threshold") == 1
-    assert enter(tmp_path, split="val", purpose="wsss eval") == 2
+    assert record_reading(tmp_path, split="val", purpose="report", step=4) == 1
+    assert record_reading(tmp_path, split="holdout", purpose="choosing a threshold") == 1
+    assert record_reading(tmp_path, split="val", purpose="wsss eval") == 2
     lines = (tmp_path / LEDGER_FILE).read_text().splitlines()
     assert [json.loads(line)["split"] for line in lines] == ["val", "holdout", "val"]
     assert readings(tmp_path)[0]["step"] == 4

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
 from wsss.evaluation.label_maps import SIZE_LIMITS, LabelMapCounts, Regions, label_map_scores
 from wsss.evaluation.per_image import co_occurrence, mean_iou, per_image_counts
 

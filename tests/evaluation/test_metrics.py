@@ -7,7 +7,7 @@ from torchmetrics.functional.classification import (
     multilabel_f1_score,
 )
 
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
 from wsss.evaluation.metrics import (
     ImageLevelScores,
     PixelAveragePrecision,

@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import pytest
 
-from wsss.errors import WSSSError
-from wsss.evaluation.protocol import Protocol, protocol_card
-from wsss.refine.dense_crf import CRF_PRESETS
+from wsss.core.errors import WSSSError
+from wsss.evaluation.card import protocol_card
+from wsss.evaluation.protocol import Protocol
+from wsss.maps.refine.dense_crf import CRF_PRESETS
 
 TOCO = Protocol(
     cam_resize=448,

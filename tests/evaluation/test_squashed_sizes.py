@@ -7,19 +7,13 @@ import pytest
 import torch
 from tiny_module import TinyModule
 
-from wsss.data.images import normalise, squash_pixels
-from wsss.evaluation.inference import (
-    evaluating,
-    predict,
-    pseudo_label,
-    refinement,
-    resized,
-    smoothed_label,
-)
+from wsss.comparison.panels import _from_cams
+from wsss.core.modes import evaluating
+from wsss.evaluation.inference import predict, pseudo_label, refinement, resized, smoothed_label
 from wsss.evaluation.protocol import Protocol
-from wsss.refine.dense_crf import CRF_PRESETS, crf_label
-from wsss.refine.pamr import PAMR
-from wsss.results.panels import _from_cams
+from wsss.maps.pixels import normalise, squash_pixels
+from wsss.maps.refine.dense_crf import CRF_PRESETS, crf_label
+from wsss.maps.refine.pamr import PAMR
 
 
 def test_merged_logits_are_the_mean_over_squashed_sizes() -> None:

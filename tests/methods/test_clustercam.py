@@ -17,24 +17,24 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from wsss.backbone import Backbone, resize_positions, split_heads
-from wsss.config import compose_config
-from wsss.errors import WSSSError
-from wsss.methods import clustercam
+from wsss.core.errors import WSSSError
 from wsss.methods.base import Batch
-from wsss.methods.clustercam import (
+from wsss.methods.clustercam import network
+from wsss.methods.clustercam.method import ClusterCAM, StepResult
+from wsss.methods.clustercam.network import (
     BlockOutput,
-    ClusterCAM,
-    StepResult,
     assign,
     attend,
     initial_centres,
     mean_of_convolution,
     sum_of_last,
 )
+from wsss.models.backbone import Backbone
+from wsss.models.vit import resize_positions, split_heads
 from wsss.parity import read_case
 from wsss.parity.clustercam import build_clustercam
 from wsss.parity.inputs import network_images
+from wsss.runs.compose import compose_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "clustercam"
 SIDE = 96
@@ -149,7 +149,7 @@ def test_memory_light_cam_is_the_straightforward_one(height: int, width: int) ->
 
 @pytest.mark.parametrize("rows", [7, 128])
 def test_attention_by_rows_is_fused_attention(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clustercam, "QUERY_ROWS", rows)
+    monkeypatch.setattr(network, "QUERY_ROWS", rows)
     torch.manual_seed(0)
     queries, keys, values = torch.randn(3, 2, 3, 4 + 30, 8, dtype=torch.float64)
     affinity = torch.zeros(2, 30, 30, dtype=torch.float64)
@@ -174,7 +174,7 @@ def test_refinement_never_holds_a_map_of_all_patches_and_heads(
 
     module = tiny().eval()
     monkeypatch.setattr(Tensor, "softmax", spy)
-    monkeypatch.setattr(clustercam, "QUERY_ROWS", 50)
+    monkeypatch.setattr(network, "QUERY_ROWS", 50)
     module.raw_cam(make_images(256, 256), torch.arange(NUM_CLASSES))  # 256 patches, 64 clusters
     rows = [count for count in largest if count not in (256, 64 + NUM_CLASSES)]
     assert set(rows) == {NUM_CLASSES, 50, 6}

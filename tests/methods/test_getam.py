@@ -12,21 +12,21 @@ from PIL import Image
 from small_runs import SMALL
 from torch import Tensor, nn
 
-from wsss.backbone import Backbone
 from wsss.benchmark.getam_official import OfficialGETAM, Savings
 from wsss.cli import main
-from wsss.completion import complete_labels, completion_thresholds, open_region
+from wsss.core.errors import WSSSError
 from wsss.data.builtin import minivoc_root
-from wsss.errors import WSSSError
 from wsss.methods.base import Batch
-from wsss.methods.getam import (
-    GETAM,
-    StepResult,
-    attention_term,
-    class_slots,
+from wsss.methods.getam.labels import (
+    complete_labels,
+    completion_thresholds,
+    open_region,
     saliency_loss,
     split_cross_entropy,
 )
+from wsss.methods.getam.maps import attention_term, class_slots
+from wsss.methods.getam.method import GETAM, StepResult
+from wsss.models.backbone import Backbone
 
 SIDE = 96
 NAMES = {

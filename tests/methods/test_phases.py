@@ -14,11 +14,12 @@ from torch import Tensor
 
 from wsss.data.datamodule import ImageDataModule
 from wsss.methods.base import WSSSModule
-from wsss.methods.clustercam import ClusterCAM
-from wsss.methods.getam import GETAM
-from wsss.methods.tkp_pcl import TKPPCL
-from wsss.runs import build_data, build_module, compose_run
-from wsss.training import SaveOnStop
+from wsss.methods.clustercam.method import ClusterCAM
+from wsss.methods.getam.method import GETAM
+from wsss.methods.tkp_pcl.method import TKPPCL
+from wsss.runs.compose import compose_run
+from wsss.runs.folder import build_data, build_module
+from wsss.training.callbacks import SaveOnStop
 
 STEPS = 6  # 0 to 3 are the first phase
 

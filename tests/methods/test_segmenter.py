@@ -9,13 +9,14 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from wsss.backbone import Backbone
-from wsss.conv_backbone import ConvBackbone
-from wsss.data.train_masks import PIXEL_MASKS
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
+from wsss.core.supervision import PIXEL_MASKS
 from wsss.methods.segmenter import Segmenter, masked_cross_entropy
-from wsss.reporting import league
-from wsss.runs import build_data, compose_run
+from wsss.models.backbone import Backbone
+from wsss.models.conv_backbone import ConvBackbone
+from wsss.runs.compose import compose_run
+from wsss.runs.folder import build_data
+from wsss.runs.scoring import league
 
 
 def light(**changes: Any) -> Segmenter:

@@ -8,25 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss.backbone import Backbone, resize_positions
-from wsss.data.square_views import SquareViews
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
+from wsss.data.views.tkp_pcl import SquareViews
+from wsss.maps.pseudo_labels import cam_probabilities, cam_to_label
 from wsss.methods.base import Batch
-from wsss.methods.tkp_pcl import (
-    TKPPCL,
+from wsss.methods.tkp_pcl.equivariance import apply_symmetry, label_merge, mosaic, tiles_of
+from wsss.methods.tkp_pcl.method import TKPPCL
+from wsss.methods.tkp_pcl.patches import (
     ConfidentSets,
     HVBiLSTM,
     across_images,
-    apply_symmetry,
     confident_sets,
-    label_merge,
-    mosaic,
     pce_loss,
     pce_terms,
-    tiles_of,
     top_k_pool,
 )
-from wsss.pseudo_labels import cam_probabilities, cam_to_label
+from wsss.models.backbone import Backbone
+from wsss.models.vit import resize_positions
 
 SIDE, CLASSES = 32, 4
 

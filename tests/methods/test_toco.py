@@ -8,20 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wsss.affinity import pair_masks
-from wsss.backbone import Backbone
-from wsss.checkpoints import toco_official_name
-from wsss.errors import WSSSError
-from wsss.losses import balanced_segmentation_loss
+from wsss.core.errors import WSSSError
 from wsss.methods.base import Batch
-from wsss.methods.toco import (
-    LocalCrops,
-    StepResult,
-    ToCo,
-    crop_local_views,
-    ctc_loss,
-    ptc_loss,
-)
+from wsss.methods.losses import balanced_segmentation_loss
+from wsss.methods.toco.contrast import LocalCrops, crop_local_views, ctc_loss, pair_masks, ptc_loss
+from wsss.methods.toco.method import StepResult, ToCo
+from wsss.methods.toco.official import toco_official_name
+from wsss.models.backbone import Backbone
 
 SIDE = 96
 
@@ -393,7 +386,7 @@ def test_terms_of_zero_weight_are_not_computed(monkeypatch: pytest.MonkeyPatch) 
 
 def test_without_any_weight_even_the_cam_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     module = tiny(contrast_after=0.15)
-    monkeypatch.setattr("wsss.methods.toco.multiscale_cam", None)
+    monkeypatch.setattr("wsss.methods.toco.method.multiscale_cam", None)
     forbid(module.ctc_student, "forward", monkeypatch)
     result = losses_at(module, 0)
     assert set(result.losses) == {"cls_loss", "cls_aux_loss"}

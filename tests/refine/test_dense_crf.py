@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from series import GOLDEN
 
-from wsss.errors import WSSSError
-from wsss.refine.dense_crf import CRF_PRESETS, CRFPool, dense_crf, dense_crf_pruned
+from wsss.core.errors import WSSSError
+from wsss.maps.refine.dense_crf import CRF_PRESETS, CRFPool, dense_crf, dense_crf_pruned
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import torch
 from series import GOLDEN
 
 from wsss.benchmark.crf import scenes
-from wsss.errors import WSSSError
-from wsss.refine.dense_crf import CRF_PRESETS, dense_crf, dense_crf_pruned
-from wsss.refine.mean_field import MeanFieldPool, mean_field
+from wsss.core.errors import WSSSError
+from wsss.maps.refine.dense_crf import CRF_PRESETS, dense_crf, dense_crf_pruned
+from wsss.maps.refine.mean_field import MeanFieldPool, mean_field
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import pytest
 import torch
 from series import GOLDEN
 
-from wsss.refine.pamr import PAMR
+from wsss.maps.refine.pamr import PAMR
 
 
 @pytest.mark.parametrize("kind", ["", "_onehot", "_small"])

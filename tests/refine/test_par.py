@@ -1,7 +1,7 @@
 import torch
 from series import series
 
-from wsss.refine.par import PAR
+from wsss.maps.refine.par import PAR
 
 
 def test_values_of_the_specification() -> None:

@@ -10,19 +10,15 @@ import pytest
 from runs_on_disk import IMAGES, label_maps, make_run
 
 from wsss.cli import main
-from wsss.errors import WSSSError
+from wsss.comparison.bootstrap import draw
+from wsss.comparison.compare import CompareArguments, compare
+from wsss.comparison.entries import OWN, find_results
+from wsss.comparison.grids import Cell, Grid, html_tables, latex, markdown
+from wsss.comparison.protocols import MEASURING
+from wsss.comparison.tables import tables
+from wsss.core.errors import WSSSError
 from wsss.evaluation.per_image import mean_iou
 from wsss.evaluation.protocol import Protocol
-from wsss.results.bootstrap import draw
-from wsss.results.compare import (
-    MEASURING,
-    OWN,
-    CompareArguments,
-    compare,
-    find_results,
-    tables,
-)
-from wsss.results.grids import Cell, Grid, html_tables, latex, markdown
 from wsss.results.store import RESULTS_FILE, ROWS, read_cells
 
 

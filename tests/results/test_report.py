@@ -8,9 +8,9 @@ from PIL import Image
 from runs_on_disk import make_run
 
 from wsss.cli import main
+from wsss.comparison.page import pick_images
+from wsss.comparison.svg import Series, bar_chart, line_chart, scatter, ticks
 from wsss.data.builtin import minivoc_root
-from wsss.results.report import pick_images
-from wsss.results.svg import Series, bar_chart, line_chart, scatter, ticks
 
 VOID = {"meta", "img", "br"}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
 from wsss.results.store import print_table, read_results, write_results
 
 RESULTS = {

@@ -13,13 +13,13 @@ from typing import Any
 
 from rich.console import Console
 
-from wsss.arguments import parse_arguments
 from wsss.benchmark.crf import compare_crfs, show_crfs
 from wsss.benchmark.report import figures_file, show, summarise, write_figures
 from wsss.benchmark.runner import Side, run_side, saving_names
-from wsss.errors import WSSSError
-from wsss.places import choices
-from wsss.refine.dense_crf import CRF_PRESETS
+from wsss.core.arguments import parse_arguments
+from wsss.core.errors import WSSSError
+from wsss.core.places import choices
+from wsss.maps.refine.dense_crf import CRF_PRESETS
 
 #: method -> class that computes its step the official way
 OFFICIAL = {

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsss.backbone import merge_heads, split_heads
 from wsss.benchmark.one_hot import ConvolvingPAR
+from wsss.maps.refine.par import PAR
 from wsss.methods.base import Batch
-from wsss.methods.clustercam import BlockOutput, ClusterCAM, Encoded, StepResult
-from wsss.refine.par import PAR
+from wsss.methods.clustercam.method import ClusterCAM, StepResult
+from wsss.methods.clustercam.network import BlockOutput, Encoded
+from wsss.models.vit import merge_heads, split_heads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from wsss.costs import device_name
+from wsss.core.devices import choose_device
+from wsss.core.stopwatch import device_name
 from wsss.data.builtin import minivoc_root
 from wsss.data.images import read_mask, read_rgb
 from wsss.data.voc import find_voc_root, read_split
-from wsss.refine.dense_crf import CRF_PRESETS, dense_crf
-from wsss.refine.mean_field import mean_field
-from wsss.reporting import choose_device
+from wsss.maps.refine.dense_crf import CRF_PRESETS, dense_crf
+from wsss.maps.refine.mean_field import mean_field
 
 MINIVOC_CLASSES = 8
 VOC_SIZE = (375, 500)

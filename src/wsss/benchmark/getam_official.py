@@ -21,19 +21,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wsss.backbone import Features
 from wsss.benchmark.one_hot import diffuse_by_convolution
-from wsss.cams import normalise_maximum
-from wsss.completion import BACKGROUND_POWER, Labels
-from wsss.decoders import Reassemble
+from wsss.maps.cams import normalise_maximum
+from wsss.maps.refine.neighbours import diffuse
 from wsss.methods.base import Batch
-from wsss.methods.getam import (
-    GETAM,
-    StepResult,
-    attention_and_slope,
-    attention_term,
-)
-from wsss.refine.neighbours import diffuse
+from wsss.methods.getam.labels import BACKGROUND_POWER, Labels
+from wsss.methods.getam.maps import attention_and_slope, attention_term
+from wsss.methods.getam.method import GETAM, StepResult
+from wsss.models.backbone import Features
+from wsss.models.decoders import Reassemble
 
 
 @dataclass(frozen=True, kw_only=True)

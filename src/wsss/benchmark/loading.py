@@ -26,15 +26,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from wsss.arguments import parse_arguments
 from wsss.benchmark.plain_views import PLAIN
 from wsss.benchmark.report import figures_file, write_figures
+from wsss.core.arguments import parse_arguments
+from wsss.core.errors import WSSSError
+from wsss.core.places import choices
 from wsss.data.builtin import minivoc_root
 from wsss.data.dataset import ImageDataset, Sample
 from wsss.data.images import ImageFolderDataset
-from wsss.errors import WSSSError
-from wsss.places import choices
-from wsss.runs import build, compose_run
+from wsss.runs.compose import compose_run
+from wsss.runs.folder import build
 
 VOC_SIZE = (500, 375)  # width x height of most of VOC's images
 

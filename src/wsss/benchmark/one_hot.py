@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss.refine.neighbours import at_affinity_size
-from wsss.refine.par import PAR
+from wsss.maps.refine.neighbours import at_affinity_size
+from wsss.maps.refine.par import PAR
 
 
 def diffuse_by_convolution(
     affinity: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int
 ) -> Tensor:
-    """As :func:`wsss.refine.neighbours.diffuse`; a neighbour comes from a one-hot convolution.
+    """As :func:`wsss.maps.refine.neighbours.diffuse`; a neighbour comes from a one-hot convolution.
 
     Args:
         affinity: (B, n, H, W) weights, eight neighbours a dilation.

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from wsss.arguments import parse_arguments
 from wsss.benchmark.report import figures_file, write_figures
-from wsss.errors import WSSSError
-from wsss.methods.tkp_pcl import ConfidentSets, confident_sets, pce_loss
-from wsss.reporting import choose_device
+from wsss.core.arguments import parse_arguments
+from wsss.core.devices import choose_device
+from wsss.core.errors import WSSSError
+from wsss.methods.tkp_pcl.patches import ConfidentSets, confident_sets, pce_loss
 
 
 @dataclass
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def pce_matrix(embeddings: Tensor, sets: ConfidentSets) -> Tensor:
-    """The loss of :func:`wsss.methods.tkp_pcl.pce_loss` from all N x N cosines."""
+    """The loss of :func:`wsss.methods.tkp_pcl.patches.pce_loss` from all N x N cosines."""
     unit = F.normalize(embeddings, dim=-1)
     cosines = unit @ unit.transpose(1, 2)  # (B, N, N)
     high, low = (part.to(cosines) for part in sets)  # (B, C, N)

@@ -13,8 +13,8 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms as T
 
-from wsss.data.images import IMAGENET_MEAN, IMAGENET_STD
-from wsss.data.transforms import increasing_rand_augment
+from wsss.data.views.clustercam import increasing_rand_augment
+from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 PlainViews = Callable[[Image.Image], dict[str, Tensor]]
 

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from wsss.errors import WSSSError
-from wsss.files import write_atomically
+from wsss.core.errors import WSSSError
+from wsss.core.files import write_atomically
 
 ORDER = ("forward", "cam", "pseudo_labels", "energy", "backward", "optimiser", "rest")
 

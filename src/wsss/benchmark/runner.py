@@ -13,11 +13,12 @@ from hydra.utils import get_class, instantiate
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from wsss.costs import Stopwatch, device_name, peak_memory
-from wsss.errors import WSSSError
+from wsss.core.devices import choose_device
+from wsss.core.errors import WSSSError
+from wsss.core.stopwatch import Stopwatch, device_name, peak_memory
 from wsss.methods.base import Batch, WSSSModule
-from wsss.reporting import choose_device
-from wsss.runs import build_module, compose_run
+from wsss.runs.compose import compose_run
+from wsss.runs.folder import build_module
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def build(config: dict[str, Any], side: Side) -> WSSSModule:
 def make_batch(config: dict[str, Any], device: torch.device) -> Batch:
     """A random training batch: smooth images, one to three classes, every second image padded.
 
-    The shapes are those of ``wsss.data.transforms.ToCoViews``, with a saliency map; a method takes
+    The shapes are those of ``wsss.data.views.toco.ToCoViews``, with a saliency map; a method takes
     what it needs.
     """
     size, count = config["image_size"], config["batch_size"]

@@ -17,21 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss.affinity import pair_masks
-from wsss.backbone import Features
-from wsss.cams import multiscale_cam
-from wsss.losses import balanced_segmentation_loss
+from wsss.maps.cams import multiscale_cam
+from wsss.maps.pseudo_labels import roi_mask
 from wsss.methods.base import Batch, Outputs
-from wsss.methods.toco import (
+from wsss.methods.losses import balanced_segmentation_loss
+from wsss.methods.toco.contrast import (
     NEGATIVE_ROI,
     NUM_LOCALS,
     LocalCrops,
-    StepResult,
-    ToCo,
     ctc_loss,
+    pair_masks,
     ptc_loss,
 )
-from wsss.pseudo_labels import roi_mask
+from wsss.methods.toco.method import StepResult, ToCo
+from wsss.models.backbone import Features
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ It is a set of composed pictures in the VOC layout, read by the same code as VOC
 from importlib.resources import files
 from pathlib import Path
 
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
 
 
 def minivoc_root() -> Path:

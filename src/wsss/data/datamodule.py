@@ -1,105 +1,34 @@
 """The Lightning data modules that every method trains and is evaluated with."""
 
 import inspect
-import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from wsss.data.builtin import minivoc_root
+from wsss.core.errors import WSSSError
+from wsss.core.supervision import IMAGE_LABELS
 from wsss.data.dataset import (
     Guide,
     ImageDataset,
     Sample,
     TrainTransform,
     check_class_names,
-    check_files,
     hash_names,
-    multi_hot,
     saliency_guide,
 )
 from wsss.data.images import read_mask
-from wsss.data.samplers import (
-    SizeBuckets,
-    TrainSampler,
-    UnpaddedDistributedSampler,
-    seed_worker,
-)
-from wsss.data.table import FOLDER, Table, holdout, read_table
-from wsss.data.train_masks import (
-    GROUND_TRUTH,
-    IMAGE_LABELS,
-    check_train_masks,
-    supervision_of,
-)
-from wsss.data.voc import LabelSource, VOCDataset, VOCLabels, find_voc_root, voc_samples
-from wsss.errors import WSSSError
-from wsss.processes import heed_only_parent
+from wsss.data.loader import OneLineErrorLoader, make_loader
+from wsss.data.samplers import SizeBuckets, TrainSampler, UnpaddedDistributedSampler
+from wsss.data.train_masks import GROUND_TRUTH, check_train_masks, supervision_of
 
 TRAINING_LIST = "training list (sha256)"  # in a checkpoint
-
-
-class OneLineErrorLoader(DataLoader[dict[str, Any]]):
-    """A DataLoader that passes on a worker's `WSSSError` as it was raised.
-
-    torch re-creates an exception of a worker with the worker's whole traceback as its message;
-    its last line is the one that the user is meant to see.
-    """
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        try:
-            yield from super().__iter__()
-        except WSSSError as error:
-            message = str(error).rstrip().rsplit("\n", 1)[-1]
-            raise WSSSError(message.removeprefix("wsss.errors.WSSSError: ")) from error
-
-
-def make_loader(
-    dataset: Dataset[dict[str, Any]],
-    *,
-    batch_size: int,
-    num_workers: int,
-    worker_seed: tuple[int, int],
-    sampler: Sampler[Any] | None = None,
-    batch_sampler: Sampler[list[int]] | None = None,
-    drop_last: bool = False,
-) -> OneLineErrorLoader:
-    """Builds a loader whose workers live through all epochs and whose errors are one line.
-
-    Args:
-        dataset: what to load.
-        batch_size: images a batch.
-        num_workers: processes.
-        worker_seed: seed and rank, for the workers' global generators.
-        sampler: order of the images.
-        batch_sampler: whole batches; takes the place of the sampler and the batch size.
-        drop_last: leave out a last, smaller batch.
-    """
-    batches: dict[str, Any] = {"batch_sampler": batch_sampler}
-    if batch_sampler is None:
-        batches = {"batch_size": batch_size, "sampler": sampler, "drop_last": drop_last}
-    return OneLineErrorLoader(
-        dataset,
-        **batches,
-        num_workers=num_workers,
-        worker_init_fn=partial(_begin_worker, *worker_seed),
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _begin_worker(seed: int, rank: int, worker: int) -> None:
-    heed_only_parent()
-    seed_worker(seed, rank, worker)
 
 
 def takes_saliency(transform: TrainTransform) -> bool:
@@ -437,236 +366,3 @@ class ImageDataModule(L.LightningDataModule, ABC):
         # Lightning looks for the position in the loader and would warn that there is none
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended")
         return self._resume["epoch"], self._resume["batches"] * per_device
-
-
-class WSSSDataModule(ImageDataModule):
-    """A data set in the VOC layout (see `ImageDataModule` for batches and other arguments).
-
-    Args:
-        name: of the data set.
-        root: see `wsss.data.voc.find_voc_root`; ``builtin`` is MiniVOC inside the package.
-        class_names: the K foreground classes.
-        train_split: see `wsss.data.voc.read_split`, as the other two.
-        val_split: list for validation.
-        test_splits: further lists to evaluate.
-        train_transform: makes a training sample.
-        global_batch_size: images per optimiser step.
-        num_workers: worker processes.
-        seed: of order and augmentation.
-        mask_folder: folder of the masks.
-        train_mask_folder: that of the training split, if it is another one.
-        label_source: of image-level labels, see `VOCDataset`.
-        eval_batch_size: images of equal size that are evaluated together.
-        limit: use only the first so many names of every list.
-        saliency_folder: see `ImageDataModule`, as the next two.
-        saliency_threshold: what counts as salient.
-        train_masks: masks that training sees.
-    """
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        root: str | Path,
-        class_names: Sequence[str],
-        train_split: str,
-        val_split: str,
-        test_splits: Sequence[str] = (),
-        train_transform: TrainTransform,
-        global_batch_size: int,
-        num_workers: int = 0,
-        seed: int = 0,
-        mask_folder: str = "SegmentationClass",
-        train_mask_folder: str | None = None,
-        label_source: LabelSource = "xml",
-        eval_batch_size: int = 1,
-        limit: int | None = None,
-        saliency_folder: str | None = None,
-        saliency_threshold: int = 127,
-        train_masks: str | None = None,
-    ) -> None:
-        super().__init__(
-            name=name,
-            root=minivoc_root() if str(root) == "builtin" else Path(root),
-            class_names=class_names,
-            train_split=train_split,
-            val_split=val_split,
-            test_splits=test_splits,
-            train_transform=train_transform,
-            global_batch_size=global_batch_size,
-            label_source=label_source,
-            num_workers=num_workers,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            limit=limit,
-            saliency_folder=saliency_folder,
-            saliency_threshold=saliency_threshold,
-            train_masks=train_masks,
-        )
-        self.mask_folder = mask_folder
-        self.train_mask_folder = train_mask_folder or mask_folder
-
-    def data_root(self) -> Path:
-        """Returns the folder that holds ``JPEGImages``."""
-        return find_voc_root(self.root)
-
-    def _mask_folder(self, split: str) -> str:
-        return self.train_mask_folder if split == self.train_split else self.mask_folder
-
-    def samples(self, split: str) -> list[Sample]:
-        """Returns the files that a list names."""
-        return voc_samples(self.data_root(), split, self._mask_folder(split))[: self.limit]
-
-    def label_reader(self) -> VOCLabels:
-        """Returns labels from the prepared table, else from annotations or masks."""
-        return VOCLabels(self.data_root(), self.class_names, self.label_source)  # type: ignore[arg-type]
-
-    def _dataset(
-        self, split: str, *, transform: TrainTransform | None, with_mask: bool
-    ) -> VOCDataset:
-        return VOCDataset(
-            root=self.root,
-            split=split,
-            class_names=self.class_names,
-            transform=transform,
-            with_mask=with_mask,
-            mask_folder=self._mask_folder(split),
-            label_source=self.label_source,  # type: ignore[arg-type]
-            limit=self.limit,
-            seed=self.seed,
-        )
-
-
-class TableDataModule(ImageDataModule):
-    """Images listed in a CSV (`wsss.data.table`): one's own, COCO, exports of annotation tools.
-
-    Args:
-        name: of the data set.
-        root: folder to which the table's paths are relative.
-        csv: the table, relative to the root or absolute.
-        class_names: the K foreground classes; null takes them from the table (a run then stores
-            them in its configuration).
-        train_split: value of the column ``split``, as the other two.
-        val_split: list for validation.
-        test_splits: further lists to evaluate.
-        train_transform: makes a training sample.
-        global_batch_size: images per optimiser step.
-        num_workers: worker processes.
-        seed: of order and augmentation.
-        holdout: share of the images to validate on where the table has no column ``split``.
-        label_source: what the labels were made from, for the record.
-        eval_batch_size: images of equal size that are evaluated together.
-        limit: use only the first so many names of every list.
-        saliency_folder: see `ImageDataModule`, as the next two.
-        saliency_threshold: what counts as salient.
-        train_masks: masks that training sees.
-    """
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        root: str | Path,
-        csv: str,
-        class_names: Sequence[str] | None = None,
-        train_split: str = "train",
-        val_split: str = "val",
-        test_splits: Sequence[str] = (),
-        train_transform: TrainTransform,
-        global_batch_size: int,
-        num_workers: int = 0,
-        seed: int = 0,
-        holdout: float = 0.2,
-        label_source: str = "csv",
-        eval_batch_size: int = 1,
-        limit: int | None = None,
-        saliency_folder: str | None = None,
-        saliency_threshold: int = 127,
-        train_masks: str | None = None,
-    ) -> None:
-        folder = Path(os.path.normpath(Path(root).expanduser()))
-        self.csv = folder / csv
-        self.holdout = holdout
-        self._table: Table | None = None
-        if class_names is None:
-            self._table = read_table(self.csv, folder)
-            class_names = self._table.class_names
-        super().__init__(
-            name=name,
-            root=folder,
-            class_names=class_names,
-            train_split=train_split,
-            val_split=val_split,
-            test_splits=test_splits,
-            train_transform=train_transform,
-            global_batch_size=global_batch_size,
-            label_source=label_source,
-            num_workers=num_workers,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            limit=limit,
-            saliency_folder=saliency_folder,
-            saliency_threshold=saliency_threshold,
-            train_masks=train_masks,
-        )
-
-    @property
-    def table(self) -> Table:
-        """The rows, read once.
-
-        Raises:
-            WSSSError: no such folder or file, or a bad row.
-        """
-        if self._table is None:
-            if not self.root.is_dir():
-                raise WSSSError(f"data folder {self.root} is missing; set data.root to it")
-            if not self.csv.is_file() and self.csv.parent.name == FOLDER:
-                raise WSSSError(
-                    f"{self.csv} is missing; `wsss data prepare coco root={self.root}` makes it "
-                    "(voc for an export in VOC style)"
-                )
-            self._table = read_table(self.csv, self.root, self.class_names)
-        return self._table
-
-    def samples(self, split: str) -> list[Sample]:
-        """Returns the rows of a split, or the holdout and the rest where there is no column."""
-        rows = self.table.rows
-        if any(row.split is not None for row in rows):
-            chosen = [row.sample for row in rows if row.split == split]
-            have = ", ".join(sorted({str(row.split) for row in rows}))
-        else:
-            have = f"{self.train_split}, {self.val_split} (a holdout)"
-            held = holdout(rows, self.holdout)
-            chosen = [
-                row.sample
-                for row in rows
-                if split == (self.val_split if row.sample.name in held else self.train_split)
-            ]
-        if not chosen:
-            raise WSSSError(
-                f"{self.csv} has no row of split {split!r} (it has {have}); name another split or "
-                "correct the column"
-            )
-        return chosen[: self.limit]
-
-    def label_reader(self) -> Callable[[Sample], NDArray[np.float32]]:
-        """Returns the labels as the table has them."""
-        labels = {row.sample.name: row.labels for row in self.table.rows}
-        return lambda sample: multi_hot(labels[sample.name], self.class_names)
-
-    def _dataset(
-        self, split: str, *, transform: TrainTransform | None, with_mask: bool
-    ) -> ImageDataset:
-        samples = self.samples(split)
-        check_files("image", [sample.image for sample in samples], self.csv)
-        if with_mask:
-            check_files("mask", [sample.mask for sample in samples if sample.mask], self.csv)
-        labels_of = self.label_reader()
-        return ImageDataset(
-            samples=samples,
-            labels=np.stack([labels_of(sample) for sample in samples]),
-            class_names=self.class_names,
-            transform=transform,
-            with_mask=with_mask,
-            seed=self.seed,
-        )

@@ -19,15 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from wsss.data.images import (
-    IGNORE_INDEX,
-    image_size,
-    normalise,
-    read_mask,
-    read_rgb,
-    read_saliency,
-)
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
+from wsss.data.images import image_size, read_mask, read_rgb, read_saliency
+from wsss.maps.pixels import IGNORE_INDEX, normalise
 
 # (image, generator), or with a `Guide` (image, generator, map)
 TrainTransform = Callable[..., dict[str, Tensor]]

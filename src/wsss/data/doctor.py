@@ -15,25 +15,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
-from wsss.config import compose_config, plain
-from wsss.data import prepare_coco, prepare_voc
+from wsss.core.errors import WSSSError
 from wsss.data.datamodule import ImageDataModule
-from wsss.data.dataset import (
-    Sample,
-    hash_names,
-    in_threads,
-    label_line,
-    mask_digest,
-    missing_files,
-)
-from wsss.data.images import IGNORE_INDEX, read_mask, read_rgb, voc_palette
+from wsss.data.dataset import Sample, hash_names, in_threads, label_line, mask_digest, missing_files
+from wsss.data.images import read_mask, read_rgb, voc_palette
+from wsss.data.prepare import coco, voc
 from wsss.data.table import PICKLES, read_table
 from wsss.data.voc import VOCLabels, derive_labels
-from wsss.errors import WSSSError
-from wsss.runs import build_data
+from wsss.maps.pixels import IGNORE_INDEX
 
 Level = Literal["error", "warning", "note"]
 SHOWN = 3  # lines of one kind and split; the rest is counted
@@ -42,8 +32,8 @@ FAST = 100  # images of a split that --fast looks into
 UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 RAW_COCO_IDS = tuple(i for i in range(1, 91) if i not in UNUSED_COCO_IDS)
 OFFICIAL: dict[str, dict[str, int]] = {
-    "voc": prepare_voc.OFFICIAL,
-    "coco": {"train": prepare_coco.OFFICIAL["train2014"], "val": prepare_coco.OFFICIAL["val2014"]},
+    "voc": voc.OFFICIAL,
+    "coco": {"train": coco.OFFICIAL["train2014"], "val": coco.OFFICIAL["val2014"]},
 }
 
 
@@ -113,29 +103,7 @@ class Report:
         return all(finding.level != "error" for finding in self.findings)
 
 
-def main(arguments: list[str]) -> int:
-    """The verb; its status is 1 where there is an error."""
-    fast = "--fast" in arguments
-    overrides = []
-    for argument in arguments:
-        key, equals, _ = argument.partition("=")
-        if argument == "--fast":
-            continue
-        if not equals:
-            raise WSSSError(f"{argument!r}: expected data=NAME, KEY=VALUE or --fast")
-        own = key == "data" or key.startswith("data.")
-        overrides.append(argument if own else f"data.{argument}")
-    config = plain(compose_config(overrides))
-    report = Report()
-    for problem in _table_problems(config["data"]):
-        report.add("error", "table", "", problem)
-    if report.healthy:
-        report = examine(build_data(config), fast=fast)
-    show(report, f"{config['data']['name']} in {config['data']['root']}")
-    return 0 if report.healthy else 1
-
-
-def _table_problems(data: dict[str, Any]) -> list[str]:
+def table_problems(data: dict[str, Any]) -> list[str]:
     """Every bad row of a table, where the data are one; a run would stop at the first."""
     if "csv" not in data:
         return []
@@ -396,33 +364,3 @@ def _examine_folders(data: ImageDataModule, names: dict[str, set[str]], report: 
             if path.suffix in PICKLES:
                 text = f"{path} is never loaded (a pickle may run code); labels: wsss data prepare"
                 report.add("note", "pickle", "", text)
-
-
-def show(report: Report, title: str) -> None:
-    """Prints one line a finding, the summary table and the verdict."""
-    shown: Counter[tuple[str, ...]] = Counter()
-    for finding in report.findings:
-        group = (finding.level, finding.kind, finding.split)
-        shown[group] += 1
-        if shown[group] <= SHOWN:
-            place = f" [{finding.split}]" if finding.split else ""
-            print(f"{finding.level}: {finding.kind}{place}: {finding.text}")
-    for (level, kind, split), count in shown.items():
-        if count > SHOWN:
-            print(f"{level}: {kind} [{split}]: and {count - SHOWN} more of this kind")
-    table = Table(title=title, title_justify="left")
-    table.add_column("split")
-    for heading in ("images", "masks", "looked into", "errors", "warnings"):
-        table.add_column(heading, justify="right")
-    for row in report.rows:
-        own = Counter(f.level for f in report.findings if f.split == row.split)
-        numbers = (row.images, row.masks, row.looked_into, own["error"], own["warning"])
-        table.add_row(row.split, *(f"{number:,}" for number in numbers))
-    Console().print(table)
-    for row in report.rows:  # printed plainly: a table would cut them
-        for what in ("list", "labels", "masks"):
-            print(f"sha256 of {row.split} {what}: {getattr(row, f'{what}_sha256') or '-'}")
-    levels = Counter(finding.level for finding in report.findings)
-    verdict = "can be used" if report.healthy else "must be mended first"
-    total = ", ".join(f"{levels[level]} {level}s" for level in ("error", "warning", "note"))
-    print(f"{total}: {verdict}")

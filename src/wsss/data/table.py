@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from wsss.core.errors import WSSSError
 from wsss.data.dataset import Sample
-from wsss.errors import WSSSError
 
 COLUMNS = ("image", "labels", "mask", "split")
 CLASSES_FILE = "classes.txt"

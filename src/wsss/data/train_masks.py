@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
+from wsss.core.supervision import IMAGE_LABELS, PIXEL_MASKS
 
 GROUND_TRUTH = "ground_truth"
 CARD_FILE = "pseudo_labels.json"  # lies among the masks that `wsss pseudo` writes
-IMAGE_LABELS = "image labels"
-PIXEL_MASKS = "pixel masks"
 
 
 def check_train_masks(train_masks: str | None, transform: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from wsss.core.errors import WSSSError
 from wsss.data.dataset import (
     ImageDataset,
     Sample,
@@ -22,7 +23,6 @@ from wsss.data.dataset import (
 )
 from wsss.data.images import read_mask
 from wsss.data.table import read_table
-from wsss.errors import WSSSError
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",

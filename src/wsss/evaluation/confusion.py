@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from wsss.errors import WSSSError
-
-IGNORE_INDEX = 255
+from wsss.core.errors import WSSSError
+from wsss.maps.pixels import IGNORE_INDEX
 
 IgnoredPrediction = Literal["ignored_as_background", "excluded"]
 

@@ -33,8 +33,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wsss.data.images import IGNORE_INDEX, read_mask
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
+from wsss.data.images import read_mask
+from wsss.maps.pixels import IGNORE_INDEX
 
 MAP_KEYS = ("high_res", "attn_highres", "cam", "cams", "maps")
 TOLERANCE = 1e-3  # rounding of maps that were normalised to [0, 1]

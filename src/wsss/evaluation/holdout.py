@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from wsss.core.modes import evaluating
 from wsss.data.datamodule import ImageDataModule
 from wsss.data.dataset import hash_names
 from wsss.evaluation.confusion import ThresholdConfusion, scores
-from wsss.evaluation.inference import evaluating, localise, predict, predicted_labels
+from wsss.evaluation.inference import localise, predict, predicted_labels
 from wsss.evaluation.protocol import Protocol
 
 #: name under which the holdout is evaluated like a split: ``wsss eval splits=[holdout]``

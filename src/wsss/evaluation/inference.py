@@ -7,7 +7,6 @@ was scored.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol as Interface
 
@@ -15,16 +14,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from wsss.cams import normalise_maximum
-from wsss.data.images import squash_pixels
 from wsss.evaluation.protocol import Protocol, ScaleMerge
-from wsss.pseudo_labels import cam_to_label_with_ignore, refine_cam_to_label
-from wsss.refine.dense_crf import crf_label
-from wsss.refine.mean_field import MeanFieldPool
-from wsss.refine.pamr import PAMR
-from wsss.refine.par import PAR
+from wsss.maps.cams import normalise_maximum
+from wsss.maps.pixels import squash_pixels
+from wsss.maps.pseudo_labels import cam_to_label_with_ignore, refine_cam_to_label
+from wsss.maps.refine.dense_crf import crf_label
+from wsss.maps.refine.mean_field import MeanFieldPool
+from wsss.maps.refine.pamr import PAMR
+from wsss.maps.refine.par import PAR
 
 
 class OutputsLike(Interface):
@@ -63,23 +62,6 @@ class Prediction:
     class_logits: Tensor
     single: Tensor | None
     merged: Tensor | None
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every submodule gets its own former mode back.
-
-    It is ``no_grad`` and not ``inference_mode``, because a method may need gradients for its CAMs
-    and can then ask for them with ``torch.enable_grad``.
-    """
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
 
 
 def resized(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:

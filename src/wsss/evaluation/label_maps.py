@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
 from wsss.evaluation.confusion import (
     IGNORE_INDEX,
     ConfusionMatrix,

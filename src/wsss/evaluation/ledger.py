@@ -13,7 +13,7 @@ from typing import Any
 LEDGER_FILE = "ledger.jsonl"
 
 
-def enter(folder: Path, *, split: str, purpose: str, **details: Any) -> int:
+def record_reading(folder: Path, *, split: str, purpose: str, **details: Any) -> int:
     """Enters one reading.
 
     Args:

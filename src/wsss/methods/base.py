@@ -11,8 +11,8 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from wsss.backbone import Backbone
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
+from wsss.models.backbone import Backbone
 
 Batch = dict[str, Any]
 
@@ -37,7 +37,7 @@ class WSSSModule(LightningModule):
     :meth:`cams`. Everything a method needs is a keyword-only, typed constructor argument, since
     Hydra checks configurations against it.
 
-    Several processes average their gradients (:mod:`wsss.parallel`). What a loss divides by, and
+    Several processes average their gradients. What a loss divides by, and
     the batch that a batch norm sees, are those of one forward pass: ``global_batch_size`` over
     processes times ``accumulate_grad_batches``. Where that quotient stays, a run is the same on any
     number of processes, random draws included (:meth:`own_draws`); each method says below

@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-from wsss.backbone import Backbone, Features
-from wsss.conv_backbone import ConvBackbone
-from wsss.data.images import IGNORE_INDEX
-from wsss.decoders import ASPPSum
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
+from wsss.maps.pixels import IGNORE_INDEX
 from wsss.methods.base import Batch, Outputs, WSSSModule, check_not_negative, check_positive
-from wsss.schedules import poly_warmup
+from wsss.methods.schedules import poly_warmup
+from wsss.models.backbone import Backbone, Features
+from wsss.models.conv_backbone import ConvBackbone
+from wsss.models.decoders import ASPPSum
 
 
 class Segmenter(WSSSModule):

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from wsss.checkpoints import first_line
-from wsss.errors import WSSSError
+from wsss.core.errors import WSSSError
+from wsss.core.files import first_line
 
 METHODS = ("toco", "clustercam", "getam")
 # in files with plain names: how weights are made, and how far mistakes and rounding move a result

@@ -19,21 +19,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss.backbone import Backbone, load_encoder, resize_positions
-from wsss.checkpoints import clustercam_official_name, load_official
 from wsss.evaluation.confusion import ConfusionMatrix
 from wsss.evaluation.inference import ModuleLike, predict
 from wsss.evaluation.protocol import Protocol
-from wsss.losses import balanced_segmentation_loss
-from wsss.methods.base import Outputs
-from wsss.methods.clustercam import (
-    BlockOutput,
-    ClusterCAM,
-    Encoded,
-    assign,
-    initial_centres,
+from wsss.maps.pseudo_labels import (
+    packed_scores,
+    present_slots,
+    refine_cam_to_label,
+    refined_scores,
 )
-from wsss.methods.clustercam_start import MIXING, official_draws, official_start
+from wsss.maps.refine.dense_crf import CRF_PRESETS, dense_crf
+from wsss.maps.refine.par import PAR
+from wsss.methods.base import Outputs
+from wsss.methods.clustercam.method import ClusterCAM
+from wsss.methods.clustercam.network import BlockOutput, Encoded, assign, initial_centres
+from wsss.methods.clustercam.official import (
+    MIXING,
+    clustercam_official_name,
+    official_draws,
+    official_start,
+)
+from wsss.methods.losses import balanced_segmentation_loss
+from wsss.methods.official import load_official
+from wsss.models.backbone import Backbone
+from wsss.models.vit import resize_positions
+from wsss.models.weights import load_encoder
 from wsss.parity import EXACT, Array, Case, Kind, Produced, Tolerance
 from wsss.parity.inputs import (
     as_tensor,
@@ -42,10 +52,8 @@ from wsss.parity.inputs import (
     network_images,
     unit_images,
 )
-from wsss.pseudo_labels import packed_scores, present_slots, refine_cam_to_label, refined_scores
-from wsss.refine.dense_crf import CRF_PRESETS, dense_crf
-from wsss.refine.par import PAR
-from wsss.runs import build_module, compose_run
+from wsss.runs.compose import compose_run
+from wsss.runs.folder import build_module
 
 EXPERIMENTS = {"voc": "voc_deits", "coco": "coco"}  # whose schedules the files ask for
 EPOCHS = 80  # of the networks built here; a step is an epoch

@@ -17,32 +17,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wsss.backbone import Backbone, Features, resize_positions
-from wsss.cams import normalise_maximum
-from wsss.checkpoints import getam_official_name, load_official
-from wsss.completion import BACKGROUND_POWER, Labels, complete_labels, completion_thresholds
-from wsss.data.images import normalise, squash_pixels
-from wsss.data.transforms import GETAMViews
+from wsss.data.views.getam import GETAMViews
 from wsss.evaluation.confusion import ConfusionMatrix
 from wsss.evaluation.inference import predict, resized
 from wsss.evaluation.protocol import Protocol
-from wsss.methods.getam import (
-    GETAM,
-    StepResult,
-    attention_and_slope,
-    attention_term,
-    class_slots,
+from wsss.maps.cams import normalise_maximum
+from wsss.maps.pixels import normalise, squash_pixels
+from wsss.maps.pseudo_labels import inside_boxes
+from wsss.maps.refine.dense_crf import dense_crf
+from wsss.maps.refine.pamr import PAMR
+from wsss.methods.getam.labels import (
+    BACKGROUND_POWER,
+    Labels,
+    complete_labels,
+    completion_thresholds,
     saliency_loss,
     saliency_target,
-    slot_maps,
     split_cross_entropy,
 )
+from wsss.methods.getam.maps import attention_and_slope, attention_term, class_slots, slot_maps
+from wsss.methods.getam.method import GETAM, StepResult
+from wsss.methods.getam.official import getam_official_name
+from wsss.methods.official import load_official
+from wsss.models.backbone import Backbone, Features
+from wsss.models.vit import resize_positions
 from wsss.parity import EXACT, Array, Case, Kind, Produced, Tolerance
 from wsss.parity.inputs import as_tensor, loss_and_gradients, network_images
 from wsss.parity.toco import ENERGY_TOLERANCES, energy_outputs, official_weights
-from wsss.pseudo_labels import inside_boxes
-from wsss.refine.dense_crf import dense_crf
-from wsss.refine.pamr import PAMR
 
 PIXEL_MEAN, PIXEL_STD = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)  # of images in 0..255
 

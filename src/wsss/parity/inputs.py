@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wsss.data.images import IMAGENET_MEAN, IMAGENET_STD
+from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD
 from wsss.parity import Array
 
 

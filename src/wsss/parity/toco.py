@@ -17,12 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsss.affinity import pair_masks
-from wsss.backbone import Backbone, load_encoder
-from wsss.cams import multiscale_cam
-from wsss.checkpoints import load_official, toco_name
-from wsss.data.images import IMAGENET_MEAN, IMAGENET_STD
-from wsss.losses import (
+from wsss.maps.cams import multiscale_cam
+from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD
+from wsss.maps.pseudo_labels import (
+    cam_to_label,
+    cam_to_label_with_ignore,
+    ignore_outside_boxes,
+    refine_cam_to_label,
+    roi_mask,
+)
+from wsss.maps.refine.dense_crf import CRF_PRESETS, dense_crf
+from wsss.maps.refine.par import PAR
+from wsss.methods.losses import (
     balanced_segmentation_loss,
     dense_energy_from_prob,
     dense_energy_loss,
@@ -30,7 +36,13 @@ from wsss.losses import (
     energy_inputs,
     filter_maps,
 )
-from wsss.methods.toco import NUM_LOCALS, StepResult, ToCo, crop_local_views, ctc_loss, ptc_loss
+from wsss.methods.official import load_official
+from wsss.methods.schedules import poly_warmup
+from wsss.methods.toco.contrast import NUM_LOCALS, crop_local_views, ctc_loss, pair_masks, ptc_loss
+from wsss.methods.toco.method import StepResult, ToCo
+from wsss.methods.toco.official import toco_name
+from wsss.models.backbone import Backbone
+from wsss.models.weights import load_encoder
 from wsss.parity import GRADIENT, LOSS, Array, Case, Kind, Produced, Tolerance
 from wsss.parity.inputs import (
     as_tensor,
@@ -39,16 +51,6 @@ from wsss.parity.inputs import (
     network_images,
     unit_images,
 )
-from wsss.pseudo_labels import (
-    cam_to_label,
-    cam_to_label_with_ignore,
-    ignore_outside_boxes,
-    refine_cam_to_label,
-    roi_mask,
-)
-from wsss.refine.dense_crf import CRF_PRESETS, dense_crf
-from wsss.refine.par import PAR
-from wsss.schedules import poly_warmup
 
 CRF_NAMES = {"seg": "toco", "cam": "toco_cam", "plain": "psa"}
 CAM_ERROR = 5e-5  # what a CAM may be off: so near to a threshold, a score may lie on either side

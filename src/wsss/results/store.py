@@ -26,8 +26,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from wsss.errors import WSSSError
-from wsss.files import write_atomically
+from wsss.core.errors import WSSSError
+from wsss.core.files import write_atomically
 
 RESULTS_FILE = "results.json"
 CELLS_FILE = "images.npz"

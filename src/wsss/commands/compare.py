@@ -1,0 +1,29 @@
+"""``wsss compare``: runs side by side, where their protocols allow it."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from wsss.comparison.compare import CompareArguments, compare
+from wsss.comparison.grids import FORMATS, print_grids
+from wsss.comparison.tables import tables
+from wsss.core.arguments import split_arguments
+from wsss.core.errors import WSSSError
+from wsss.core.files import write_atomically
+
+
+def main(arguments: list[str]) -> int:
+    """The verb."""
+    paths, chosen = split_arguments(CompareArguments, arguments)
+    if chosen.out and Path(chosen.out).suffix not in FORMATS:
+        raise WSSSError(f"out={chosen.out}: expected a file ending in {', '.join(FORMATS)}")
+    grids = [grid for c in compare(paths, chosen) for grid in tables(c)]
+    print_grids(grids, Console())
+    if chosen.out:
+        out = Path(chosen.out)
+        try:
+            write_atomically(out, FORMATS[out.suffix](grids).encode())
+        except OSError as error:
+            raise WSSSError(f"out={out}: cannot be written ({error.strerror})") from error
+        print(out)
+    return 0

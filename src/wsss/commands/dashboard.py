@@ -1,0 +1,58 @@
+"""``wsss dashboard``: a study's W&B workspace."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from wsss.comparison.dashboard import SPECIFICATION_FILE, build_workspace, read_study
+from wsss.core.arguments import parse_arguments
+from wsss.core.files import write_atomically
+from wsss.runs.config import LoggerConfig
+from wsss.runs.wandb import has_key
+
+
+@dataclass
+class DashboardArguments:
+    """Arguments of ``wsss dashboard``.
+
+    Attributes:
+        study: the study, a folder below ``runs_dir``.
+        runs_dir: where runs lie.
+        project: W&B project; null: the runs' own.
+        entity: account or team; null: the runs' own, else the key's.
+    """
+
+    study: str = MISSING
+    runs_dir: str = "runs"
+    project: str | None = None
+    entity: str | None = None
+
+
+def main(arguments: list[str]) -> int:
+    """The verb."""
+    chosen, _ = parse_arguments(DashboardArguments, arguments)
+    folder = Path(chosen.runs_dir) / chosen.study
+    runs = read_study(folder)
+    settings = LoggerConfig(**runs[0].config["logger"])
+    workspace = build_workspace(
+        runs,
+        name=chosen.study,
+        project=chosen.project or settings.project,
+        entity=chosen.entity or settings.entity or "",
+    )
+    specification = workspace._to_model().spec.model_dump(by_alias=True, exclude_none=True)
+    path = folder / SPECIFICATION_FILE
+    write_atomically(path, f"{json.dumps(specification, indent=2)}\n".encode())
+    print(path)
+    if not has_key():
+        print("no W&B key, so nothing is uploaded; with one, the same command makes the workspace")
+        return 0
+    import wandb
+
+    if not workspace.entity:
+        workspace.entity = wandb.Api().default_entity
+    workspace.save()
+    print(workspace.url)
+    return 0

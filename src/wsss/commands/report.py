@@ -1,0 +1,41 @@
+"""``wsss report``: one page that opens anywhere and shows methods beside each other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from wsss.comparison.compare import CompareArguments, compare
+from wsss.comparison.grids import FORMATS
+from wsss.comparison.page import PAGE, page_of
+from wsss.comparison.tables import tables
+from wsss.core.arguments import split_arguments
+from wsss.core.errors import WSSSError
+from wsss.core.files import make_writable, write_atomically
+
+
+@dataclass
+class ReportArguments(CompareArguments):
+    """Arguments of ``wsss report``: those of ``wsss compare``, but ``out`` is a folder.
+
+    Attributes:
+        gallery: images of each kind (best, median, worst, largest disagreement); 0: no pictures.
+    """
+
+    gallery: int = 3
+
+
+def main(arguments: list[str]) -> int:
+    """The verb."""
+    paths, chosen = split_arguments(ReportArguments, arguments)
+    if not chosen.out:
+        raise WSSSError("out is missing; give the folder of the report: out=report")
+    if chosen.gallery < 0:
+        raise WSSSError(f"gallery={chosen.gallery}: expected 0 or more images of each kind")
+    out = Path(chosen.out)
+    comparisons = compare(paths, chosen)  # before anything is written
+    make_writable(out)
+    write_atomically(out / PAGE, page_of(comparisons, gallery=chosen.gallery).encode())
+    grids = [grid for comparison in comparisons for grid in tables(comparison)]
+    for suffix in (".md", ".csv", ".tex"):
+        write_atomically(out / f"table{suffix}", FORMATS[suffix](grids).encode())
+    print(out / PAGE)
+    return 0

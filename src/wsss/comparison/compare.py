@@ -1,0 +1,246 @@
+"""``wsss compare``: runs side by side, where their protocols allow it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wsss.comparison.bootstrap import Draws, draw
+from wsss.comparison.entries import MIOUS, Entry, load
+from wsss.comparison.protocols import MEASURING, TRAINING, differing_fields
+from wsss.core.errors import WSSSError
+from wsss.results.store import ROWS
+
+
+@dataclass
+class CompareArguments:
+    """Arguments of ``wsss compare`` beside the runs.
+
+    Attributes:
+        by: what makes a group: ``method``, ``study``, ``run``, a key such as
+            ``method.ptc_weight``, or several of these with commas between them; runs of a group
+            differ in their seed alone.
+        baseline: group that differences are taken to; null: the best one.
+        split: which numbers; null: the first split that all runs have.
+        metrics: keys of ``results.json`` to show; null: all that some run has.
+        metric: mIoU of the per-class table; null: the most final one that all runs have.
+        allow: training conditions (backbone, crop_size, iterations, global_batch_size, selection,
+            train_list_sha256) that may differ among ranked runs.
+        unranked: list runs of different protocols without ranking them.
+        out: file to write, .md, .csv, .tex or .html.
+        resamples: draws of the bootstrap.
+    """
+
+    by: str = "method"
+    baseline: str | None = None
+    split: str | None = None
+    metrics: list[str] | None = None
+    metric: str | None = None
+    allow: list[str] = field(default_factory=list)
+    unranked: bool = False
+    out: str | None = None
+    resamples: int = 2000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of one supervision league on one split.
+
+    Attributes:
+        league: What all of them learn from.
+        groups: name -> its runs, one a seed.
+        metrics: Keys shown.
+        primary: The mIoU of the per-class table; None where the runs share none, as without
+            masks.
+        draws: metric -> bootstrap; empty where runs are not ranked.
+        baseline: Group that differences are taken to, or None for the best.
+        notes: What a reader has to know.
+    """
+
+    league: str
+    groups: dict[str, list[Entry]]
+    metrics: list[str]
+    primary: str | None
+    draws: dict[str, Draws]
+    baseline: str | None
+    notes: list[str]
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All runs."""
+        return [entry for members in self.groups.values() for entry in members]
+
+    @property
+    def same_classes(self) -> bool:
+        """Whether the runs can stand in one table of classes; unranked ones may not."""
+        return all(entry.classes == self.entries[0].classes for entry in self.entries)
+
+    @property
+    def same_images(self) -> bool:
+        """Whether the runs were evaluated on the same images; unranked ones may not be."""
+        keys = ("data", "list_sha256")
+        found = {tuple(entry.card[key] for key in keys) for entry in self.entries}
+        return self.same_classes and len(found) == 1
+
+    def best(self, metric: str) -> str:
+        """The group of the highest mean."""
+        observed = self.draws[metric].observed
+        return max(observed, key=lambda name: observed[name])
+
+    def is_clear(self, metric: str) -> bool:
+        """Whether the best group is better than each other one, intervals considered."""
+        draws, best = self.draws[metric], self.best(metric)
+        others = [name for name in draws.observed if name != best]
+        return bool(others) and not any(draws.difference(best, o).is_tie for o in others)
+
+
+def compare(paths: Sequence[Path], chosen: CompareArguments) -> list[Comparison]:
+    """Reads runs and compares them, one league at a time.
+
+    Raises:
+        WSSSError: Runs that cannot be read, grouped or ranked, with what to do about it.
+    """
+    entries = load(paths, by=chosen.by, split=chosen.split)
+    _check_requested(entries, chosen)
+    leagues: dict[str, list[Entry]] = {}
+    for entry in entries:
+        leagues.setdefault(entry.card["supervision"], []).append(entry)
+    found = [_compare_league(name, members, chosen) for name, members in leagues.items()]
+    if chosen.metric is not None and not any(c.primary for c in found):
+        raise WSSSError(
+            f"metric={chosen.metric}: expected a mIoU that all runs have "
+            f"({', '.join(_shared_mious(entries)) or 'none'})"
+        )
+    return found
+
+
+def _check_requested(entries: Sequence[Entry], chosen: CompareArguments) -> None:
+    """What is asked for by name exists in some league; another league may lack it.
+
+    Raises:
+        WSSSError: Unknown metrics, conditions or groups.
+    """
+    unknown = sorted(set(chosen.allow) - set(TRAINING))
+    if unknown:
+        raise WSSSError(
+            f"allow={unknown[0]}: only {', '.join(TRAINING)} may differ among ranked runs; list "
+            "runs of different protocols with unranked=true"
+        )
+    if chosen.resamples < 1:
+        raise WSSSError(f"resamples={chosen.resamples}: expected at least 1 draw")
+    have = _metrics_of(entries)
+    for key in chosen.metrics or ():
+        if key not in have:
+            raise WSSSError(f"metrics: no run has {key}; they have {', '.join(have)}")
+    groups = list(dict.fromkeys(entry.group for entry in entries))
+    if chosen.baseline and _normalised_name(chosen.baseline) not in map(_normalised_name, groups):
+        raise WSSSError(f"baseline={chosen.baseline}: no such group; there are {', '.join(groups)}")
+
+
+def _metrics_of(entries: Sequence[Entry]) -> list[str]:
+    """Keys of the numbers that some run has, in the order of the table."""
+    return [key for _, key, _ in ROWS if any(e.metrics.get(key) is not None for e in entries)]
+
+
+def _compare_league(league: str, entries: list[Entry], chosen: CompareArguments) -> Comparison:
+    metrics = [key for key in _metrics_of(entries) if key in (chosen.metrics or MEASURING)]
+    primary = _choose_primary(entries, chosen.metric)
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.group, []).append(entry)
+    different = differing_fields(entries, metrics)
+    barred = [name for name in different if name not in chosen.allow]
+    if barred and not chosen.unranked:
+        told = "; ".join(f"{name}: {_told(different[name])}" for name in barred)
+        training = [name for name in barred if name in TRAINING]
+        hint = f"allow=[{','.join(training)}] where that is what you study, " if training else ""
+        untouched = [
+            key for key in metrics if differing_fields(entries, [key]).keys() <= {*chosen.allow}
+        ]
+        if untouched:
+            hint += f"metrics=[{','.join(untouched)}], which the difference does not touch, "
+        raise WSSSError(
+            f"these runs are not ranked, their protocols differ in {', '.join(barred)} ({told}); "
+            f"evaluate them alike with `wsss eval`, {hint}or unranked=true to list them"
+        )
+    wanted = _normalised_name(chosen.baseline or "")
+    baseline = next((name for name in groups if _normalised_name(name) == wanted), None)
+    draws = {} if chosen.unranked else _bootstrap(groups, metrics, chosen.resamples)
+    notes = [f"differs: {name}: {_told(values)}" for name, values in different.items()]
+    return Comparison(
+        league, groups, metrics, primary, draws, baseline, notes + _notes(groups, chosen)
+    )
+
+
+def _normalised_name(name: str) -> str:
+    """A group's name so that tkp_pcl, as ``method=`` has it, finds TKP-PCL."""
+    return name.lower().replace("_", "-")
+
+
+def _told(values: Mapping[str, Sequence[str]]) -> str:
+    return " / ".join(f"{value} of {', '.join(holders)}" for value, holders in values.items())
+
+
+def _choose_primary(entries: Sequence[Entry], wanted: str | None) -> str | None:
+    """The mIoU asked for, else the most final one that all runs have."""
+    return next((key for key in _shared_mious(entries) if wanted in (None, key)), None)
+
+
+def _shared_mious(entries: Sequence[Entry]) -> list[str]:
+    return [key for key in MIOUS if all(e.metrics.get(key) is not None for e in entries)]
+
+
+def _bootstrap(
+    groups: Mapping[str, Sequence[Entry]], metrics: Sequence[str], resamples: int
+) -> dict[str, Draws]:
+    """One bootstrap a mIoU, over the groups whose runs all have it."""
+    result = {}
+    for metric in metrics:
+        if metric not in MIOUS:
+            continue
+        holders = {
+            name: members
+            for name, members in groups.items()
+            if all(entry.metrics.get(metric) is not None for entry in members)
+        }
+        counts = {name: [e.counts(metric) for e in es] for name, es in holders.items()}
+        if counts:  # a group's runs may each have something else
+            result[metric] = draw(counts, resamples=resamples)
+    return result
+
+
+def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> list[str]:
+    notes = []
+    single = [name for name, members in groups.items() if len(members) == 1]
+    if single:
+        notes.append(f"one seed only: {', '.join(single)}; what seeds do is not in these intervals")
+    if chosen.unranked:
+        notes.append("not ranked: listed by request although protocols may differ")
+    else:
+        notes.append(
+            "bold: best, and the 95 % interval of its difference to every other excludes zero "
+            f"(paired bootstrap over images, and over seeds where there are several; "
+            f"{chosen.resamples} draws)"
+        )
+    thresholds = {
+        name: sorted({e.metrics["seed_threshold"] for e in es if "seed_threshold" in e.metrics})
+        for name, es in groups.items()
+    }
+    told = ", ".join(f"{n} {'/'.join(map(str, t))}" for n, t in thresholds.items() if t)
+    if told:
+        notes.append(f"declared CAM thresholds: {told}; oracle: best on this split's ground truth")
+    elsewhere = [
+        name
+        for name, es in groups.items()
+        if any(e.card.get("maps") == "made elsewhere" for e in es)
+    ]
+    if elsewhere:
+        notes.append(f"made elsewhere: {', '.join(elsewhere)}; null: not stated by their maker")
+    often = [
+        f"{e.folder.name} {e.metrics['readings']}"
+        for es in groups.values()
+        for e in es
+        if (e.metrics.get("readings") or 0) > 1
+    ]
+    if often:
+        notes.append(f"ground truth of this split read more than once: {', '.join(often)}")
+    return notes

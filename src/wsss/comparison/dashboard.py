@@ -1,0 +1,326 @@
+"""``wsss dashboard``: a study's W&B workspace, made of what its runs logged.
+
+Panels are those that an ablation of weakly-supervised segmentation needs, as far as the study has
+their numbers: nothing in a workspace points to a key that no run has. Runs are grouped by method
+and by the settings that vary in the study, so a line or bar is the mean over seeds.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from wsss.comparison.page import logged_series
+from wsss.core.errors import WSSSError
+from wsss.results.store import MAP_NAMES, RESULTS_FILE, read_results
+from wsss.runs.folder import CONFIG_FILE, method_name
+from wsss.runs.wandb import CONFUSION_COLUMNS, ID_FILE, numbers
+
+if TYPE_CHECKING:
+    import wandb_workspaces.workspaces as ws
+
+SPECIFICATION_FILE = "dashboard.json"
+#: order in which one of several settings that vary together gives its name to a grouping
+GROUPS = ("method", "backbone", "data", "budget", "trainer", "eval")
+#: where and how a run is watched, and what seeds alone change
+NOT_VARIED = ("runs_dir", "study", "gallery", "logger", "second_stage", "seed", "data.seed",
+              "data.root", "data.num_workers", "data.train_masks")  # fmt: skip
+SEGMENTATIONS = ("seg_miou", "seg_miou_crf", "seg_miou_ms", "seg_miou_ms_crf")
+SEEDS = ("seed_miou", "seed_miou_holdout", "seed_miou_oracle", "seed_miou_predicted_labels")
+PSEUDO_LABELS = ("pseudo_label_miou_ignored_as_background", "pseudo_label_miou_excluded",
+                 "pseudo_label_coverage")  # fmt: skip
+IMAGE_LEVEL = ("image_map", "image_f1")
+ERRORS = ("precision", "recall", "over", "under")
+COSTS = ("train_wall_hours", "train_gpu_hours", "train_peak_memory_bytes")
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """What a run folder says about its W&B run.
+
+    Attributes:
+        config: resolved configuration.
+        method: its short name.
+        logged: keys of its history while it trained, such as ``train/ptc_loss``.
+        splits: evaluated splits -> their entry in ``results.json``; none before the end.
+        final: keys of its summary, such as ``final/val/seg_miou``.
+    """
+
+    config: dict[str, Any]
+    method: str
+    logged: list[str]
+    splits: Mapping[str, Mapping[str, Any]]
+    final: list[str]
+
+
+def read_study(folder: Path) -> list[LoggedRun]:
+    """The runs of a study that were logged to W&B.
+
+    Raises:
+        WSSSError: there is none.
+    """
+    runs = [
+        _read_run(path.parent)
+        for path in sorted(folder.glob(f"*/{CONFIG_FILE}"))
+        if (path.parent / ID_FILE).is_file()
+    ]
+    if not any(run.logged for run in runs):
+        raise WSSSError(
+            f"{folder}: no run there has logged anything to W&B; run the study with logger=wandb "
+            "first, and give study=NAME and runs_dir=FOLDER as it was run"
+        )
+    return runs
+
+
+def _read_run(folder: Path) -> LoggedRun:
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))
+    finished = (folder / RESULTS_FILE).is_file()
+    results = read_results(folder / RESULTS_FILE) if finished else {"splits": {}, "cost": None}
+    final = [*numbers(results["splits"]), *numbers({"cost": results["cost"] or {}})]
+    return LoggedRun(
+        config,
+        method_name(config),
+        sorted(logged_series(folder)),
+        results["splits"],
+        [f"final/{key}" for key, _ in final],
+    )
+
+
+def varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Dotted keys of the settings by which runs of one method differ, but for seeds.
+
+    Of settings that change together (one is read from the other, or a pair of thresholds) only the
+    first is named: it makes the same groups.
+    """
+    flat = [dict(_leaves(config)) for config in configs]
+    methods = [method_name(config) for config in configs]
+    keys = sorted({key for one in flat for key in one}, key=lambda key: (_rank(key), key))
+    found: dict[tuple[int, ...], str] = {}
+    for key in keys:
+        if any(key == name or key.startswith(f"{name}.") for name in NOT_VARIED):
+            continue
+        values = [one.get(key) for one in flat]
+        # another method has other settings anyway
+        within = any(
+            len({v for v, m in zip(values, methods, strict=True) if m == method}) > 1
+            for method in set(methods)
+        )
+        if within:
+            found.setdefault(tuple(values.index(value) for value in values), key)
+    return list(found.values())
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """(dotted key, value as text) of everything in nested mappings."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)
+
+
+def _rank(key: str) -> int:
+    group = key.partition(".")[0]
+    return GROUPS.index(group) if group in GROUPS else len(GROUPS)
+
+
+def build_workspace(
+    runs: Sequence[LoggedRun], *, name: str, project: str, entity: str
+) -> "ws.Workspace":
+    """The workspace of a study's runs; nothing is sent.
+
+    Raises:
+        WSSSError: wandb-workspaces is not installed.
+    """
+    ws, _ = _import_workspaces()
+    varied = varying([run.config for run in runs])
+    sections = [
+        _section("Validation while training", _validation(runs)),
+        _section("Final numbers", _finals(runs)),
+        _section("CAM threshold curves", _curves(runs)),
+        _section("Precision, recall, activation", _errors(runs)),
+        *(_section(f"Losses of {method}", _losses(runs, method)) for method in _methods(runs)),
+        _section("Learning rates", [_lines("learning rates", _logged(runs, "train/lr"))]),
+        _section("Mixing scalars", [_lines("lambda", _logged(runs, "train/mixing_"))]),
+        _section("Per class", _per_class(runs)),
+        _section("Gallery", _gallery(runs)),
+        _section("Settings against the result", _settings(runs, varied)),
+        _section("Cost", _costs(runs)),
+    ]
+    groups = sorted({run.config["logger"].get("group") or run.config["study"] for run in runs})
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=name,
+        sections=[section for section in sections if section.panels],
+        settings=ws.WorkspaceSettings(x_axis="trainer/global_step", max_runs=50),
+        runset_settings=ws.RunsetSettings(
+            filters=[ws.Metric("Group").isin(groups)],
+            groupby=[ws.Config(key) for key in ("method_name", *varied)],
+        ),
+    )
+
+
+def _import_workspaces() -> tuple[Any, Any]:
+    """Workspaces and their panels.
+
+    Raises:
+        WSSSError: the package is not installed.
+    """
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError as error:
+        raise WSSSError(
+            "wsss dashboard needs the package wandb-workspaces (pip install wandb-workspaces)"
+        ) from error
+    return workspaces, panels
+
+
+def _section(name: str, panels: Iterable[Any]) -> Any:
+    ws, _ = _import_workspaces()
+    return ws.Section(name=name, panels=[p for p in panels if p is not None], is_open=True)
+
+
+def _logged(runs: Iterable[LoggedRun], *starts: str) -> list[str]:
+    """Keys of the runs' histories that begin like that."""
+    return sorted({key for run in runs for key in run.logged if key.startswith(starts)})
+
+
+def _final(runs: Sequence[LoggedRun], split: str, names: Iterable[str]) -> list[str]:
+    """Keys of those final numbers that some run has, in the order given."""
+    known = {key for run in runs for key in run.final}
+    return [key for key in (f"final/{split}/{name}" for name in names) if key in known]
+
+
+def _methods(runs: Iterable[LoggedRun]) -> list[str]:
+    return sorted({run.method for run in runs})
+
+
+def _splits(runs: Iterable[LoggedRun]) -> list[str]:
+    return list(dict.fromkeys(split for run in runs for split in run.splits))
+
+
+def _having(runs: Iterable[LoggedRun], split: str, key: str) -> dict[str, Any]:
+    """What some run of the split has under a key of ``results.json``; the first one's."""
+    found = (run.splits[split].get(key) for run in runs if split in run.splits)
+    return next((one for one in found if one), {})
+
+
+def _lines(title: str, keys: Sequence[str], x: str = "trainer/global_step") -> Any:
+    _, panels = _import_workspaces()
+    return panels.LinePlot(title=title, x=x, y=list(keys)) if keys else None
+
+
+def _bars(title: str, keys: Sequence[str]) -> Any:
+    _, panels = _import_workspaces()
+    return panels.BarPlot(title=title, metrics=list(keys)) if keys else None
+
+
+def _validation(runs: Sequence[LoggedRun]) -> list[Any]:
+    """How runs went: numbers for watching, of the protocol that is used while training."""
+    return [_lines(key, [key]) for key in _logged(runs, "val/")]
+
+
+def _finals(runs: Sequence[LoggedRun]) -> list[Any]:
+    kinds = {
+        "segmentation mIoU": SEGMENTATIONS,
+        "CAM seed mIoU": SEEDS,
+        "pseudo labels": PSEUDO_LABELS,
+        "image level": IMAGE_LEVEL,
+    }
+    return [
+        _bars(f"{split}: {title}", _final(runs, split, names))
+        for split in _splits(runs)
+        for title, names in kinds.items()
+    ]
+
+
+def _curves(runs: Sequence[LoggedRun]) -> list[Any]:
+    """Seed scores over the threshold; the top of the mIoU curve is the oracle."""
+    return [
+        _lines(f"{split}: {name}", [f"curve/{split}/seed_{name}"], f"curve/{split}/threshold")
+        for split in _splits(runs)
+        for name in ("miou", "precision", "recall")
+        if _having(runs, split, "seed_curve")
+    ]
+
+
+def _errors(runs: Sequence[LoggedRun]) -> list[Any]:
+    return [
+        _bars(f"{split}: {title}", _final(runs, split, (f"maps/{kind}/{e}" for e in ERRORS)))
+        for split in _splits(runs)
+        for kind, title in MAP_NAMES.items()
+    ]
+
+
+def _losses(runs: Sequence[LoggedRun], method: str) -> list[Any]:
+    """Each named loss of a method, and whatever else it alone logs."""
+    own = [run for run in runs if run.method == method]
+    keys = _logged(own, "train/")
+    return [_lines(key, [key]) for key in keys if not key.startswith(("train/lr", "train/mixing_"))]
+
+
+def _per_class(runs: Sequence[LoggedRun]) -> list[Any]:
+    _, panels = _import_workspaces()
+    found: list[Any] = []
+    for split in _splits(runs):
+        found.append(panels.WeavePanelSummaryTable(table_name=f"tables/{split}/per_class"))
+        for kind in _having(runs, split, "confusion"):
+            if kind in MAP_NAMES:
+                found.append(_confusion(f"confusion/{split}/{kind}", f"{split}: {MAP_NAMES[kind]}"))
+    return found
+
+
+def _confusion(key: str, title: str) -> Any:
+    _, panels = _import_workspaces()
+    chart = panels.CustomChart.from_table(
+        f"{key}_table",  # where wandb.plot_table puts it
+        chart_fields={name: name for name in CONFUSION_COLUMNS},
+        chart_strings={"title": title},
+    )
+    chart.chart_name = "wandb/confusion_matrix/v1"
+    return chart
+
+
+def _gallery(runs: Sequence[LoggedRun]) -> list[Any]:
+    _, panels = _import_workspaces()
+    drawn = any(run.splits and run.config["gallery"] > 0 for run in runs)
+    return [
+        panels.MediaBrowser(title=title, media_keys=[key], num_columns=2)
+        for title, key in (("overlays", "gallery/images"), ("sheets", "gallery/sheets"))
+        if drawn
+    ]
+
+
+def _settings(runs: Sequence[LoggedRun], varied: Sequence[str]) -> list[Any]:
+    """The varied settings against the most final mIoU that the runs have."""
+    _, panels = _import_workspaces()
+    keys = [
+        key
+        for split in _splits(runs)[:1]
+        for key in _final(runs, split, [*SEGMENTATIONS[::-1], *SEEDS])
+    ]
+    if not keys or not varied:
+        return []
+    columns = [panels.Config(key) for key in varied] + [panels.SummaryMetric(keys[0])]
+    return [
+        panels.ParallelCoordinatesPlot(
+            title="settings",
+            columns=[panels.ParallelCoordinatesPlotColumn(metric=column) for column in columns],
+        ),
+        panels.ParameterImportancePlot(with_respect_to=keys[0]),
+        panels.RunComparer(diff_only="split"),
+    ]
+
+
+def _costs(runs: Sequence[LoggedRun]) -> list[Any]:
+    training = [_bars(name, _final(runs, "cost", [name])) for name in COSTS]
+    evaluation = [
+        _bars(f"{split}: seconds an image", _final(runs, split, ["cost/seconds_per_image"]))
+        for split in _splits(runs)
+    ]
+    return training + evaluation

@@ -1,0 +1,138 @@
+"""A comparison as tables."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from wsss.comparison.bootstrap import Difference
+from wsss.comparison.compare import Comparison
+from wsss.comparison.entries import MIOUS
+from wsss.comparison.grids import Cell, Grid
+from wsss.results.store import MAP_NAMES, MAP_ROWS, ROWS, look_up
+
+COSTS = (
+    ("training, wall hours", "train_wall_hours", 1.0, ".2f"),
+    ("training, GPU hours", "train_gpu_hours", 1.0, ".2f"),
+    ("training, peak memory (GiB)", "train_peak_memory_bytes", 2.0**-30, ".2f"),
+)
+
+
+def tables(comparison: Comparison) -> list[Grid]:
+    """Numbers, differences and per-class numbers of a comparison."""
+    grids = [_numbers(comparison)]
+    if comparison.draws and len(comparison.groups) > 1:
+        grids.append(_differences(comparison))
+    if comparison.primary is None:
+        return grids
+    grids.append(_details(comparison, comparison.primary))
+    if comparison.same_classes:
+        grids.append(_per_class(comparison, comparison.primary))
+    return grids
+
+
+def _numbers(c: Comparison) -> Grid:
+    """Every metric, one a row, one column a group."""
+    any_entry = next(iter(c.groups.values()))[0]
+    title = f"{any_entry.results['data']} {any_entry.split}, supervision: {c.league} (%)"
+    headings = [f"{name} (n={len(es)})" for name, es in c.groups.items()]
+    grid = Grid(title, ["metric", *headings], notes=c.notes)
+    for heading, key, percent in ROWS:
+        if key not in c.metrics:
+            continue
+        clear = c.best(key) if key in c.draws and c.is_clear(key) else None
+        cells = [
+            Cell(mean_and_deviation([e.metrics.get(key) for e in es], percent), name == clear)
+            for name, es in c.groups.items()
+        ]
+        grid.rows.append((heading, cells))
+    for heading, key, scale, form in COSTS:
+        found = [[(e.results.get("cost") or {}).get(key) for e in es] for es in c.groups.values()]
+        if any(value is not None for values in found for value in values):
+            cells = [Cell(_plain_mean(values, scale, form)) for values in found]
+            grid.rows.append((heading, cells))
+    spent = [[look_up(e.metrics, ("cost", "seconds_per_image")) for e in es]
+             for es in c.groups.values()]  # fmt: skip
+    if any(value is not None for values in spent for value in values):
+        cells = [Cell(_plain_mean(values, 1.0, ".3f")) for values in spent]
+        grid.rows.append(("evaluation, s/image", cells))
+    return grid
+
+
+def mean_and_deviation(values: Sequence[float | None], percent: bool) -> str:
+    """``61.2 ± 0.4`` over seeds, without the deviation for one; ``-`` where any is missing."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return "-"
+    scale, digits = (100, 1) if percent else (1, 2)
+    text = f"{scale * np.mean(known):.{digits}f}"
+    return text if len(known) == 1 else f"{text} ± {scale * np.std(known, ddof=1):.{digits}f}"
+
+
+def _plain_mean(values: Sequence[float | None], scale: float, form: str) -> str:
+    known = [value for value in values if value is not None]
+    return f"{scale * np.mean(known):{form}}" if known else "-"
+
+
+def reference(c: Comparison, metric: str) -> str:
+    """The group that differences of a metric are taken to."""
+    if c.baseline is not None and c.baseline in c.draws[metric].observed:
+        return c.baseline
+    return c.best(metric)
+
+
+def _differences(c: Comparison) -> Grid:
+    """Every group against the baseline, or the best one, with intervals."""
+    grid = Grid(
+        f"difference to {c.baseline or 'the best'}, points [95 % interval]",
+        ["metric", *c.groups],
+    )
+    for heading, key, _ in ROWS:
+        if key not in c.draws:
+            continue
+        draws, base = c.draws[key], reference(c, key)
+        cells = []
+        for name in c.groups:
+            if name not in draws.observed:
+                cells.append(Cell("-"))
+            elif name == base:
+                cells.append(Cell("reference"))
+            else:
+                cells.append(Cell(_interval(draws.difference(name, base))))
+        grid.rows.append((heading, cells))
+    return grid
+
+
+def _interval(d: Difference) -> str:
+    text = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+    return f"{text} tie" if d.is_tie else text
+
+
+def _details(c: Comparison, primary: str) -> Grid:
+    """Precision, boundaries, sizes of the primary kind of label map."""
+    kind = MIOUS[primary][0]
+    grid = Grid(f"{MAP_NAMES[kind]} in detail (%)", ["", *c.groups])
+    for heading, path in MAP_ROWS:
+        values = [
+            [look_up(e.metrics["maps"].get(kind, {}), path) for e in es] for es in c.groups.values()
+        ]
+        grid.rows.append((heading, [Cell(mean_and_deviation(v, True)) for v in values]))
+    return grid
+
+
+def class_column(metric: str) -> str:
+    """Key in ``per_class`` of the IoU behind one of ``MIOUS``."""
+    kind, excluded = MIOUS[metric]
+    return f"{kind}_iou_excluded" if excluded else f"{kind}_iou"
+
+
+def _per_class(c: Comparison, primary: str) -> Grid:
+    """IoU of every class, mean over seeds."""
+    heading = next(heading for heading, key, _ in ROWS if key == primary)
+    grid = Grid(f"{heading}: per class (%)", ["class", *c.groups])
+    for row, name in enumerate(c.entries[0].classes):
+        cells = []
+        for members in c.groups.values():
+            values = [e.metrics["per_class"][class_column(primary)][row] for e in members]
+            cells.append(Cell(mean_and_deviation(values, True)))
+        grid.rows.append((name, cells))
+    return grid

@@ -1,0 +1,1 @@
+"""Masks, lists and labels from what was downloaded or exported."""

@@ -1,0 +1,161 @@
+"""What `wsss data prepare` needs for every data set: many small files in parallel, written once.
+
+Preparing is resumable because each mask is a file that appears whole or not at all and is left
+alone when it is there, and because lists and tables are written last.
+"""
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeVar
+
+from rich.progress import track
+
+from wsss.core.errors import WSSSError
+from wsss.core.files import write_atomically
+from wsss.core.processes import serve
+from wsss.data.table import CLASSES_FILE, COLUMNS, read_text
+
+TABLE_FILE = "labels.csv"
+MARKER_FILE = "prepare.json"
+FEW = 200  # fewer files are done sooner than worker processes start
+Item = TypeVar("Item")
+
+
+class TableRow(NamedTuple):
+    """A line of a table; paths are relative to the data's root."""
+
+    image: str
+    labels: Sequence[str]
+    mask: str | None
+    split: str | None
+
+
+def run_all(
+    work: Callable[[Item], Any], items: Sequence[Item], *, description: str, jobs: int | None
+) -> None:
+    """Calls a module-level function for every item, in processes, behind a progress bar.
+
+    Args:
+        work: must leave things as they are when it is called again.
+        items: its arguments.
+        description: title of the bar.
+        jobs: processes; None: one a core.
+
+    Raises:
+        WSSSError: what `work` raised first, or a process was killed.
+    """
+    if not items:
+        return
+    if jobs is None:
+        jobs = 1 if len(items) < FEW else (os.cpu_count() or 1)
+    if jobs < 1:
+        raise WSSSError(f"jobs={jobs}: expected at least 1 process")
+    if jobs == 1:
+        for item in track(items, description=description):
+            work(item)
+        return
+    # spawned, not forked: the progress bar is a thread
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=serve, initargs=(os.getpid(),))
+    try:
+        results = pool.map(work, items, chunksize=16)
+        for _ in track(results, description=description, total=len(items)):
+            pass
+    except BrokenProcessPool as error:
+        raise WSSSError(
+            f"{description}: a process was killed, most likely out of memory; repeat with fewer "
+            "processes (jobs=1), what is done stays"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def write_text(path: Path, text: str) -> str:
+    """Writes a list or table if it is not there already, and says which."""
+    if path.is_file() and path.read_bytes() == text.encode():
+        return "as it was"
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise WSSSError(
+            f"{path} cannot be written ({error.strerror}); make the data's folder writable"
+        ) from error
+    return "written"
+
+
+def write_table(folder: Path, rows: Iterable[TableRow], class_names: Sequence[str]) -> str:
+    """Writes ``labels.csv`` and ``classes.txt`` into a folder, without columns that nobody fills.
+
+    Raises:
+        WSSSError: a class name holds a separator, there is no row, or two images share a name.
+    """
+    listed = list(rows)
+    bad = [name for name in class_names if set(name) & set(";|\r\n") or name != name.strip()]
+    if bad:
+        raise WSSSError(f"the class {bad[0]!r} holds ; or | or blanks at its ends; rename it")
+    if not listed:
+        raise WSSSError(f"nothing to list in {folder / TABLE_FILE}: no image has a label")
+    by_name: dict[PurePosixPath, str] = {}
+    for row in listed:
+        name = PurePosixPath(row.image).with_suffix("")
+        if name in by_name:
+            raise WSSSError(
+                f"{by_name[name]} and {row.image} would be one row of {folder / TABLE_FILE}; list "
+                "each image once, and rename one where only the suffixes differ"
+            )
+        by_name[name] = row.image
+    write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in class_names))
+    return write_text(folder / TABLE_FILE, table_text(listed))
+
+
+def table_text(rows: Sequence[TableRow]) -> str:
+    """Returns rows as CSV."""
+    columns = [name for name in COLUMNS if any(getattr(row, name) for row in rows)]
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        fields = row._replace(labels=";".join(row.labels))._asdict()
+        writer.writerow([fields[name] or "" for name in columns])
+    return stream.getvalue()
+
+
+def settle_rules(folder: Path, rules: dict[str, Any]) -> None:
+    """Writes down by which rules a folder of masks is made, before the first of them.
+
+    Raises:
+        WSSSError: it was begun by other rules, so that two kinds of masks would mix.
+    """
+    path = folder / MARKER_FILE
+    if path.is_file():
+        try:
+            before = json.loads(read_text(path))
+        except ValueError:
+            before = None
+        if not isinstance(before, dict) or before.keys() != rules.keys():
+            raise WSSSError(
+                f"{path} does not say by which rules {folder} was prepared; remove {folder} to "
+                "prepare it anew"
+            )
+        for key, now in rules.items():
+            if before[key] != now:
+                raise WSSSError(
+                    f"{folder} was prepared with {key}={before[key]}, now it is {now}; remove "
+                    f"{folder} to prepare it anew, or give the former"
+                )
+        return
+    write_text(path, json.dumps(rules, indent=2) + "\n")
+
+
+def split_of(name: str) -> str | None:
+    """Returns train, val or test for the name of a list (``train2014``, ``Validation``)."""
+    plain = name.lower().rstrip("0123456789")
+    plain = {"validation": "val", "valid": "val"}.get(plain, plain)
+    return plain if plain in ("train", "val", "test") else None

@@ -1,0 +1,1 @@
+"""Pure tensor functions on score maps and pixels."""

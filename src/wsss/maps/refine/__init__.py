@@ -1,0 +1,1 @@
+"""Refinements of maps along the image: PAR, PAMR, dense CRFs."""

@@ -1,0 +1,5 @@
+"""ClusterCAM; read method.py."""
+
+from wsss.methods.clustercam.method import ClusterCAM
+
+__all__ = ["ClusterCAM"]

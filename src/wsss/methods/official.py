@@ -1,0 +1,54 @@
+"""Official checkpoints made ours, for the methods that have official code."""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from wsss.core.errors import WSSSError
+from wsss.methods.clustercam.official import clustercam_name, clustercam_official_name
+from wsss.methods.getam.official import getam_name, getam_official_name
+from wsss.methods.toco.official import toco_name, toco_official_name
+from wsss.models.weights import fit_positions, load_state_dict_strictly
+
+CONVERTERS: dict[str, Callable[[str], str | None]] = {
+    "toco": toco_name,
+    "clustercam": clustercam_name,
+    "getam": getam_name,
+}
+OFFICIAL_NAMES: dict[str, Callable[[str], str]] = {
+    "toco": toco_official_name,
+    "clustercam": clustercam_official_name,
+    "getam": getam_official_name,
+}
+
+
+def convert_official(
+    method: str, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """An official state dict under our names, and a map from our names back to theirs.
+
+    Raises:
+        WSSSError: no converter is known for the method.
+    """
+    if method not in CONVERTERS:
+        raise WSSSError(
+            f"no converter for method {method!r}; known: {', '.join(sorted(CONVERTERS))}"
+        )
+    ours = {name: CONVERTERS[method](name) for name in state}
+    converted = {our: state[official] for official, our in ours.items() if our is not None}
+    return converted, {our: official for official, our in ours.items() if our is not None}
+
+
+def load_official(method: str, module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load an official checkpoint's parameters into our module.
+
+    The position grid follows the file, since positions are resized at every call.
+
+    Raises:
+        WSSSError: missing, extra or misshapen keys, under their official names.
+    """
+    converted, back = convert_official(method, state)
+    fit_positions(module.get_submodule("backbone.vit"), converted.get("backbone.vit.pos_embed"))
+    # names of ours that the file lacks have no way back through the file
+    named = {name: OFFICIAL_NAMES[method](name) for name in module.state_dict()}
+    load_state_dict_strictly(module, converted, origin, rename={**named, **back})

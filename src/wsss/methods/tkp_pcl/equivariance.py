@@ -1,0 +1,70 @@
+"""ViT-PCM's equivariance term: symmetries, mosaics, the merged label map."""
+
+import torch
+from torch import Tensor
+
+from wsss.core.errors import WSSSError
+
+TILES = 2  # a mosaic is 2 x 2 views
+
+
+def label_merge(scores: Tensor, targets: Tensor) -> Tensor:
+    """ViT-PCM's label merge (tkp_pcl.md 3.2): present maps over their maxima, renormalised.
+
+    Args:
+        scores: (B, C, h, w), not negative, background first.
+        targets: (B, C) in {0, 1}; absent categories become 0.
+
+    Returns:
+        (B, C, h, w), adding up to 1 over the categories wherever any is above 0.
+    """
+    peaked = over_maximum(scores * targets[..., None, None].to(scores.dtype))
+    total = peaked.sum(1, keepdim=True)
+    return torch.where(total > 0, peaked / total, 0)
+
+
+def over_maximum(maps: Tensor) -> Tensor:
+    """Divide each map (B, C, h, w) by its maximum."""
+    peak = maps.amax((-2, -1), keepdim=True)
+    return torch.where(peak > 0, maps / peak, 0)  # 0 / 0 is 0
+
+
+def apply_symmetry(maps: Tensor, symmetry: Tensor, *, inverse: bool = False) -> Tensor:
+    """Give each map its own flips and transposition, or take them back.
+
+    Args:
+        maps: (B, C, n, n).
+        symmetry: (B, 3), boolean: flip columns, flip rows, then transpose.
+        inverse: undo instead.
+    """
+    turned = []
+    for image, (columns, rows, transpose) in zip(maps, symmetry.tolist(), strict=True):
+        sides = [side for side, asked in ((-1, columns), (-2, rows)) if asked]
+        if inverse:
+            image = image.mT if transpose else image
+            turned.append(image.flip(sides))
+        else:
+            image = image.flip(sides)
+            turned.append(image.mT if transpose else image)
+    return torch.stack(turned)
+
+
+def mosaic(views: Tensor) -> Tensor:
+    """Views (B, 3, s, s), four at a time, as (B/4, 3, 2s, 2s).
+
+    Raises:
+        WSSSError: B is no multiple of 4.
+    """
+    if len(views) % TILES**2:
+        raise WSSSError(
+            f"method.equivariance_weight: mosaics are made of {TILES**2} views, and a device has "
+            f"{len(views)} images; make budget.global_batch_size a multiple"
+        )
+    tiles = views.unflatten(0, (-1, TILES, TILES))  # (M, row, column, 3, s, s)
+    return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def tiles_of(maps: Tensor) -> Tensor:
+    """Inverse of :func:`mosaic` on maps: (M, C, 2n, 2n) to (4M, C, n, n)."""
+    tiles = maps.unflatten(3, (TILES, -1)).unflatten(2, (TILES, -1))  # (M, C, row, n, column, n)
+    return tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)

@@ -1,0 +1,273 @@
+"""The shared encoder: any timm ViT, at any image size, with what a WSSS method needs from it.
+
+All methods see the same class, so a comparison never mixes position handling or weight sources.
+Three things differ from calling timm directly:
+
+* positions are resized **without** antialias on every call, as each method's official code does
+  it: bicubically, GETAM bilinearly (timm's ``dynamic_img_size`` antialiases: up to 0.13 away at 96
+  px);
+* the hybrid's convolutions are standardised by (w - mean) / (std + 1e-5), as its weights were
+  trained (timm divides by sqrt(var + 1e-8): up to 1.2 % away);
+* the weights come from exactly one stated source (a pinned timm tag, a local file, or random),
+  and :attr:`Backbone.weights_info` records which, with hashes. There is no silent fallback.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from timm.layers import HybridEmbed
+from torch import Tensor, nn
+
+from wsss.core.errors import WSSSError
+from wsss.core.files import file_sha256
+from wsss.models.vit import (
+    AttentionParts,
+    block_with_attention,
+    block_with_parts,
+    create_vit,
+    resize_positions,
+)
+from wsss.models.weights import load_encoder, read_state_dict, state_sha256, weights_path
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the encoder gives for a batch of B images on a token grid of h x w (N = h*w).
+
+    Attributes:
+        cls_tokens: prefix tokens after the final norm, (B, P, D); class token(s), then registers.
+        patch_tokens: patch tokens after the final norm, (B, N, D), row-major.
+        grid: (h, w) in tokens.
+        intermediates: block index -> patch tokens after that block, (B, N, D), *not* normed.
+        attentions: block index -> softmax attention of that block, (B, heads, P+N, P+N).
+        prefixes: block index -> prefix tokens after that block, (B, P, D), *not* normed.
+        parts: block index -> queries, keys, values and output of that block's attention.
+        stem_maps: outputs of a hybrid's ResNet stages, (B, 256, H/4, W/4), (B, 512, H/8, W/8) and
+            (B, 1024, H/16, W/16); empty for a plain ViT.
+    """
+
+    cls_tokens: Tensor
+    patch_tokens: Tensor
+    grid: tuple[int, int]
+    intermediates: dict[int, Tensor] = field(default_factory=dict)
+    attentions: dict[int, Tensor] = field(default_factory=dict)
+    prefixes: dict[int, Tensor] = field(default_factory=dict)
+    parts: dict[int, AttentionParts] = field(default_factory=dict)
+    stem_maps: tuple[Tensor, ...] = ()
+
+    def as_map(self, tokens: Tensor) -> Tensor:
+        """Patch tokens (B, N, D) as a feature map (B, D, h, w)."""
+        return token_map(tokens, self.grid)
+
+    @property
+    def patch_map(self) -> Tensor:
+        """The final patch tokens as a feature map, (B, D, h, w)."""
+        return self.as_map(self.patch_tokens)
+
+
+def token_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patch tokens (B, N, D) on a grid of (h, w) as a contiguous feature map (B, D, h, w).
+
+    A transposed view would pass for channels-last, and so would all that convolutions make of it:
+    their backward pass then takes three times as long on a CPU. Where channels-last helps, the
+    weights say so (``trainer.channels_last``).
+    """
+    return tokens.transpose(1, 2).unflatten(2, grid).contiguous()
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """Where a backbone's weights came from; part of every result's protocol.
+
+    Attributes:
+        name: timm model name.
+        source: ``timm:<tag>``, ``file:<file name>`` or ``random``.
+        pretraining: the data behind the weights, as the configuration states it.
+        file_sha256: hash of the local file, or None.
+        state_sha256: hash over names, shapes and values of the loaded encoder.
+    """
+
+    name: str
+    source: str
+    pretraining: str
+    file_sha256: str | None
+    state_sha256: str
+
+    def as_dict(self) -> dict[str, str | None]:
+        """A plain dictionary for ``results.json`` and hyperparameters."""
+        return asdict(self)
+
+
+class Backbone(nn.Module):
+    """A timm ViT, DeiT, DINOv2 or ResNet-ViT hybrid encoder that accepts any image size.
+
+    Args:
+        name: timm model name; with ``weights="timm"`` it must carry its pretrained tag
+            (``vit_base_patch16_224.orig_in21k_ft_in1k``), since untagged names change meaning.
+        weights: ``"timm"`` (download or cache), ``"random"``, a path to a ``.pth`` /
+            ``.safetensors`` file, or ``package:<path>`` for a file shipped inside ``wsss``.
+        pretraining: the data behind the weights, recorded with every result.
+        overrides: arguments for timm's constructor (``patch_size``, ``depth``, ``img_size``, ...).
+
+    Raises:
+        WSSSError: unknown name, not a plain ViT or the hybrid, missing or unfitting weights.
+    """
+
+    #: How positions are resized, see :func:`resize_positions`; a method may set them
+    position_mode: Literal["bicubic", "bilinear"] = "bicubic"
+    position_offset: float | None = None
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        weights: str = "timm",
+        pretraining: str = "unstated",
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.vit = create_vit(name, pretrained=weights == "timm", overrides=dict(overrides or {}))
+        source, file_hash = weights, None
+        if weights == "timm":
+            source = f"timm:{name}"
+        elif weights != "random":
+            path = weights_path(weights)
+            load_encoder(self.vit, read_state_dict(path), str(path))
+            source, file_hash = f"file:{path.name}", file_sha256(path)
+        self.weights_info = WeightsInfo(
+            name, source, pretraining, file_hash, state_sha256(self.vit.state_dict())
+        )
+
+    @property
+    def dim(self) -> int:
+        """Width D of the tokens."""
+        return int(self.vit.embed_dim)
+
+    @property
+    def depth(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.vit.blocks)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels, a hybrid's stem included."""
+        return int(self.vit.patch_embed.feat_ratio())
+
+    @property
+    def stem_channels(self) -> tuple[int, ...]:
+        """Channels of :attr:`Features.stem_maps`."""
+        if not isinstance(self.vit.patch_embed, HybridEmbed):
+            return ()
+        return tuple(info["num_chs"] for info in self.vit.patch_embed.backbone.feature_info[1:])
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number P of class, distillation and register tokens."""
+        return int(self.vit.num_prefix_tokens)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        taps: Sequence[int] = (),
+        attentions: Sequence[int] = (),
+        parts: Sequence[int] = (),
+    ) -> Features:
+        """Encode a batch.
+
+        Args:
+            images: (B, 3, H, W), normalised. Rows and columns beyond the last whole patch are
+                dropped on the right and at the bottom, as a strided convolution does.
+            taps: 0-based blocks whose raw tokens are wanted; negative counts from the end.
+            attentions: 0-based blocks whose attention maps are wanted. Only these leave fused
+                attention, since a map of N x N is what makes large images expensive.
+            parts: 0-based blocks whose queries, keys, values and output are wanted; these stay on
+                fused attention.
+
+        Raises:
+            WSSSError: the image is smaller than one patch.
+        """
+        stem_maps = self._stem_maps(images)
+        tokens, grid = self.embed(images, stem_maps)
+        wanted_taps = {index % self.depth for index in taps}
+        wanted_maps = {index % self.depth for index in attentions}
+        wanted_parts = {index % self.depth for index in parts}
+        intermediates: dict[int, Tensor] = {}
+        prefixes: dict[int, Tensor] = {}
+        maps: dict[int, Tensor] = {}
+        kept: dict[int, AttentionParts] = {}
+        for index, block in enumerate(self.vit.blocks):
+            if index in wanted_maps:
+                tokens, maps[index] = block_with_attention(block, tokens)
+            elif index in wanted_parts:
+                tokens, kept[index] = block_with_parts(block, tokens)
+            else:
+                tokens = block(tokens)
+            if index in wanted_taps:
+                prefixes[index], intermediates[index] = self._split(tokens)
+        prefix, patches = self._split(self.vit.norm(tokens))
+        return Features(prefix, patches, grid, intermediates, maps, prefixes, kept, stem_maps)
+
+    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Prefix tokens (B, P, D) and patch tokens (B, N, D)."""
+        return tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+
+    def _stem_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of a hybrid's ResNet stages, see :class:`Features`; none of a plain ViT."""
+        if not isinstance(self.vit.patch_embed, HybridEmbed):
+            return ()
+        stem = self.vit.patch_embed.backbone
+        maps = [stem.stem(self._whole_patches(images))]
+        for stage in stem.stages:
+            maps.append(stage(maps[-1]))
+        return (*maps[1:-1], stem.norm(maps[-1]))
+
+    def _whole_patches(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) without the rows and columns beyond the last whole patch."""
+        height, width = (side // self.patch_size * self.patch_size for side in images.shape[-2:])
+        if min(height, width) == 0:
+            raise WSSSError(
+                f"image of {tuple(images.shape[-2:])} pixels is smaller than one {self.patch_size} "
+                "px patch; use larger images"
+            )
+        return images[..., :height, :width]
+
+    def embed(
+        self, images: Tensor, stem_maps: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Input of the first block, (B, P+N, D): patches and prefix with positions; and the grid.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            stem_maps: what a hybrid's stem made of them, where the caller has that already.
+
+        Raises:
+            WSSSError: the image is smaller than one patch.
+        """
+        vit, patch = self.vit, self.patch_size
+        stem_maps = stem_maps or self._stem_maps(images)
+        square = images.shape[-2] == images.shape[-1]
+        images = self._whole_patches(images)
+        grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+        embedded = vit.patch_embed.proj(stem_maps[-1] if stem_maps else images)  # (B, D, h, w)
+        patches = embedded.flatten(2).transpose(1, 2)  # (B, N, D)
+        if not stem_maps:
+            patches = vit.patch_embed.norm(patches)
+        names = ("cls_token", "dist_token", "reg_token")
+        prefix = [getattr(vit, name) for name in names if getattr(vit, name, None) is not None]
+        prefix = [token.expand(len(images), -1, -1) for token in prefix]
+        positions = resize_positions(
+            vit.pos_embed,
+            grid,
+            0 if vit.no_embed_class else self.num_prefix_tokens,
+            mode=self.position_mode,
+            offset=self.position_offset,
+            square=square,
+        )
+        if vit.no_embed_class:  # DINOv2 with registers: prefix tokens carry no position
+            tokens = torch.cat([*prefix, patches + positions], dim=1)
+        else:
+            tokens = torch.cat([*prefix, patches], dim=1) + positions
+        return vit.norm_pre(vit.pos_drop(tokens)), grid

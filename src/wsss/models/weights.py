@@ -1,0 +1,184 @@
+"""Read and write weights safely.
+
+Every file is read with ``weights_only=True`` (or as safetensors): a checkpoint from a stranger
+cannot run code. Keys are never matched loosely: what is missing, extra or misshapen is named.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from wsss.core.errors import WSSSError
+from wsss.core.files import first_line, whole_file
+from wsss.core.places import PACKAGE
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The parameters in a ``.safetensors`` file or a torch checkpoint.
+
+    Torch files may hold the parameters directly or under ``state_dict`` or ``model``.
+
+    Raises:
+        WSSSError: missing, truncated or unsafe file, or one that holds no parameters.
+    """
+    if not path.is_file():
+        raise WSSSError(f"{path}: no such checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle, safetensors and OS errors share no base class
+        raise WSSSError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); "
+            "expected .safetensors, or a torch file that loads with weights_only=True"
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content:
+        raise WSSSError(f"{path}: holds no parameters; expected a state dict")
+    strangers = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise WSSSError(f"{path}: entries that are not tensors: {_some(strangers)}")
+    return content
+
+
+def save_atomically(checkpoint: Mapping[str, Any], target: Path) -> None:
+    """Write a torch file beside its target, then rename: the old file, or the new one whole.
+
+    Raises:
+        WSSSError: it cannot be written; what was there is untouched.
+    """
+    try:
+        with whole_file(target) as temporary:
+            torch.save(checkpoint, temporary)
+    except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
+        raise WSSSError(
+            f"{target}: cannot be written ({first_line(error)}); a previous file is untouched"
+        ) from error
+
+
+def load_state_dict_strictly(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    origin: str,
+    rename: Mapping[str, str] | None = None,
+) -> None:
+    """Load parameters; every name and shape must fit.
+
+    Args:
+        module: changed in place, only when everything fits.
+        state: parameters under the module's names.
+        origin: what to call the source in an error.
+        rename: the module's name -> the name to print (the official one), where they differ.
+
+    Raises:
+        WSSSError: one line with the missing, extra and misshapen keys.
+    """
+    own = module.state_dict()
+    shown = rename or {}
+    faults = [
+        (label, [shown.get(key, key) for key in keys])
+        for label, keys in (
+            ("missing", sorted(own.keys() - state.keys())),
+            ("extra", sorted(state.keys() - own.keys())),
+        )
+    ]
+    misshapen = [
+        f"{shown.get(key, key)} (expected {tuple(own[key].shape)}, got {tuple(state[key].shape)})"
+        for key in sorted(own.keys() & state.keys())
+        if own[key].shape != state[key].shape
+    ]
+    faults.append(("misshapen", misshapen))
+    lines = [f"{label} {len(keys)}: {_some(keys)}" for label, keys in faults if keys]
+    if lines:
+        raise WSSSError(f"{origin}: keys do not fit; " + "; ".join(lines))
+    module.load_state_dict(dict(state))
+
+
+def fit_positions(vit: Any, positions: Tensor | None) -> None:
+    """Give an encoder the position grid of the weights it is about to load.
+
+    Positions are resized at every call, so a file made at another image size fits as it is. A
+    width that differs or a grid that is not square is left alone: strict loading then names it.
+    """
+    if positions is None or positions.ndim != 3 or positions.shape[-1] != vit.embed_dim:
+        return
+    count = positions.shape[1] - (0 if vit.no_embed_class else vit.num_prefix_tokens)
+    if count > 0 and isqrt(count) ** 2 == count:
+        vit.pos_embed = nn.Parameter(
+            torch.empty_like(positions, dtype=torch.float32),
+            requires_grad=vit.pos_embed.requires_grad,
+        )
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    rest = f", ... ({len(names) - most} more)" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    """A name with the first prefix that it begins with replaced."""
+    for theirs, ours in prefixes.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def load_encoder(vit: VisionTransformer, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load timm-style encoder weights; the position grid follows the file.
+
+    Args:
+        vit: the encoder, changed in place.
+        state: parameters, with or without ``module.`` / ``encoder.`` / ``backbone.`` prefixes;
+            classification heads are ignored, since no method uses them.
+        origin: what to call the source in an error.
+
+    Raises:
+        WSSSError: missing, extra or misshapen keys, by name.
+    """
+    state = {_plain_key(key): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith(("head", "fc_norm"))}
+    fit_positions(vit, state.get("pos_embed"))
+    load_state_dict_strictly(vit, state, origin)
+
+
+def _plain_key(key: str) -> str:
+    for prefix in ("module.", "encoder.", "backbone.", "vit."):
+        key = key.removeprefix(prefix)
+    return key
+
+
+def weights_path(weights: str) -> Path:
+    """The file that ``backbone.weights`` names.
+
+    Raises:
+        WSSSError: there is no such file.
+    """
+    path = Path(weights).expanduser()
+    if weights.startswith("package:"):
+        path = PACKAGE / weights.removeprefix("package:")
+    if not path.is_file():
+        raise WSSSError(
+            f"backbone.weights={weights}: no such file; put the weights there, or use "
+            "backbone.weights=timm (needs internet once) or backbone.weights=random"
+        )
+    return path
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over sorted names, shapes and float32 values of a state dict."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()

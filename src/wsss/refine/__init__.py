@@ -1,1 +1,0 @@
-"""Refinement of score maps along image edges: PAR on the device, dense CRF on the CPU."""

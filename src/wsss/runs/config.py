@@ -1,0 +1,268 @@
+"""Configurations: found from any directory, composed by Hydra, checked before anything runs.
+
+Hydra refuses a mistyped key, but not one behind ``+`` and not a value of the wrong type. Both are
+caught here against the constructors that the configuration names: a typed, keyword-only signature
+is its own schema.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wsss.core.errors import WSSSError
+from wsss.core.schema import (
+    SUPPLIED,
+    check_finite,
+    check_node,
+    nearest,
+    nearest_key,
+    parameters_of,
+    target_class,
+    targets,
+)
+from wsss.evaluation.protocol import Protocol
+from wsss.runs.targets import with_former_targets
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a data set prescribes to every method trained on it.
+
+    Attributes:
+        max_steps: optimiser steps.
+        warmup_steps: steps of learning-rate warm-up.
+        global_batch_size: images a step over all devices.
+        crop_size: side of a training crop in pixels.
+        scale_range: bounds of the random scale before the crop.
+        blur_radius: bounds of the radius of blurred views in pixels.
+        local_size: side of a local crop in pixels.
+        cam_size: side of the square to which images are squashed for CAM and single-scale scores;
+            None: native.
+        eval_every: steps between validations.
+    """
+
+    max_steps: int
+    warmup_steps: int
+    global_batch_size: int
+    crop_size: int
+    scale_range: tuple[float, float]
+    blur_radius: tuple[float, float]
+    local_size: int
+    cam_size: int | None
+    eval_every: int
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "global_batch_size", "crop_size", "local_size", "eval_every"):
+            if getattr(self, name) < 1:
+                raise WSSSError(f"budget.{name}={getattr(self, name)}: must be at least 1")
+        if self.warmup_steps < 0:
+            raise WSSSError(f"budget.warmup_steps={self.warmup_steps}: must not be negative")
+        if self.local_size >= self.crop_size:
+            raise WSSSError(
+                f"budget.local_size={self.local_size}: must be smaller than "
+                f"budget.crop_size={self.crop_size}"
+            )
+        low, high = self.scale_range
+        if not 0 < low <= high:
+            raise WSSSError(f"budget.scale_range=[{low}, {high}]: expected 0 < low <= high")
+        low, high = self.blur_radius
+        if not 0 < low <= high:
+            raise WSSSError(f"budget.blur_radius=[{low}, {high}]: expected 0 < low <= high")
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Where metrics go beside the CSV that is always written.
+
+    Attributes:
+        wandb: also log to Weights & Biases (offline without a key).
+        project: the W&B project.
+        entity: the account or team that it belongs to; None: the key's own.
+        name: of the run; None: that of its folder.
+        group: of runs; None: the study.
+        job_type: kind of run; None: ``train`` or ``second-stage``.
+        tags: beside method, data set and encoder, which are always tags; 1 to 64 characters each.
+        checkpoints: also store the last checkpoint, as an artifact.
+    """
+
+    wandb: bool = False
+    project: str = "wsss"
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    tags: Sequence[str] = ()
+    checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                raise WSSSError(f"logger.tags: {tag!r} has {len(tag)} characters, expected 1 to 64")
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What the trainer's configuration says beside the arguments of ``lightning.Trainer``.
+
+    Attributes:
+        compile: backend of ``torch.compile`` (``inductor``) for the parts of a method that keep
+            their structure; None: nothing is compiled.
+        channels_last: keep the weights of convolutions channels-last, as tensor cores read them.
+    """
+
+    compile: str | None = None
+    channels_last: bool = False
+
+
+ACCELERATION = tuple(field.name for field in fields(Acceleration))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Top level of ``conf/train.yaml``; groups are checked against their own targets."""
+
+    method: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+    data: Mapping[str, Any]
+    trainer: Mapping[str, Any]
+    eval: Protocol
+    logger: LoggerConfig
+    budget: Budget
+    study: str
+    seed: int
+    runs_dir: Path
+    gallery: int
+    objective: str = "seed_miou"
+    second_stage: Mapping[str, Any] | None = None
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as plain dictionaries, lists and numbers.
+
+    Raises:
+        WSSSError: a mandatory value (``???``) is missing, or an interpolation does not resolve.
+    """
+    try:
+        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "a key"
+        if type(error).__name__ == "MissingMandatoryValue":
+            raise WSSSError(f"{key} is missing; give it on the command line: {key}=...") from error
+        raise WSSSError(f"{key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Eight hex digits over what makes a run another run.
+
+    Left out are where things lie and how they are watched, so that moved data does not orphan an
+    interrupted run; a second stage is a run of its own. The evaluation protocol is in: ``wsss
+    eval`` takes other ones without training.
+    """
+    elsewhere = ("runs_dir", "logger", "gallery", "objective", "second_stage")
+    relevant = {key: value for key, value in config.items() if key not in elsewhere}
+    relevant["data"] = {
+        key: value
+        for key, value in config["data"].items()
+        if key not in ("root", "num_workers", "eval_batch_size")
+    }
+    if masks := relevant["data"].get("train_masks"):  # a first stage's: named inside runs_dir
+        relevant["data"]["train_masks"] = str(masks).removeprefix(str(config["runs_dir"]))
+    relevant["trainer"] = {
+        key: value
+        for key, value in config["trainer"].items()
+        if key != "profiler" and (value or key not in ACCELERATION)
+    }
+    text = json.dumps(with_former_targets(relevant), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+#: what a second stage says for itself; all else is the first one's
+SECOND_STAGE = ("source", "method", "backbone", "data", "eval", "budget", "trainer")
+
+
+def second_stage_config(config: Mapping[str, Any], train_masks: str) -> dict[str, Any]:
+    """The resolved configuration of the run that follows on a run's pseudo labels.
+
+    Args:
+        config: resolved configuration with a ``second_stage``: its method, encoder and protocol
+            take the first stage's places, its other keys are laid over the first stage's;
+            ``source`` says what `wsss pseudo` makes the labels from.
+        train_masks: the folder of pseudo labels.
+
+    Raises:
+        WSSSError: ``second_stage`` has unknown keys or lacks one.
+    """
+    second = config["second_stage"]
+    for key in second:
+        if key not in SECOND_STAGE:
+            raise WSSSError(f"second_stage.{key}: unknown key{nearest(key, SECOND_STAGE)}")
+    for key in ("method", "backbone", "eval"):
+        if key not in second:
+            raise WSSSError(f"second_stage.{key} is missing; see experiments/tkp_pcl/minivoc.yaml")
+    merged = {**config, **{key: second[key] for key in ("method", "backbone", "eval")}}
+    for key in ("data", "budget", "trainer"):
+        merged[key] = {**config[key], **second.get(key, {})}
+    # these were read from the first stage's budget
+    merged["data"]["global_batch_size"] = merged["budget"]["global_batch_size"]
+    merged["trainer"]["max_steps"] = merged["budget"]["max_steps"]
+    merged["data"]["train_masks"] = train_masks
+    # what the first stage saw beside image labels is on its pseudo labels' card
+    merged["data"].pop("saliency_folder", None)
+    return merged | {"second_stage": None}
+
+
+def check_config(config: DictConfig) -> None:
+    """Check every key and value against the constructor that will take it.
+
+    Raises:
+        WSSSError: one line naming the key, and the nearest valid one or the expected type.
+    """
+    content = plain(config)
+    check_finite(content)
+    check_node(content, parameters_of(TrainConfig), "", supplied=set())
+    for field in fields(TrainConfig):
+        schema = {"eval": Protocol, "logger": LoggerConfig, "budget": Budget}.get(field.name)
+        if schema is not None:
+            check_node(content[field.name], parameters_of(schema), field.name, supplied=set())
+            schema(**content[field.name])  # its own checks of values
+    for path, node in targets(content):
+        parameters = parameters_of(target_class(node["_target_"], path))
+        if path == "trainer":
+            parameters |= parameters_of(Acceleration)
+        check_node(node, parameters, path, supplied=SUPPLIED)
+    if not 0 <= content["seed"] < 2**32:
+        raise WSSSError(f"seed={content['seed']}: expected 0 to 2**32 - 1")
+    if content["gallery"] < 0:
+        raise WSSSError(f"gallery={content['gallery']}: expected 0 or more images")
+    if content.get("second_stage"):
+        check_config(OmegaConf.create(second_stage_config(content, "written by the first stage")))
+
+
+def override_config(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A stored configuration with ``key=value`` changes, checked like a fresh one.
+
+    Raises:
+        WSSSError: unknown key, wrong type.
+    """
+    node: Any = OmegaConf.create(config)
+    OmegaConf.set_struct(node, True)
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise WSSSError(f"{override!r}: expected KEY=VALUE")
+        if OmegaConf.select(node, key, default=_ABSENT) is _ABSENT:
+            raise WSSSError(f"{key}: unknown key{nearest_key(key, node)}")
+        node = OmegaConf.merge(node, OmegaConf.from_dotlist([override]))
+    check_config(node)
+    return plain(node)
+
+
+_ABSENT = object()

@@ -1,0 +1,116 @@
+"""``wsss submit``: masks of VOC's test images in the archive that its evaluation server takes.
+
+The ground truth of VOC 2012 test is only on the server (host.robots.ox.ac.uk:8080); it wants
+``results/VOC2012/Segmentation/comp6_test_cls/NAME.png``, index PNGs of the images' own sizes, in a
+tar.gz (field.md, C).
+"""
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from wsss.core.devices import choose_device
+from wsss.core.errors import WSSSError
+from wsss.core.files import file_sha256, whole_file, write_atomically
+from wsss.core.modes import evaluating
+from wsss.data.dataset import Sample
+from wsss.data.images import image_size, mask_png, read_rgb
+from wsss.data.voc import VOC_CLASSES
+from wsss.maps.pixels import normalise
+from wsss.runs.folder import Run
+from wsss.runs.masks import predict_mask
+
+ORIGIN_FILE = "made_from.json"  # beside the archive, not in it
+
+
+def _settle_origin(out: Path, checkpoint: Path, run: Run) -> None:
+    """Writes down whose masks lie in a folder, so that those of two runs cannot mix."""
+    origin = {"checkpoint_sha256": file_sha256(checkpoint), "protocol": asdict(run.protocol)}
+    text = json.dumps(origin, indent=2) + "\n"
+    path = out / ORIGIN_FILE
+    if path.is_file() and path.read_text() != text:
+        raise WSSSError(f"{out} holds masks of another run or protocol; give another out=")
+    write_atomically(path, text.encode())
+
+
+def _predict_all(run: Run, samples: Sequence[Sample], folder: Path, device: str) -> None:
+    """Predicts what is not there yet; a stopped call goes on where it was."""
+    todo = [sample for sample in samples if not (folder / f"{sample.name}.png").is_file()]
+    if not todo:
+        return
+    where = choose_device(device)
+    run.module.to(where)
+    with evaluating(run.module):
+        for sample in track(todo, description="predicting"):
+            rgb = read_rgb(sample.image)
+            mask = predict_mask(run, normalise(rgb).to(where), rgb)
+            write_atomically(folder / f"{sample.name}.png", mask_png(mask))
+
+
+def write_archive(archive: Path, base: Path, members: Sequence[PurePosixPath]) -> None:
+    """Packs files; the same masks give the same bytes."""
+    with (
+        whole_file(archive) as temporary,
+        temporary.open("wb") as stream,
+        gzip.GzipFile(filename="", fileobj=stream, mode="wb", mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w") as tar,
+    ):
+        for member in members:
+            content = (base / member).read_bytes()
+            info = tarfile.TarInfo(str(member))
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def validate_archive(archive: Path, inner: PurePosixPath, samples: Sequence[Sample]) -> None:
+    """Reads an archive back as the server would.
+
+    Args:
+        archive: the tar.gz.
+        inner: folder that its masks must lie in.
+        samples: the images, each of which needs one mask.
+
+    Raises:
+        WSSSError: unreadable, a missing or surplus file, a mask of another size, mode or class.
+    """
+    expected = {str(inner / f"{sample.name}.png"): sample for sample in samples}
+    seen: set[str] = set()
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                if member.name not in expected or member.name in seen:
+                    raise WSSSError(
+                        f"{archive} holds {member.name!r}, expected each of {len(expected)} masks "
+                        f"once, in {inner}"
+                    )
+                seen.add(member.name)
+                stream = tar.extractfile(member)
+                content = stream.read() if stream else b""
+                _validate_mask(archive, member.name, content, expected)
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise WSSSError(f"{archive} cannot be read ({error}); remove it and repeat") from error
+    missing = sorted({*expected} - seen)
+    if missing:
+        raise WSSSError(f"{archive} lacks {len(missing)} masks, {missing[0]} first; repeat")
+
+
+def _validate_mask(archive: Path, name: str, content: bytes, expected: dict[str, Sample]) -> None:
+    size = image_size(expected[name].image)
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            mode, ids = image.mode, np.asarray(image)
+    except Exception as error:  # as Pillow raises
+        raise WSSSError(f"{archive}: {name} is no image; remove it and repeat") from error
+    if mode != "P" or ids.shape != size or ids.max(initial=0) > len(VOC_CLASSES):
+        raise WSSSError(
+            f"{archive}: {name} has mode {mode}, shape {ids.shape} and ids up to {ids.max()}; "
+            f"expected an index PNG of {size} with 0..{len(VOC_CLASSES)}; remove it and repeat"
+        )

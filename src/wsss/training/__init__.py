@@ -1,0 +1,1 @@
+"""Training one run, its stages, and sweeps of runs."""

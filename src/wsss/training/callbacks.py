@@ -1,0 +1,143 @@
+"""What every training has beside the method: checkpoints when it stops, a progress bar."""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from wsss.core.errors import WSSSError
+from wsss.models.weights import save_atomically
+from wsss.training.parallel import GradientAveraging
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames, so that the previous checkpoint survives a full disk.
+
+    Lightning's own way goes through the system's temporary folder, whence a move may be a copy.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            WSSSError: the disk is full or read-only.
+        """
+        save_atomically(checkpoint, Path(path))
+
+
+class SaveOnStop(Callback):
+    """A checkpoint whenever training stops: at the end, on Ctrl-C or SIGTERM, on an error.
+
+    A signal waits for the step in progress, so that what is saved stands between two steps; a
+    second one stops at once and leaves the previous checkpoint. All processes of a run stop after
+    the same step, whichever of them got the signal.
+
+    Args:
+        path: the checkpoint to write.
+
+    Attributes:
+        asked: the signal that came, if one did.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.asked: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._stepping = False  # weights and optimiser are being changed
+        self._between_steps = False  # it is here that training stopped
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Note what signals did; submitit says with SIGUSR2 that time is up."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if callable(signal.getsignal(signal.SIGUSR2)):
+            numbers.append(signal.SIGUSR2)
+        self._before = {number: signal.getsignal(number) for number in numbers}
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Take signals over, after Lightning and until it gives them back.
+
+        Lightning's own handler would broadcast from within, in the middle of a step. Notebooks may
+        train outside the main thread, where no handler can be set.
+        """
+        if threading.current_thread() is threading.main_thread():
+            for number in self._before:
+                signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = signal.Signals(number)
+        for each, before in self._before.items():
+            signal.signal(each, before)
+        again = "Ctrl-C" if number == signal.SIGINT else self.asked.name
+        # not print: the interrupted code may be printing
+        os.write(2, f"\nstopping after this step ({again} again: at once)\n".encode())
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        """From here to the end of the batch there is no state to save."""
+        self._stepping = True
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        """Stop here if asked to, unless gradients of a step are being accumulated."""
+        if not self._stepping:
+            return
+        self._stepping = False
+        if trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
+            self._between_steps = True
+            raise KeyboardInterrupt
+
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        """Stop here if asked to; several processes, whose shares differ, go on to the end.
+
+        The checkpoint from before the validation stays: resuming never begins in the middle of one.
+        """
+        if self.asked and trainer.world_size == 1:
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """The last iterate is the result; nothing is selected on a validation split."""
+        trainer.save_checkpoint(self.path)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save where training stood, unless the weights are what broke or a step was cut."""
+        if isinstance(trainer.strategy, GradientAveraging):
+            trainer.strategy.alone = True  # the others may be dead, or anywhere else
+        at_once = not isinstance(exception, Exception) and not self._between_steps
+        cut = self._stepping or at_once
+        finite = all(bool(torch.isfinite(p).all()) for p in pl_module.parameters())
+        if trainer.global_step > 0 and finite and not cut:
+            try:
+                trainer.save_checkpoint(self.path)
+            except WSSSError as error:  # what ended the run is told, not this
+                print(f"wsss train: {error}", file=sys.stderr)
+
+
+class NamedLosses(TQDMProgressBar):
+    """Progress bar with the named losses, without Lightning's version number."""
+
+    def get_metrics(
+        self, trainer: lightning.Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Losses without their ``train/`` prefix."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return {
+            name.removeprefix("train/").removesuffix("_loss"): value
+            for name, value in metrics.items()
+        }

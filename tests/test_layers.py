@@ -1,0 +1,138 @@
+"""The folders of ``src/wsss`` import only from folders below them, and no import hides a circle."""
+
+import ast
+import graphlib
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src"
+#: from the ground up; folders of one row do not import each other
+ROWS = [
+    ["core"],
+    ["maps", "models"],
+    ["data", "methods"],
+    ["evaluation"],
+    ["results"],
+    ["runs"],
+    ["training", "comparison", "parity", "benchmark"],
+    ["commands"],
+    ["cli"],
+]
+ROW_OF = {folder: row for row, folders in enumerate(ROWS) for folder in folders}
+#: what a method may import beside its own folder
+OF_ALL_METHODS = {"base", "settings", "losses", "schedules"}
+#: files that start before anything heavy may be imported
+LIGHT = ["cli", "core.errors", "core.telling", "core.places"]
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in sorted((SOURCE / "wsss").rglob("*.py"))}
+
+
+def imports_of(text: str, *, nested: bool) -> set[str]:
+    """Modules that a file imports at its top, or inside functions, classes and conditions."""
+    tree = ast.parse(text)
+    top = {id(node) for node in tree.body}
+    found = set()
+    for node in ast.walk(tree):
+        if (id(node) in top) is nested:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in FILES else node.module)
+    return found
+
+
+ARROWS = {
+    name: {other for other in imports_of(path.read_text(), nested=False) if other in FILES}
+    for name, path in FILES.items()
+}
+
+
+def folder_of(module: str) -> str:
+    return module.removeprefix("wsss").strip(".").partition(".")[0]
+
+
+def broken_rule(module: str, other: str) -> str:
+    """Which rule an import breaks; empty where none."""
+    own, its = folder_of(module), folder_of(other)
+    if not its or own == its:
+        return ""
+    if not own:
+        return "the package's face imports on first use"
+    if ROW_OF[its] > ROW_OF[own]:
+        return f"{own} lies below {its}"
+    if ROW_OF[its] == ROW_OF[own]:
+        return f"{own} and {its} stand side by side"
+    return ""
+
+
+def test_flat_files_are_the_command_and_the_face() -> None:
+    assert sorted(path.name for path in (SOURCE / "wsss").glob("*.py")) == ["__init__.py", "cli.py"]
+    assert {folder_of(module) for module in FILES} - {""} == {*ROW_OF}
+
+
+def test_folders_import_from_below() -> None:
+    for module, others in ARROWS.items():
+        for other in sorted(others):
+            reason = broken_rule(module, other)
+            assert not reason, f"{module} imports {other}: {reason}"
+
+
+def test_modules_form_no_circle() -> None:
+    try:
+        graphlib.TopologicalSorter(ARROWS).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_no_import_of_ours_is_nested() -> None:
+    for module, path in FILES.items():
+        nested = {n for n in imports_of(path.read_text(), nested=True) if n in FILES}
+        assert not nested, f"{module} imports {nested} inside a function or condition"
+
+
+def parts_of(module: str) -> list[str]:
+    return module.split(".")[2:]
+
+
+def test_methods_know_no_other_method() -> None:
+    for module, others in ARROWS.items():
+        own = parts_of(module)
+        if folder_of(module) != "methods" or not own or own[0] in (*OF_ALL_METHODS, "official"):
+            continue
+        for other in sorted(others):
+            if folder_of(other) == "methods":
+                its = next(iter(parts_of(other)), "")
+                assert its in {own[0], *OF_ALL_METHODS}, f"{module} imports {other}"
+
+
+def test_pure_parts_of_methods_know_no_lightning() -> None:
+    for module, path in FILES.items():
+        own = parts_of(module)
+        if folder_of(module) != "methods" or len(own) != 2 or own[1] == "method":
+            continue
+        for other in sorted(imports_of(path.read_text(), nested=False)):
+            pure = "lightning" not in other and not other.endswith((".method", "methods.base"))
+            assert pure, f"{module} imports {other}"
+            if own[1] == "official":
+                inside = folder_of(other) == "methods" and other in FILES
+                assert not inside or parts_of(other)[0] == "settings", f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_what_starts_first_is_light(module: str) -> None:
+    for other in imports_of(FILES[f"wsss.{module}"].read_text(), nested=False):
+        if other in FILES:
+            assert other == "wsss" or other.removeprefix("wsss.") in LIGHT
+        else:
+            assert other.partition(".")[0] in sys.stdlib_module_names, other

@@ -47,7 +47,7 @@ SECONDS = 300  # on a machine that is busy
 
 # forked from a process that has imported everything once and has no threads yet
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["wsss.training.stages", "wsss.evaluation.evaluator"])
+FORKED.set_forkserver_preload(["wsss.training.run", "wsss.evaluation.evaluator"])
 
 
 class Command:

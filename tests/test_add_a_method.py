@@ -1,43 +1,49 @@
-"""Every method has its four files, and docs/add_a_method.md adds one without touching another."""
+"""Every method has its four files, and docs/add_a_method.md adds one without changing another."""
 
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import test_docs_methods
 from small_runs import PLAIN, SMALL
 
 import wsss.methods
-from wsss import benchmark
 from wsss.benchmark.runner import run_side
 from wsss.cli import main
+from wsss.commands import benchmark
 from wsss.core import places
 from wsss.data.builtin import minivoc_root
 
 PROJECT = Path(__file__).parents[1]
 PAGE = PROJECT / "docs" / "add_a_method.md"
 FILE_BLOCK = re.compile(r'^(`{3,})\w+ title="([^"]+)"\n(.*?)^\1$', re.MULTILINE | re.DOTALL)
+PLAIN_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def missing_files(root: Path) -> list[str]:
-    """What the methods of a tree lack of code, settings, test and page."""
-    missing, told = [], set()
+    """List what the methods of a tree lack of code, settings, test and page."""
+    missing, configured = [], set()
     for settings in sorted((root / "conf" / "method").glob("*.yaml")):
         target = re.search(r"_target_: wsss\.methods\.(\w+)\.", settings.read_text())
         if target is None:  # another one's settings, laid over
             assert "defaults:" in settings.read_text(), settings
             continue
         name = target[1]
-        told.add(name)
-        wanted = ("src/wsss/methods/{}.py", "tests/methods/test_{}.py", "docs/methods/{}.md")
-        paths = [path.format(name) for path in wanted]
+        configured.add(name)
+        code = f"src/wsss/methods/{name}.py"  # of a longer method: a folder
+        if (root / "src" / "wsss" / "methods" / name).is_dir():
+            code = f"src/wsss/methods/{name}/method.py"
+        paths = [code, f"tests/methods/test_{name}.py", f"docs/methods/{name}.md"]
         missing += [path for path in paths if not (root / path).is_file()]
-    for code in sorted((root / "src" / "wsss" / "methods").glob("*.py")):
-        if "(WSSSModule):" in code.read_text() and code.stem not in told:
-            missing.append(f"conf/method/{code.stem}.yaml")
+    methods = root / "src" / "wsss" / "methods"
+    for path in sorted([*methods.glob("*.py"), *methods.glob("*/method.py")]):
+        name = path.parent.name if path.name == "method.py" else path.stem
+        if "(WSSSModule):" in path.read_text() and name not in configured:
+            missing.append(f"conf/method/{name}.yaml")
     return missing
 
 
@@ -66,6 +72,23 @@ def test_a_missing_file_is_noticed(tmp_path: Path) -> None:
         (tmp_path / path).unlink()
         assert missing_files(tmp_path) == [path]
         (tmp_path / path).write_text(text)
+    # the same as a folder
+    (tmp_path / "src/wsss/methods/toy").mkdir()
+    (tmp_path / "src/wsss/methods/toy.py").rename(tmp_path / "src/wsss/methods/toy/method.py")
+    assert missing_files(tmp_path) == []
+    (tmp_path / "conf/method/toy.yaml").unlink()
+    assert missing_files(tmp_path) == ["conf/method/toy.yaml"]
+
+
+def test_the_quirk_of_the_page_is_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = PLAIN_BLOCK.findall(PAGE.read_text())
+    official = ModuleType("official")
+    monkeypatch.setitem(sys.modules, "official", official)  # dataclasses look their module up
+    exec(compile(text, str(PAGE), "exec"), official.__dict__)
+    corrected, all_on = official.CORRECTED, official.OFFICIAL
+    assert (corrected.padding_counts, all_on.padding_counts) == (False, True)
+    assert "# Q1: " in text
+    assert "`padding_counts` (Q1)" in PAGE.read_text()
 
 
 @pytest.fixture
@@ -87,7 +110,12 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_toys_page_is_what_is_asked_of_pages(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = {"ROOT": tree, "DOCS": tree / "docs", "CONF": tree / "conf" / "method"}
+    folders = {
+        "ROOT": tree,
+        "DOCS": tree / "docs",
+        "SOURCE": tree / "src" / "wsss",
+        "CONF": tree / "conf" / "method",
+    }
     for name, folder in folders.items():
         monkeypatch.setattr(test_docs_methods, name, folder)
     test_docs_methods.test_every_marker_and_every_link_into_the_repository_leads_somewhere(
@@ -141,7 +169,7 @@ def test_the_page_adds_a_method_to_every_command(
     assert len(list(Path("masks").glob("*_overlay.jpg"))) == 1
 
     # a process of its own would look for the method in the true tree
-    monkeypatch.setattr(benchmark, "_in_fresh_process", lambda c, side: run_side(vars(c), side))
+    monkeypatch.setattr(benchmark, "run_in_fresh_process", lambda c, side: run_side(vars(c), side))
     tiny = ["backbone=vit_pico", "image_size=64", "num_classes=4", "repeats=1", "warmup=0"]
     shown = printed("benchmark", "method=toy", *tiny, "device=cpu", "out=step.json")
     assert "method=toy: no official way of computing is written down, ours alone" in shown

@@ -143,7 +143,7 @@ def test_taps_are_raw_outputs_of_their_blocks() -> None:
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_attention_maps_are_distributions_and_leave_the_output_alone(qk_norm: bool) -> None:
+def test_attention_maps_are_distributions_and_change_no_output(qk_norm: bool) -> None:
     backbone = tiny(qk_norm=qk_norm)
     images = torch.randn(2, 3, 48, 64)
     fused = backbone(images)
@@ -325,7 +325,7 @@ def test_hybrid_has_the_names_of_timm_and_gives_its_stages() -> None:
         backbone(torch.randn(1, 3, 64, 15))
 
 
-def test_hybrid_weights_are_standardised_by_the_deviation_plus_epsilon() -> None:
+def test_hybrid_weights_are_divided_by_deviation_plus_epsilon() -> None:
     conv = hybrid().vit.patch_embed.backbone.stages[0].blocks[0].conv2
     with torch.no_grad():
         conv.weight.mul_(1e-3)  # so small that the epsilon shows

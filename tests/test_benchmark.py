@@ -12,19 +12,22 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from wsss import benchmark
 from wsss.benchmark import crf
 from wsss.benchmark.clustercam_official import OfficialClusterCAM
 from wsss.benchmark.clustercam_official import Savings as ClusterSavings
 from wsss.benchmark.report import show, summarise
-from wsss.benchmark.runner import Side, Stopwatch, make_batch, peak_memory, run_side
+from wsss.benchmark.runner import Side, make_batch, run_side
+from wsss.benchmark.steps import sides
 from wsss.benchmark.toco_official import OfficialToCo, Savings, looped_ctc_loss
 from wsss.cli import main
+from wsss.commands import benchmark
 from wsss.core.errors import WSSSError
-from wsss.methods.clustercam.method import ClusterCAM
-from wsss.methods.clustercam.method import StepResult as ClusterResult
+from wsss.core.stopwatch import Stopwatch, peak_memory
+from wsss.methods.base import Step
+from wsss.methods.clustercam.method import ClusterCAM, ClusterCAMSettings
 from wsss.methods.toco.contrast import ctc_loss
-from wsss.methods.toco.method import StepResult, ToCo
+from wsss.methods.toco.method import ToCo, ToCoSettings
+from wsss.methods.toco.official import CORRECTED, OFFICIAL, Quirks
 from wsss.models.backbone import Backbone
 
 SAVINGS = [field.name for field in fields(Savings)]
@@ -32,42 +35,39 @@ MAX_STEPS = 100
 TINY = {"image_size": 96, "batch_size": 2, "num_classes": 4, "seed": 0}
 
 
-def module_of(kind: type[ToCo], *, official_compat: bool = False) -> ToCo:
+def module_of(kind: type[ToCo], quirks: Quirks = CORRECTED) -> ToCo:
     torch.manual_seed(0)
     backbone = Backbone(
         name="vit_tiny_patch16_224",
         weights="random",
         overrides={"embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 64},
     )
-    return kind(
-        backbone=backbone,
-        num_classes=4,
+    settings = ToCoSettings(
         max_steps=MAX_STEPS,
         local_size=32,
         decoder_channels=32,
-        # a random network's maps need these to hold background, uncertain and foreground
+        # a random network's maps need these to contain background, uncertain and foreground
         low_threshold=0.5,
         high_threshold=0.75,
-        official_compat=official_compat,
-    ).train()
+    )
+    return kind(backbone=backbone, num_classes=4, settings=settings, quirks=quirks).train()
 
 
-def step_of(module: ToCo, step: int) -> tuple[StepResult, dict[str, torch.Tensor]]:
+def step_of(module: ToCo, step: int) -> tuple[Step, dict[str, torch.Tensor]]:
     """Losses and gradients of one step with fixed weights, batch and draws."""
     torch.manual_seed(1)
     batch = make_batch(TINY, torch.device("cpu"))
-    result = module.compute_losses(batch, step)
+    result = module.losses(batch, step)
     result.total.backward()
     zero = {name: torch.zeros_like(p) for name, p in module.named_parameters() if p.requires_grad}
     found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     return result, {**zero, **found}
 
 
-def assert_same_step(module: OfficialToCo, step: int, *, official_compat: bool = False) -> None:
-    expected, expected_grads = step_of(module_of(ToCo, official_compat=official_compat), step)
+def assert_same_step(module: OfficialToCo, step: int, quirks: Quirks = CORRECTED) -> None:
+    expected, expected_grads = step_of(module_of(ToCo, quirks), step)
     result, grads = step_of(module, step)
-    assert expected.local is not None
-    assert set(expected.local.flags.flatten().tolist()) == {0.0, 1.0}
+    assert set(expected.seen["local"].flags.flatten().tolist()) == {0.0, 1.0}
     assert expected.losses.keys() <= result.losses.keys()
     for name, loss in expected.losses.items():
         assert result.losses[name].item() == pytest.approx(loss.item(), rel=1e-6), name
@@ -79,13 +79,13 @@ def assert_same_step(module: OfficialToCo, step: int, *, official_compat: bool =
 
 
 @pytest.mark.parametrize("step", [0, MAX_STEPS - 1])
-@pytest.mark.parametrize("official_compat", [False, True])
-def test_the_official_way_gives_the_same_step(step: int, official_compat: bool) -> None:
-    module = module_of(OfficialToCo, official_compat=official_compat)
+@pytest.mark.parametrize("quirks", [CORRECTED, OFFICIAL], ids=["corrected", "official"])
+def test_the_official_way_gives_the_same_step(step: int, quirks: Quirks) -> None:
+    module = module_of(OfficialToCo, quirks)
     assert isinstance(module, OfficialToCo)
     assert module.savings == Savings()
     assert not any(asdict(module.savings).values())
-    assert_same_step(module, step, official_compat=official_compat)
+    assert_same_step(module, step, quirks)
 
 
 @pytest.mark.parametrize("off", SAVINGS)
@@ -189,11 +189,11 @@ def test_batch_has_padding_and_one_to_three_classes() -> None:
 
 def test_sides_are_ours_the_official_one_and_one_a_saving() -> None:
     config = benchmark.parse(["method=toco", "ablate=true"])
-    listed = benchmark.sides(config)
+    listed = sides(config)
     assert listed[0] == Side("ours", None, ())
     assert listed[1].off == tuple(SAVINGS)
     assert [side.off for side in listed[2:]] == [(name,) for name in SAVINGS]
-    assert len(benchmark.sides(benchmark.parse(["method=toco", "official=false"]))) == 1
+    assert len(sides(benchmark.parse(["method=toco", "official=false"]))) == 1
 
 
 @pytest.mark.parametrize(
@@ -226,11 +226,11 @@ def test_backbone_is_the_papers_unless_given() -> None:
 def test_methods_without_an_official_side_are_timed_alone() -> None:
     config = benchmark.parse(["method=tkp_pcl", "ablate=true"])
     assert (config.backbone, config.image_size) == ("vit_base", 384)
-    assert [side.name for side in benchmark.sides(config)] == ["ours"]
+    assert [side.name for side in sides(config)] == ["ours"]
     arguments = "method=tkp_pcl backbone=vit_pico image_size=64 repeats=1 warmup=0 device=cpu"
     config = benchmark.parse([*arguments.split(), "num_classes=4"])
     # its views (a symmetry) are not among those of the shared batch
-    result = run_side(asdict(config), *benchmark.sides(config))
+    result = run_side(asdict(config), *sides(config))
     assert {"forward", "pce", "backward"} <= set(result["steps"][0]["phases"])
     assert {"mce_loss", "pce_loss"} <= set(result["losses"])
     screen = Console(width=120, record=True)
@@ -241,7 +241,7 @@ def test_methods_without_an_official_side_are_timed_alone() -> None:
 def test_a_second_stage_is_not_timed() -> None:
     config = benchmark.parse(["method=segmenter_vit", "backbone=vit_pico", "image_size=64"])
     with pytest.raises(WSSSError, match="trains on masks, its step is not timed"):
-        run_side(asdict(config), *benchmark.sides(config))
+        run_side(asdict(config), *sides(config))
 
 
 def test_method_must_be_given() -> None:
@@ -316,7 +316,8 @@ def cluster_module(kind: type[ClusterCAM]) -> ClusterCAM:
         weights="random",
         overrides={"embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 64},
     )
-    module = kind(backbone=backbone, num_classes=4, max_steps=80, decoder_channels=16)
+    settings = ClusterCAMSettings(max_steps=80, decoder_channels=16)
+    module = kind(backbone=backbone, num_classes=4, settings=settings)
     with torch.no_grad():  # attention that is not nearly uniform, and maps that are not all alike
         for parameter in module.parameters():
             if parameter.ndim == 2:
@@ -324,11 +325,11 @@ def cluster_module(kind: type[ClusterCAM]) -> ClusterCAM:
     return module.train()
 
 
-def cluster_step(module: ClusterCAM, step: int) -> tuple[ClusterResult, dict[str, torch.Tensor]]:
+def cluster_step(module: ClusterCAM, step: int) -> tuple[Step, dict[str, torch.Tensor]]:
     """Losses and gradients of one step with fixed weights, batch and drop paths."""
     torch.manual_seed(1)
     batch = make_batch(TINY, torch.device("cpu"))
-    result = module.compute_losses(batch, step)
+    result = module.losses(batch, step)
     result.total.backward()
     return result, {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
 
@@ -370,12 +371,12 @@ def test_clustercam_keeps_all_maps_the_official_way_alone(monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_both_sides_of_clustercam_are_built_from_the_configuration() -> None:
+def test_both_sides_of_clustercam_come_from_the_configuration() -> None:
     arguments = "method=clustercam backbone=vit_pico image_size=64 repeats=1 warmup=0 device=cpu"
     config = benchmark.parse([*arguments.split(), "num_classes=4"])
-    sides = benchmark.sides(config)
-    assert sides[1].off == tuple(CLUSTER_SAVINGS)
-    ours, official = (run_side(asdict(config), side) for side in sides)
+    listed = sides(config)
+    assert listed[1].off == tuple(CLUSTER_SAVINGS)
+    ours, official = (run_side(asdict(config), side) for side in listed)
     assert set(ours["losses"]) == {"cls_loss", "patch_loss", "seg_loss"}
     for name, loss in ours["losses"].items():
         assert official["losses"][name] == pytest.approx(loss, rel=1e-5), name

@@ -30,7 +30,7 @@ def test_figures_are_written(tmp_path: Path) -> None:
         assert row["closed form, value"] == pytest.approx(row["all pairs, value"], abs=1e-5)
 
 
-def test_linear_growth_is_told_from_quadratic() -> None:
+def test_linear_growth_differs_from_quadratic() -> None:
     """At a few thousand patches the two exponents are far apart, however busy the machine."""
     config = PCEArguments(tokens=[1024, 4096], width=64, num_classes=4, repeats=3)
     exponents = measure(config, torch.device("cpu"))["exponents"]

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wsss.core.errors import WSSSError
-from wsss.methods.clustercam.method import ClusterCAM
-from wsss.methods.clustercam.official import clustercam_name
+from wsss.methods.clustercam import ClusterCAM, ClusterCAMSettings
+from wsss.methods.clustercam.official import our_name
 from wsss.methods.official import OFFICIAL_NAMES, convert_official, load_official
 from wsss.methods.toco.method import ToCo
 from wsss.models.backbone import Backbone
@@ -259,7 +259,8 @@ def tiny_clustercam() -> ClusterCAM:
         weights="random",
         overrides={"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 96},
     )
-    return ClusterCAM(backbone=backbone, num_classes=4, max_steps=1, decoder_channels=16).eval()
+    settings = ClusterCAMSettings(max_steps=1, decoder_channels=16)
+    return ClusterCAM(backbone=backbone, num_classes=4, settings=settings).eval()
 
 
 @pytest.mark.slow
@@ -271,7 +272,8 @@ def test_clustercam_has_the_official_number_of_parameters(num_classes: int, coun
     assert sum(value.numel() for value in state.values()) == count
     converted, _ = convert_official("clustercam", state)
     backbone = Backbone(name="deit_small_patch16_224", weights="random")
-    module = ClusterCAM(backbone=backbone, num_classes=num_classes, max_steps=1)
+    settings = ClusterCAMSettings(max_steps=1)
+    module = ClusterCAM(backbone=backbone, num_classes=num_classes, settings=settings)
     own = {name: value.shape for name, value in module.state_dict().items()}
     assert own == {name: value.shape for name, value in converted.items()}
     assert sum(p.numel() for p in module.parameters()) == count
@@ -285,7 +287,7 @@ def test_every_clustercam_parameter_lands_where_it_belongs(prefix: str, tmp_path
     own = module.state_dict()
     assert len(own) == len(state), "every official key is consumed"
     for official, value in state.items():
-        ours = clustercam_name(official)
+        ours = our_name(official)
         assert ours is not None
         assert torch.equal(own[ours], value), official
         assert OFFICIAL_NAMES["clustercam"](ours) == official

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from wsss.cli import main
 from wsss.core.errors import WSSSError
-from wsss.methods.getam.method import GETAM
-from wsss.methods.getam.official import getam_official_name
+from wsss.methods.getam.method import GETAM, GETAMSettings
+from wsss.methods.getam.official import official_name
 from wsss.methods.official import convert_official, load_official
 from wsss.models.backbone import Backbone
 from wsss.runs.folder import load_run
@@ -24,7 +24,8 @@ NAMES = {
 def module_of(kind: str) -> GETAM:
     overrides = {"embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 64}
     backbone = Backbone(name=NAMES[kind], weights="random", overrides=overrides)
-    return GETAM(backbone=backbone, num_classes=4, max_steps=10, decoder_channels=16).eval()
+    settings = GETAMSettings(max_steps=10, decoder_channels=16)
+    return GETAM(backbone=backbone, num_classes=4, settings=settings).eval()
 
 
 def official_state(kind: str) -> dict[str, Tensor]:
@@ -33,7 +34,7 @@ def official_state(kind: str) -> dict[str, Tensor]:
     own = module_of(kind)
     for parameter in own.parameters():
         torch.nn.init.normal_(parameter)
-    state = {getam_official_name(name): value for name, value in own.state_dict().items()}
+    state = {official_name(name): value for name, value in own.state_dict().items()}
     state["pretrained.model.head.weight"] = torch.zeros(1000, 48)
     state["pretrained.model.head.bias"] = torch.zeros(1000)
     if kind == "deit_distilled":
@@ -81,7 +82,7 @@ def test_every_backbone_loads(kind: str, prefix: str) -> None:
     module = module_of(kind)
     load_official("getam", module, state, "official.pth")
     for name, value in module.state_dict().items():
-        assert torch.equal(value, state[prefix + getam_official_name(name)]), name
+        assert torch.equal(value, state[prefix + official_name(name)]), name
 
 
 def test_misfits_are_named_as_in_the_file() -> None:
@@ -112,7 +113,8 @@ def test_misfits_are_named_as_in_the_file() -> None:
 def test_number_of_parameters_is_the_official_one(backbone: str, count: int) -> None:
     """getam.md section 1 counts the unused ImageNet heads and level 4's unit too."""
     with torch.device("meta"):
-        module = GETAM(backbone=_meta_backbone(backbone), num_classes=20, max_steps=1)
+        encoder, settings = _meta_backbone(backbone), GETAMSettings(max_steps=1)
+        module = GETAM(backbone=encoder, num_classes=20, settings=settings)
     own = sum(p.numel() for p in module.parameters())
     heads = (768 + 1) * 1000 * (2 if "distilled" in backbone else 1)
     unit = 2 * 256 * 256 * 9 + 4 * 256

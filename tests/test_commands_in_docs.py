@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from wsss import benchmark
 from wsss.benchmark import loading, pce
 from wsss.cli import VERBS
-from wsss.commands import dashboard, data, evaluate, predict, pseudo, report, submit
+from wsss.commands import benchmark, dashboard, data, evaluate, predict, pseudo, report, submit
 from wsss.commands.train import _read_command_line
 from wsss.comparison import compare as comparison
 from wsss.core.arguments import parse_arguments, split_arguments

@@ -108,7 +108,7 @@ def test_every_method_with_every_data_set(method: str, data: str) -> None:
     assert data_module.global_batch_size == config["budget"]["global_batch_size"]
     module = build_module(config, data_module.num_classes)
     assert module.num_classes == len(config["data"]["class_names"])
-    assert module.max_steps == config["budget"]["max_steps"]
+    assert module.settings.max_steps == config["budget"]["max_steps"]
 
 
 @pytest.mark.parametrize("group", ["backbone", "trainer", "logger", "eval"])

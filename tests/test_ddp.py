@@ -23,7 +23,7 @@ from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
 from wsss.models.weights import state_sha256
 from wsss.runs.compose import compose_run
-from wsss.runs.folder import build_data, build_module
+from wsss.runs.folder import Run, build_data, build_module
 from wsss.training.trainer import accelerate, build_trainer
 
 STEPS = 6  # of which 0 to 3 are the first phase
@@ -71,7 +71,8 @@ def prepare(
     lightning.seed_everything(0, verbose=False)
     data, protocol = build_data(config), Protocol(**config["eval"])
     module = build_module(config, data.num_classes)
-    return build_trainer(config, folder, data, protocol), module, data, protocol
+    run = Run(module, data, protocol, config, folder)
+    return build_trainer(run), module, data, protocol
 
 
 def train(
@@ -197,7 +198,7 @@ def test_losses_of_a_batch_are_the_means_of_its_halves_where_the_docstring_says_
     batch = next(iter(data.train_dataloader()))
 
     def losses(part: slice) -> dict[str, Tensor]:
-        step: dict[str, Tensor] = module.compute_losses(
+        step: dict[str, Tensor] = module.losses(
             {name: values[part] for name, values in batch.items()}, STEPS - 1
         ).losses
         return step
@@ -292,7 +293,7 @@ def test_compiled_parts_and_another_layout_change_no_loss(method: str, tmp_path:
         _, module, data, _ = prepare(method, tmp_path)
         accelerate(module.eval(), settings)
         torch.manual_seed(0)
-        total = module.compute_losses(next(iter(data.train_dataloader())), STEPS - 1).total
+        total = module.losses(next(iter(data.train_dataloader())), STEPS - 1).total
         total.backward()
         totals.append(total.detach())
         gradients.append([p.grad for p in module.parameters() if p.grad is not None])

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "tools"))  # the tools are scripts, not a package
 import docs_hooks  # noqa: E402
 
 DOCS = ROOT / "docs"
+SOURCE = ROOT / "src" / "wsss"
 CONF = ROOT / "conf" / "method"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 SECTIONS = [
@@ -38,6 +39,7 @@ METHODS = [
     path.stem for path in sorted(CONF.glob("*.yaml")) if "defaults" not in OmegaConf.load(path)
 ]
 WITH_GOLDEN = sorted(path.name for path in (ROOT / "tests" / "golden").iterdir() if path.is_dir())
+SWITCH = re.compile(r"`(\w+)`")
 Q_ITEM = re.compile(r"\bQ\d+b?\b")
 
 
@@ -58,8 +60,9 @@ def tables(text: str) -> list[list[list[str]]]:
 
 
 def docstring_of(method: str) -> str:
-    path, _ = docs_hooks.place(f"wsss.methods.{method}", ROOT)
-    docstring = ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+    path = SOURCE / "methods" / method / "method.py"
+    path = path if path.is_file() else path.parents[1] / f"{method}.py"
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert docstring is not None
     return docstring
 
@@ -97,7 +100,39 @@ def test_configuration_is_that_of_the_method(method: str) -> None:
     assert stated == {key: value for key, value in config.items() if "_target_" not in key}
 
 
-@pytest.mark.parametrize("method", METHODS)
+def quirks_of(method: str) -> dict[str, list[str]]:
+    """Switch -> its Q-numbers, from the comments above and behind the fields of ``Quirks``."""
+    text = (SOURCE / "methods" / method / "official.py").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    (quirks,) = (
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.ClassDef) and node.name == "Quirks"
+    )
+    found = {}
+    for field in quirks.body:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            said = [lines[field.lineno - 1].partition("#")[2]]
+            above = field.lineno - 2
+            while lines[above].strip().startswith("#"):
+                said.insert(0, lines[above])
+                above -= 1
+            assert " ".join(said).strip(), f"{method}: {field.target.id} says nothing"
+            found[field.target.id] = Q_ITEM.findall(" ".join(said))
+    return found
+
+
+@pytest.mark.parametrize("method", WITH_GOLDEN)
+def test_departures_are_the_switches_of_the_code(method: str) -> None:
+    rows = tables(section(method, "Departures"))[0]
+    listed = {name: Q_ITEM.findall(row[0]) for row in rows for name in SWITCH.findall(row[0])}
+    assert listed == quirks_of(method)
+    assert len(rows) == len(listed)
+    official = SOURCE / "methods" / method / "official.py"
+    assert set(Q_ITEM.findall(text_of(method))) == set(Q_ITEM.findall(official.read_text()))
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS} - {*WITH_GOLDEN}))
 def test_departures_are_those_of_the_docstring(method: str) -> None:
     docstring = docstring_of(method)
     listed = re.search(r"^Departures.*:\n((?: {4}.*\n?)+)", docstring, flags=re.MULTILINE)
@@ -256,5 +291,5 @@ def test_mkdocs_calls_the_hook() -> None:
     config = SimpleNamespace(repo_url="https://host/wsss")
     made = docs_hooks.on_page_markdown(marker, page=page, config=config, files=None)
     assert re.fullmatch(
-        r"\[`src/wsss/methods/toco.py:(\d+)`\]\(https://host/.*/toco.py#L\1\)", made
+        r"\[`src/wsss/methods/toco/method.py:(\d+)`\]\(https://host/.*/method.py#L\1\)", made
     )

@@ -1,65 +1,21 @@
 """The folders of ``src/wsss`` import only from folders below them, and no import hides a circle."""
 
-import ast
 import graphlib
 import sys
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src"
-#: from the ground up; folders of one row do not import each other
-ROWS = [
-    ["core"],
-    ["maps", "models"],
-    ["data", "methods"],
-    ["evaluation"],
-    ["results"],
-    ["runs"],
-    ["training", "comparison", "parity", "benchmark"],
-    ["commands"],
-    ["cli"],
-]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from layers import FILES, PICTURE, ROWS, SOURCE, arrows, draw, folder_of, imports_of
+
 ROW_OF = {folder: row for row, folders in enumerate(ROWS) for folder in folders}
+ARROWS = arrows()
 #: what a method may import beside its own folder
 OF_ALL_METHODS = {"base", "settings", "losses", "schedules"}
 #: files that start before anything heavy may be imported
-LIGHT = ["cli", "core.errors", "core.telling", "core.places"]
-
-
-def name_of(path: Path) -> str:
-    parts = path.relative_to(SOURCE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-FILES = {name_of(path): path for path in sorted((SOURCE / "wsss").rglob("*.py"))}
-
-
-def imports_of(text: str, *, nested: bool) -> set[str]:
-    """Modules that a file imports at its top, or inside functions, classes and conditions."""
-    tree = ast.parse(text)
-    top = {id(node) for node in tree.body}
-    found = set()
-    for node in ast.walk(tree):
-        if (id(node) in top) is nested:
-            continue
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner in FILES else node.module)
-    return found
-
-
-ARROWS = {
-    name: {other for other in imports_of(path.read_text(), nested=False) if other in FILES}
-    for name, path in FILES.items()
-}
-
-
-def folder_of(module: str) -> str:
-    return module.removeprefix("wsss").strip(".").partition(".")[0]
+LIGHT = ["cli", "core.errors", "core.failures", "core.places"]
 
 
 def broken_rule(module: str, other: str) -> str:
@@ -136,3 +92,7 @@ def test_what_starts_first_is_light(module: str) -> None:
             assert other == "wsss" or other.removeprefix("wsss.") in LIGHT
         else:
             assert other.partition(".")[0] in sys.stdlib_module_names, other
+
+
+def test_picture_is_that_of_the_code() -> None:
+    assert PICTURE.read_text(encoding="utf-8") == draw(), "run: python tools/layers.py"

@@ -68,7 +68,7 @@ def test_image_level_scores_are_taken_and_no_others(finished: tuple[Path, Path])
 
 def test_run_records_classes_and_hashes(finished: tuple[Path, Path]) -> None:
     photos, run = finished
-    loaded = load_run(run, [])
+    loaded = load_run(run)
     assert loaded.data.class_names == CLASSES_OF_PHOTOS
     recorded = json.loads((run / "data.json").read_text())
     assert isinstance(loaded.data, TableDataModule)
@@ -78,7 +78,7 @@ def test_run_records_classes_and_hashes(finished: tuple[Path, Path]) -> None:
     assert recorded["val"]["masks_sha256"] is None
 
 
-def test_masks_of_the_three_classes_are_predicted_without_the_data(
+def test_masks_of_three_classes_are_predicted_without_the_data(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
     photos, run = finished

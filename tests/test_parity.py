@@ -8,19 +8,9 @@ import pytest
 from series import GOLDEN
 
 from wsss.core.errors import WSSSError
-from wsss.parity import (
-    EXACT,
-    LOSS,
-    METHODS,
-    Case,
-    Kind,
-    Tolerance,
-    compare,
-    default_tolerance,
-    deviation,
-    read_case,
-    run_parity,
-)
+from wsss.parity.cases import Case, Kind, read_case
+from wsss.parity.run import METHODS, compare, run_parity
+from wsss.parity.tolerances import EXACT, LOSS, Tolerance, default_tolerance, deviation
 
 
 def copied(name: str, folder: Path, as_name: str | None = None, **changes: np.ndarray) -> None:
@@ -124,7 +114,7 @@ def test_empty_missing_and_unknown(tmp_path: Path, capsys: pytest.CaptureFixture
         run_parity("afa", tmp_path)
 
 
-def test_files_with_plain_names_are_told_apart_by_their_kind(tmp_path: Path) -> None:
+def test_arrays_of_plain_names_are_sorted_by_their_kind(tmp_path: Path) -> None:
     arrays = {
         "image": 1,
         "x": 2.0,

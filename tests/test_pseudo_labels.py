@@ -2,6 +2,7 @@ import pytest
 import torch
 from series import refine_inputs
 
+from wsss.benchmark.one_by_one import best_slots_one_by_one
 from wsss.core.errors import WSSSError
 from wsss.maps.pseudo_labels import (
     cam_to_label,
@@ -55,9 +56,7 @@ def test_refined_label_of_the_specification() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (45, 70)])
-def test_batch_equals_image_by_image_and_shared_affinity_changes_nothing(
-    height: int, width: int
-) -> None:
+def test_batch_equals_image_by_image_and_score_by_score(height: int, width: int) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(3, 3, height, width, generator=generator)
     cam = torch.rand(3, 6, height, width, generator=generator)
@@ -71,7 +70,9 @@ def test_batch_equals_image_by_image_and_shared_affinity_changes_nothing(
         for i in range(3)
     ]
     assert torch.equal(batch, torch.cat(alone))
-    official = refine_cam_to_label(par, images, cam, labels, share_affinity=False, **settings)
+    official = refine_cam_to_label(
+        par, images, cam, labels, refine=best_slots_one_by_one, **settings
+    )
     assert torch.equal(batch, official)
     assert set(counts(batch[0])) <= {0, 3, 255}
     assert counts(batch[1]) == {0: height * width}

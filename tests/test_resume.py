@@ -13,7 +13,7 @@ import torch
 from small_runs import FORKED, METHODS, PLAIN, SMALL, Command, processes_of
 
 from wsss.core.errors import WSSSError
-from wsss.evaluation.ledger import readings
+from wsss.evaluation.ledger import past_readings
 from wsss.maps.refine.dense_crf import CRF_PRESETS, CRFPool
 from wsss.training.lock import lock
 
@@ -64,7 +64,7 @@ def _numbers(folder: Path) -> dict[str, Any]:
 
 def assert_whole_validations(folder: Path) -> None:
     """None of them stopped early or began in the middle; the last is there."""
-    watched = [e for e in readings(folder) if e["purpose"] == "watching training"]
+    watched = [e for e in past_readings(folder) if e["purpose"] == "watching training"]
     assert {entry["num_images"] for entry in watched} == {6}
     assert watched[-1]["step"] == 6
 
@@ -83,9 +83,7 @@ def kill_after_a_checkpoint(running: Command, runs: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_run_resumes_in_the_middle_of_an_epoch_to_the_same_numbers(
-    method: str, tmp_path: Path
-) -> None:
+def test_killed_run_resumes_in_mid_epoch_to_the_same_numbers(method: str, tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert Command(command(method, straight), tmp_path / "0.log").end() == 0
     for part in ("1", "2"):
@@ -98,7 +96,7 @@ def test_a_killed_run_resumes_in_the_middle_of_an_epoch_to_the_same_numbers(
 
 
 @pytest.mark.slow
-def test_ctrl_c_a_full_disk_sigterm_and_kill_leave_a_run_that_ends_the_same(tmp_path: Path) -> None:
+def test_run_stopped_in_every_way_ends_the_same(tmp_path: Path) -> None:
     """The clock of the uninterrupted run goes backwards, which no number shows."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     whole = Command(command("toco", straight), tmp_path / "0.log", clock_runs_back=True)
@@ -126,11 +124,11 @@ def test_ctrl_c_a_full_disk_sigterm_and_kill_leave_a_run_that_ends_the_same(tmp_
     assert (folder_of(broken) / LAST).read_bytes() == before
     assert not list((folder_of(broken) / LAST).parent.glob(".*"))
 
-    told = Command(arguments, tmp_path / "3.log")
-    told.until(lambda: "it/s" in told.text())
-    told.send(signal.SIGTERM)
-    assert told.end() == 143
-    assert "stopping after this step" in told.text()
+    stopped = Command(arguments, tmp_path / "3.log")
+    stopped.until(lambda: "it/s" in stopped.text())
+    stopped.send(signal.SIGTERM)
+    assert stopped.end() == 143
+    assert "stopping after this step" in stopped.text()
 
     kill_after_a_checkpoint(Command(arguments, tmp_path / "4.log"), broken)
     last = Command(arguments, tmp_path / "5.log")
@@ -148,7 +146,7 @@ def _hold(folder: Path, ready: Any) -> None:
         time.sleep(600)
 
 
-def test_a_second_process_is_refused_until_the_first_and_its_workers_are_gone(
+def test_lock_refuses_until_the_first_and_its_workers_are_gone(
     tmp_path: Path,
 ) -> None:
     ready = FORKED.Event()

@@ -81,7 +81,7 @@ def test_one_command_trains_both_stages(study: Path) -> None:
     assert (card["status"], card["method"], card["supervision"]) == (
         "finished", "TKP-PCL", "image labels",
     )  # fmt: skip
-    data = load_run(first, []).data.unmasked_dataset("train")
+    data = load_run(first).data.unmasked_dataset("train")
     for name, row in zip(data.names, data.labels, strict=True):
         mask = read_mask(_labels(first) / f"{name}.png", num_classes=8, size=(160, 160))
         assert set(np.unique(mask)) <= {0, *(np.flatnonzero(row) + 1)}
@@ -123,7 +123,7 @@ def test_repeating_goes_on_between_the_stages(
 def test_pseudo_labels_are_the_seeds_that_are_scored(study: Path, tmp_path: Path) -> None:
     first, out = _run(study, "tkppcl"), tmp_path / "labels"
     assert _wsss("pseudo", f"run={first}", "eval.crf=null", f"out={out}", "split=val") == 0
-    run = load_run(first, [])
+    run = load_run(first)
     dataset = run.data.unmasked_dataset("val")
     for index in range(2):
         item = dataset[index]
@@ -162,7 +162,7 @@ def _untrained(*overrides: str) -> Run:
     data = build_data(config)
     torch.manual_seed(0)
     module = build_module(config, data.num_classes).eval()
-    return Run(module, data, Protocol(**config["eval"]), config, Path(), 0, None)
+    return Run(module, data, Protocol(**config["eval"]), config, Path())
 
 
 @torch.no_grad()
@@ -172,12 +172,12 @@ def test_labels_of_other_methods_are_what_the_evaluator_scores() -> None:
     labels = item["labels"][None]
     cams = localise(run.module, item["image"][None], labels, (160, 160), run.protocol)
     rgb = torch.from_numpy(item["rgb"])[None]
-    made = Labeller(run, "cam", torch.device("cpu"))(item)
+    made = Labeller(run, "cam")(item)
     expected = pseudo_label(None, rgb, cams, labels, run.protocol)
     assert np.array_equal(made, expected[0].numpy())
     assert 255 in made
 
-    soft = Labeller(run, "seg", torch.device("cpu"))(item)
+    soft = Labeller(run, "seg")(item)
     assert isinstance(soft, Soft)
     assert soft.ids.tolist() == [0, *(np.flatnonzero(item["labels"]) + 1)]
     np.testing.assert_allclose(soft.probabilities.sum(0), 1, atol=1e-5)

@@ -170,7 +170,7 @@ def test_code_configuration_and_checkpoints_are_artifacts(
 ) -> None:
     stored = {a.type: {e.path for e in a.manifest.contents} for a in offline["toco"].artifacts}
     assert stored["config"] == {"config.yaml"}
-    assert {"training.py", "methods/toco.py"} <= stored["code"]
+    assert {"training/run.py", "methods/toco/method.py"} <= stored["code"]
     assert "model" not in stored, "only on request"
     (model,) = [a for a in offline["tagged"].artifacts if a.type == "model"]
     (entry,) = model.manifest.contents

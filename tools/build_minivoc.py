@@ -1,4 +1,4 @@
-"""Builds MiniVOC, the small composite data set that ships with wsss.
+"""Build MiniVOC, the small composite data set that ships with wsss.
 
 MiniVOC is a *composite*: photographic and rendered cut-outs pasted on photographs, in the folder
 layout of Pascal VOC 2012. It is made from a fixed seed; the same packages give the same bytes.
@@ -54,7 +54,7 @@ class Composite:
 
 
 def voc_palette() -> list[int]:
-    """Returns the VOC colour map as 768 values."""
+    """Give the VOC colour map as 768 values."""
     values = []
     for index in range(256):
         rgb = [0, 0, 0]
@@ -66,7 +66,7 @@ def voc_palette() -> list[int]:
 
 
 def crop_background(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Cuts a random square out of a photo, flips it at random and lights it a little.
+    """Cut a random square out of a photo, flip it at random and light it a little.
 
     Args:
         photo: uint8 ``(h, w, 3)``.
@@ -86,7 +86,7 @@ def crop_background(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def place(cutout: CutOut, sides: tuple[float, float], rng: np.random.Generator) -> Placement:
-    """Chooses size, place and light for one object, at most a tenth of it outside the image."""
+    """Choose size, place and light for one object, at most a tenth of it outside the image."""
     height, width = cutout.rgba.shape[:2]
     scale = min(rng.uniform(*sides) * SIZE / max(height, width), MAX_SCALE)
     half = np.array((width, height)) * scale / 2
@@ -105,14 +105,14 @@ def place(cutout: CutOut, sides: tuple[float, float], rng: np.random.Generator) 
 
 
 def soften(layer: np.ndarray) -> np.ndarray:
-    """Blurs a premultiplied layer's border by under a pixel; costumes have 1-bit alpha."""
+    """Blur a premultiplied layer's border by under a pixel; costumes have 1-bit alpha."""
     return cv2.GaussianBlur(layer, (3, 3), 0.6)
 
 
 def render(
     chosen: list[CutOut], name: str, photo: np.ndarray, rng: np.random.Generator
 ) -> Composite:
-    """Pastes the chosen objects, the first of them the main one, until all can be seen.
+    """Paste the chosen objects, the first of them the main one, until all can be seen.
 
     Args:
         chosen: one to three cut-outs.
@@ -140,7 +140,7 @@ def render(
 
 
 def make_split(media: Media, split: str, count: int, seed: int) -> list[Composite]:
-    """Makes one split; the main class cycles and each class cycles through its cut-outs."""
+    """Make one split; the main class cycles and each class cycles through its cut-outs."""
     rng = np.random.default_rng((seed, sorted(SPLITS).index(split)))
     pool = media.pool(unseen=split == "val_unseen")
     groups = [[c for c in pool if c.label == label] for label in range(1, len(CLASSES) + 1)]
@@ -162,7 +162,7 @@ def make_split(media: Media, split: str, count: int, seed: int) -> list[Composit
 
 
 def boxes(item: Composite) -> list[tuple[str, tuple[int, int, int, int]]]:
-    """Returns class name and VOC box (1-based, inclusive) of each object's visible part.
+    """Give class name and VOC box (1-based, inclusive) of each object's visible part.
 
     Where two objects of one class overlap, the lower one's box may include pixels of the upper.
     """
@@ -176,7 +176,7 @@ def boxes(item: Composite) -> list[tuple[str, tuple[int, int, int, int]]]:
 
 
 def annotation(name: str, item: Composite) -> str:
-    """Returns the VOC XML of one composite."""
+    """Give the VOC XML of one composite."""
     objects = "".join(
         f"<object><name>{label}</name><difficult>0</difficult><bndbox><xmin>{b[0]}</xmin>"
         f"<ymin>{b[1]}</ymin><xmax>{b[2]}</xmax><ymax>{b[3]}</ymax></bndbox></object>"
@@ -189,7 +189,7 @@ def annotation(name: str, item: Composite) -> str:
 
 
 def save(root: Path, name: str, item: Composite) -> None:
-    """Writes image, mask and annotation of one composite."""
+    """Write image, mask and annotation of one composite."""
     Image.fromarray(item.image).save(
         root / "JPEGImages" / f"{name}.jpg", quality=JPEG_QUALITY, optimize=True
     )
@@ -200,7 +200,7 @@ def save(root: Path, name: str, item: Composite) -> None:
 
 
 def manifest_row(name: str, split: str, item: Composite) -> list[str]:
-    """Returns one manifest line: image, split, background, and the objects bottom to top."""
+    """Give one manifest line: image, split, background, and the objects bottom to top."""
     objects = ";".join(
         f"{p.cutout.key}|{CLASSES[p.cutout.label - 1]}|{p.cutout.family}|{p.cutout.source}"
         f"|{p.centre[0]:.1f}|{p.centre[1]:.1f}|{p.scale:.3f}"
@@ -210,7 +210,7 @@ def manifest_row(name: str, split: str, item: Composite) -> list[str]:
 
 
 def build(media: Media, out: Path, seed: int) -> set[str]:
-    """Writes the images below ``out``, in place of older ones; returns the keys it used."""
+    """Write the images below ``out``, in place of older ones; give the keys it used."""
     used: set[str] = set()
     root = out / "VOC2012"
     shutil.rmtree(root, ignore_errors=True)
@@ -233,7 +233,7 @@ def build(media: Media, out: Path, seed: int) -> set[str]:
 
 
 def attribution(media: Media, used: set[str]) -> str:
-    """Returns ATTRIBUTION.md: licence, sources, and the author of every cut-out in the set."""
+    """Give ATTRIBUTION.md: licence, sources, and the author of every cut-out in the set."""
     rows = [
         f"| `{c.key}` | {CLASSES[c.label - 1]} | {c.source} | {c.creator} | {c.licence} |"
         for _, c in sorted(media.cutouts.items())
@@ -275,7 +275,7 @@ def attribution(media: Media, used: set[str]) -> str:
 
 
 def write_licences(media: Media, debs: Path, out: Path, used: set[str]) -> None:
-    """Writes ATTRIBUTION.md and copies the packages' copyright files, licence texts included."""
+    """Write ATTRIBUTION.md and copy the packages' copyright files, licence texts included."""
     (out / "ATTRIBUTION.md").write_text(attribution(media, used))
     (out / "LICENSES").mkdir(exist_ok=True)
     root, _ = unpack_debs(debs)
@@ -285,7 +285,7 @@ def write_licences(media: Media, debs: Path, out: Path, used: set[str]) -> None:
 
 
 def digest(out: Path) -> str:
-    """Returns one sha256 over the names and bytes of everything the builder writes."""
+    """Hash the names and bytes of everything the builder writes: one sha256."""
     total = hashlib.sha256()
     for path in [out / "manifest.csv", *sorted((out / "VOC2012").rglob("*"))]:
         if path.is_file():
@@ -294,7 +294,7 @@ def digest(out: Path) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Build the data set that the command line describes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--debs",

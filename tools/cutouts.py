@@ -224,11 +224,11 @@ class Media:
     versions: dict[str, str]
 
     def pool(self, unseen: bool) -> list[CutOut]:
-        """Returns the class cut-outs of the seen or of the unseen families, sorted by key."""
+        """Give the class cut-outs of the seen or of the unseen families, sorted by key."""
         return [c for _, c in sorted(self.cutouts.items()) if c.unseen == unseen]
 
     def photos(self, split: str) -> dict[str, np.ndarray]:
-        """Returns the backgrounds of one split, by name."""
+        """Give the backgrounds of one split, by name."""
         return {name: self.backgrounds[name] for name in BACKGROUNDS[split].split()}
 
 
@@ -259,7 +259,7 @@ class Placement:
 
 
 def fetch_debs(folder: Path) -> None:
-    """Downloads the two packages with ``apt-get download`` unless ``folder`` holds them."""
+    """Download the two packages with ``apt-get download`` unless ``folder`` has them."""
     folder.mkdir(parents=True, exist_ok=True)
     for package in PACKAGES:
         if not list(folder.glob(f"{package}_*.deb")):
@@ -267,7 +267,7 @@ def fetch_debs(folder: Path) -> None:
 
 
 def unpack_debs(folder: Path) -> tuple[Path, dict[str, str]]:
-    """Unpacks the packages in ``folder`` beside themselves, once.
+    """Unpack the packages in ``folder`` beside themselves, once.
 
     Returns:
         The folder that holds ``usr/`` and the package versions by name.
@@ -287,7 +287,7 @@ def unpack_debs(folder: Path) -> tuple[Path, dict[str, str]]:
 
 
 def _crop(image: Image.Image) -> np.ndarray:
-    """Returns the RGBA array of an image, cropped to what is visible."""
+    """Give the RGBA array of an image, cropped to what is visible."""
     rgba = np.array(image.convert("RGBA"))
     ys, xs = np.nonzero(rgba[..., 3] >= EDGE_ALPHA)
     if len(ys) == 0:
@@ -296,7 +296,7 @@ def _crop(image: Image.Image) -> np.ndarray:
 
 
 def _family(key: str) -> str:
-    """Returns the identity group of a cut-out key."""
+    """Give the identity group of a cut-out key."""
     for pattern, name in FAMILIES:
         match = re.fullmatch(pattern, key)
         if match:
@@ -305,7 +305,7 @@ def _family(key: str) -> str:
 
 
 def _furniture(root: Path) -> dict[str, tuple[np.ndarray, str, str]]:
-    """Reads every transparent icon of the furniture libraries: key -> (rgba, creator, category).
+    """Read every transparent icon of the furniture libraries: key -> (rgba, creator, category).
 
     Only files that a catalogue lists as an icon count; textures in the same archives do not.
     """
@@ -330,7 +330,7 @@ def _furniture(root: Path) -> dict[str, tuple[np.ndarray, str, str]]:
 
 
 def _costumes(root: Path, letter: str, folder: str) -> dict[str, np.ndarray]:
-    """Reads one folder of scratch costumes: key -> rgba."""
+    """Read one folder of scratch costumes: key -> rgba."""
     found = {}
     for path in sorted((root / MEDIA_ROOT / folder).iterdir()):
         if path.suffix in (".gif", ".png"):
@@ -342,7 +342,7 @@ def _costumes(root: Path, letter: str, folder: str) -> dict[str, np.ndarray]:
 
 
 def _backgrounds(root: Path) -> dict[str, np.ndarray]:
-    """Reads the photographs named in :data:`BACKGROUNDS`."""
+    """Read the photographs named in :data:`BACKGROUNDS`."""
     wanted = {name for names in BACKGROUNDS.values() for name in names.split()}
     found = {}
     for path in sorted((root / MEDIA_ROOT / "Backgrounds").rglob("*")):
@@ -356,7 +356,7 @@ def _backgrounds(root: Path) -> dict[str, np.ndarray]:
 
 
 def load_media(debs: Path) -> Media:
-    """Reads all cut-outs and backgrounds.
+    """Read all cut-outs and backgrounds.
 
     Args:
         debs: folder with the two packages, filled by ``apt-get download`` when they are missing.
@@ -404,14 +404,14 @@ def load_media(debs: Path) -> Media:
 
 
 def premultiplied(cutout: CutOut) -> np.ndarray:
-    """Returns float32 ``(h, w, 4)`` with colours times alpha, so that resizing leaves no halo."""
+    """Give float32 ``(h, w, 4)`` with colours times alpha, so that resizing leaves no halo."""
     rgba = cutout.rgba.astype(np.float32)
     rgba[..., :3] *= rgba[..., 3:] / 255.0
     return rgba
 
 
 def warp(placement: Placement, size: int, source: np.ndarray | None = None) -> np.ndarray:
-    """Draws one placed cut-out on an empty canvas.
+    """Draw one placed cut-out on an empty canvas.
 
     Args:
         placement: what goes where.
@@ -444,7 +444,7 @@ def warp(placement: Placement, size: int, source: np.ndarray | None = None) -> n
 def composite(
     background: np.ndarray, layers: Sequence[np.ndarray], labels: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Pastes layers, first at the bottom, and draws the class mask.
+    """Paste layers, first at the bottom, and draw the class mask.
 
     Args:
         background: uint8 ``(s, s, 3)``.
@@ -471,5 +471,5 @@ def composite(
 
 
 def solid_area(cutout: CutOut) -> int:
-    """Returns the number of solid pixels of a cut-out at its own size."""
+    """Count the solid pixels of a cut-out at its own size."""
     return int((cutout.rgba[..., 3] >= SOLID_ALPHA).sum())

@@ -33,7 +33,7 @@ LINK = re.compile(r"(?<!!)\[(?P<text>[^\[\]]*)\]\((?P<target>[^()\s]+)\)")
 
 
 def resolve(markdown: str, page: str, *, root: Path = ROOT, repo_url: str | None = None) -> str:
-    """A page with its markers and its links to files outside ``docs`` resolved.
+    """Resolve a page's markers and its links to files outside ``docs``.
 
     Args:
         markdown: the page.
@@ -85,7 +85,7 @@ def resolve(markdown: str, page: str, *, root: Path = ROOT, repo_url: str | None
 
 
 def place(spec: str, root: Path = ROOT) -> tuple[str, int | None]:
-    """File below the root, and line, of a marker's inside; see the module's docstring.
+    """Find file below the root, and line, of a marker's inside; see the module's docstring.
 
     Raises:
         LookupError: there is no such module, name or text.
@@ -113,13 +113,13 @@ def place(spec: str, root: Path = ROOT) -> tuple[str, int | None]:
 
 @cache
 def _read(path: Path, changed: int) -> tuple[ast.Module, list[str]]:
-    """Syntax tree and lines of a file as it was when it was last changed (mkdocs serve goes on)."""
+    """Read syntax tree and lines of a file as last ``changed`` (mkdocs serve goes on)."""
     source = path.read_text(encoding="utf-8")
     return ast.parse(source), source.splitlines()
 
 
 def _definition(body: Sequence[ast.stmt], names: Sequence[str]) -> ast.stmt:
-    """The statement that defines a dotted name."""
+    """Find the statement that defines a dotted name."""
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if node.name == names[0]:
@@ -133,7 +133,7 @@ def _definition(body: Sequence[ast.stmt], names: Sequence[str]) -> ast.stmt:
 
 
 def _line_with(text: str, node: ast.AST, lines: Sequence[str]) -> int:
-    """First line of a node's code, its own docstring aside, that contains a text."""
+    """Find the first line of a node's code, its own docstring aside, that contains a text."""
     first, last = getattr(node, "lineno", 1), getattr(node, "end_lineno", len(lines))
     skipped: range = range(0)
     body = getattr(node, "body", None)
@@ -146,5 +146,5 @@ def _line_with(text: str, node: ast.AST, lines: Sequence[str]) -> int:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """What mkdocs calls for every page, before Markdown is parsed."""
+    """Resolve a page: mkdocs calls this for every page, before Markdown is parsed."""
     return resolve(markdown, page.file.src_uri, repo_url=config.repo_url or None)

@@ -19,14 +19,14 @@ PAGES = ("canonical", "next", "prev", "alternate")
 
 
 class _Fetched(HTMLParser):
-    """Collects addresses on other machines that opening a page would fetch."""
+    """A parser that collects addresses on other machines that opening a page would fetch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Looks at one tag."""
+        """Look at one tag."""
         values = {name: value or "" for name, value in attrs}
         wanted = [values[name] for name in FETCHED if name in values]
         if tag == "link" and values.get("rel") not in PAGES:
@@ -36,7 +36,7 @@ class _Fetched(HTMLParser):
 
 
 def fetched_from_elsewhere(content: str, suffix: str) -> list[str]:
-    """Addresses on other machines that a page (``.html``) or style sheet (``.css``) would fetch."""
+    """List what a page (``.html``) or style sheet (``.css``) would fetch from other machines."""
     if suffix == ".css":
         return STYLE.findall(content)
     parser = _Fetched()
@@ -46,7 +46,7 @@ def fetched_from_elsewhere(content: str, suffix: str) -> list[str]:
 
 
 def with_every_method(nav: list[Any], docs: Path) -> list[Any]:
-    """The navigation, its section of methods holding every page of ``docs/methods``."""
+    """Give the navigation, with every page of ``docs/methods`` in its section of methods."""
     every = [f"methods/{path.name}" for path in sorted((docs / "methods").glob("*.md"))]
     return [
         {SECTION: [*item[SECTION], *(page for page in every if page not in item[SECTION])]}
@@ -57,13 +57,13 @@ def with_every_method(nav: list[Any], docs: Path) -> list[Any]:
 
 
 def on_config(config: Any) -> Any:
-    """What mkdocs calls with its configuration."""
+    """Complete the navigation; mkdocs calls this with its configuration."""
     config.nav = with_every_method(config.nav, Path(config.docs_dir))
     return config
 
 
 def on_post_build(config: Any) -> None:
-    """What mkdocs calls when the site is written.
+    """Search the site for foreign addresses; mkdocs calls this when it is written.
 
     Raises:
         PluginError: names the first file that a browser would need a network for.

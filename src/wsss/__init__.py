@@ -9,31 +9,34 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-#: public name -> the module that holds it
-_PLACES = {
-    "Backbone": "wsss.models.backbone",
-    "ConvBackbone": "wsss.models.conv_backbone",
-    "VOCDataModule": "wsss.data.voc_module",
-    "TableDataModule": "wsss.data.table_module",
-    "ToCo": "wsss.methods.toco",
-    "ClusterCAM": "wsss.methods.clustercam",
-    "GETAM": "wsss.methods.getam",
-    "TKPPCL": "wsss.methods.tkp_pcl",
-    "Segmenter": "wsss.methods.segmenter",
-    "WSSSModule": "wsss.methods.base",
-    "Outputs": "wsss.methods.base",
-    "Protocol": "wsss.evaluation.protocol",
-    "Evaluator": "wsss.evaluation.evaluator",
-    "evaluate": "wsss.evaluation.evaluator",
-    "load_run": "wsss.runs.folder",
-    "train": "wsss.training.run",
-    "WSSSError": "wsss.core.errors",
+#: module -> the public names that it defines; ``__init__.pyi`` tells type checkers the same
+_NAMES = {
+    "wsss.core.errors": ["WSSSError"],
+    "wsss.models.backbone": ["Backbone"],
+    "wsss.models.conv_backbone": ["ConvBackbone"],
+    "wsss.data.voc_module": ["VOCDataModule"],
+    "wsss.data.table_module": ["TableDataModule"],
+    "wsss.methods.base": ["WSSSModule", "Outputs", "Step"],
+    "wsss.methods.toco": ["ToCo", "ToCoSettings"],
+    "wsss.methods.clustercam": ["ClusterCAM", "ClusterCAMSettings"],
+    "wsss.methods.tkp_pcl": ["TKPPCL", "TKPPCLSettings"],
+    "wsss.methods.getam": ["GETAM", "GETAMSettings"],
+    "wsss.methods.segmenter": ["Segmenter", "SegmenterSettings"],
+    "wsss.evaluation.protocol": ["Protocol"],
+    "wsss.evaluation.evaluator": ["Evaluator", "evaluate"],
+    "wsss.evaluation.arrays": ["evaluate_maps"],
+    "wsss.runs.folder": ["Run", "load_run"],
+    "wsss.runs.masks": ["predict_mask", "predict_cams", "predict_folder"],
+    "wsss.runs.scoring": ["score"],
+    "wsss.training.run": ["train"],
+    "wsss.comparison.frame": ["compare"],
 }
+_PLACES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = ["__version__", *_PLACES]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
+    """Import a public name when it is first used."""
     if name not in _PLACES:
         raise AttributeError(f"module 'wsss' has no attribute {name!r}")
     value = getattr(importlib.import_module(_PLACES[name]), name)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from wsss import __version__
 from wsss.core.errors import WSSSError
+from wsss.core.failures import exit_status_of
 from wsss.core.places import choices
-from wsss.core.telling import exit_status_of
 
 HELP = Path(__file__).with_name("commands") / "help"
 #: verb -> its file in ``commands/``, in the order of ``wsss --help``
@@ -35,7 +35,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; returns the exit status (0 fine, 1 failed, 2 bad input, 130 interrupted)."""
+    """Run a verb, and give its exit status (0 fine, 1 failed, 2 bad input, 130 interrupted)."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
@@ -65,7 +65,7 @@ def run_verb(verb: str, arguments: list[str]) -> int:
 
 
 def overview() -> str:
-    """The text of ``wsss --help``."""
+    """Write the text of ``wsss --help``."""
     lines = [
         f"wsss {__version__}: weakly-supervised semantic segmentation methods on equal terms",
         "",
@@ -77,7 +77,7 @@ def overview() -> str:
 
 
 def help_of(verb: str) -> str:
-    """The text of ``wsss VERB --help``: usage, summary, details.
+    """Write the text of ``wsss VERB --help``: usage, summary, details.
 
     ``method=<choices>`` in the file becomes what the group offers in this installation.
     """

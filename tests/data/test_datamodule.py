@@ -89,7 +89,7 @@ class StopBy(Callback):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("every", [1, 2])
-def test_resuming_after_any_step_gives_the_samples_of_a_straight_run(
+def test_resuming_after_any_step_gives_a_straight_runs_samples(
     tmp_path: Path, workers: int, every: int
 ) -> None:
     root = make_voc(tmp_path, train=7)
@@ -182,9 +182,7 @@ def test_samples_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_epochs_differ_in_order_and_augmentation_with_living_workers(
-    tmp_path: Path, workers: int
-) -> None:
+def test_epochs_differ_in_order_and_augmentation(tmp_path: Path, workers: int) -> None:
     data = module(make_voc(tmp_path), num_workers=workers)
     data.setup("fit")
     loader = data.train_dataloader()
@@ -257,7 +255,7 @@ def test_batches_by_size_are_those_images_singly(tmp_path: Path, workers: int) -
         for row, name in enumerate(batch["name"]):
             for key in ("image", "rgb", "mask", "labels"):
                 assert torch.equal(batch[key][row], singly[name][key][0])
-    with pytest.raises(WSSSError, match="eval_batch_size is 0"):
+    with pytest.raises(WSSSError, match="eval_batch_size=0: expected a number greater than"):
         module(root, eval_batch_size=0)
 
 
@@ -311,7 +309,9 @@ def test_limit_and_list_hash(tmp_path: Path) -> None:
     assert whole.list_hash("val") == hashlib.sha256(b"img006\nimg007\nimg008\n").hexdigest()
     assert limited.list_hash("val") == hashlib.sha256(b"img006\nimg007\n").hexdigest()
     assert len(limited.eval_dataset("val")) == 2
-    with pytest.raises(WSSSError, match=r"data\.limit is 0"):
+    with pytest.raises(
+        WSSSError, match=r"data\.limit=0: expected a number greater than or equal to 1"
+    ):
         module(root, limit=0)
 
 

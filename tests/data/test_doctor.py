@@ -161,7 +161,7 @@ def test_every_error_is_found(voc: Path, case: str, capsys: pytest.CaptureFixtur
     assert any(line.startswith(expected) for line in findings(lines, "error"))
 
 
-def test_all_errors_are_told_in_one_call(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_errors_are_found_in_one_call(voc: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for spoil in (break_image, coloured_mask, without_image, stale_labels):
         spoil(voc)
     _, lines = check(capsys, "data=voc", f"root={voc}")
@@ -224,7 +224,7 @@ def test_raw_category_ids_of_coco_are_recognised(
     assert "wsss data prepare coco" in line
 
 
-def test_raw_category_ids_within_range_are_recognised_by_the_labels(
+def test_raw_category_ids_in_range_are_recognised_by_labels(
     coco: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw_ids(coco, only_low=True)
@@ -249,7 +249,7 @@ def test_a_table_tells_every_bad_row(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [line.split(" line ")[1][0] for line in findings(lines, "error")] == ["5", "6"]
 
 
-def test_a_table_of_another_data_set_is_told_row_by_row(
+def test_a_table_of_other_data_is_reported_row_by_row(
     coco: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = coco / "wsss" / "labels.csv"

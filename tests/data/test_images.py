@@ -139,9 +139,7 @@ def test_size_comes_from_the_header(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.9, 0.999])
-def test_truncated_jpeg_with_a_thumbnail_is_found_without_decoding(
-    tmp_path: Path, keep: float
-) -> None:
+def test_truncated_jpeg_with_thumbnail_is_found_undecoded(tmp_path: Path, keep: float) -> None:
     path = tmp_path / "a.jpg"
     whole = with_thumbnail(path)
     assert len(whole) < 65536

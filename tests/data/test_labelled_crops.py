@@ -109,7 +109,7 @@ def test_missing_and_wrong_pseudo_labels_are_named(tmp_path: Path) -> None:
         data.check_contents()
 
 
-def test_the_league_is_said(tmp_path: Path) -> None:
+def test_the_supervision_is_said(tmp_path: Path) -> None:
     assert supervision_of(None) == "image labels"
     assert supervision_of(GROUND_TRUTH) == PIXEL_MASKS
     assert supervision_of(str(tmp_path)) == "unstated masks"

@@ -17,7 +17,7 @@ from voc_tree import CLASSES, make_voc
 from wsss.core.places import config_root
 from wsss.evaluation.protocol import Protocol
 from wsss.runs.compose import compose_run
-from wsss.runs.folder import build_data, build_module
+from wsss.runs.folder import Run, build_data, build_module
 from wsss.training.trainer import build_trainer
 
 METHODS = sorted(path.stem for path in (config_root() / "conf" / "method").glob("*.yaml"))
@@ -102,7 +102,8 @@ def test_training_opens_no_mask(
     forbid(masks)
     data = build_data(config)
     module = build_module(config, data.num_classes)
-    trainer = build_trainer(config, tmp_path / "run", data, Protocol(**config["eval"]))
+    run = Run(module, data, Protocol(**config["eval"]), config, tmp_path / "run")
+    trainer = build_trainer(run)
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 4
     if workers == 0:  # four steps of two images, each opened once: one decode an image

@@ -13,7 +13,7 @@ from trees import make_photos, write_photo_table
 from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
 from wsss.data.images import mask_png
-from wsss.data.table import holdout, read_table
+from wsss.data.table import read_table
 from wsss.data.table_module import TableDataModule
 
 
@@ -38,7 +38,7 @@ def write(root: Path, *lines: str, name: str = "labels.csv") -> Path:
     return path
 
 
-def test_rows_are_read_with_both_separators_quotes_and_a_byte_order_mark(tmp_path: Path) -> None:
+def test_rows_have_two_separators_quotes_and_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "l.csv"
     text = 'image,labels,mask\r\n"a,b/1.jpg", cat ;dog,m/1.png\r\n\r\nc.png,dog|cat|dog,\r\n'
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -53,7 +53,7 @@ def test_rows_are_read_with_both_separators_quotes_and_a_byte_order_mark(tmp_pat
     assert table.class_names == ("cat", "dog")
 
 
-def test_order_of_classes_is_given_else_of_the_file_beside_else_alphabetical(
+def test_order_of_classes_is_given_of_a_file_or_alphabetical(
     tmp_path: Path,
 ) -> None:
     path = write(tmp_path, "image,labels", "1.jpg,b;a")
@@ -134,7 +134,7 @@ def test_no_code_of_ours_loads_pickles() -> None:
     assert "import pickle" not in text
 
 
-def test_all_problems_can_be_asked_for(tmp_path: Path) -> None:
+def test_all_problems_can_be_listed(tmp_path: Path) -> None:
     path = write(tmp_path, "image,labels", "1.jpg,appel", "2.jpg,apple", "/x.jpg,leaf")
     table = read_table(path, tmp_path, ["apple", "leaf"], all_problems=True)
     assert [row.line for row in table.rows] == [3]
@@ -155,8 +155,8 @@ def test_holdout_is_fixed_and_leaves_every_class_an_image(tmp_path: Path) -> Non
     assert "photos/019" in train
     assert names(module(tmp_path, seed=5), "val") == val
     assert len(names(module(tmp_path, holdout=0.5), "val")) == 10
-    with pytest.raises(WSSSError, match="expected a share"):
-        holdout(data.table.rows, 1.0)
+    with pytest.raises(WSSSError, match=r"holdout=1\.0: expected a number less than 1"):
+        module(tmp_path, holdout=1.0)
 
 
 def test_a_table_too_small_for_a_holdout_says_so(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_every_threshold_equals_a_pass_of_its_own() -> None:
         assert torch.equal(matrix, single.compute().matrix), threshold
 
 
-def test_scores_at_a_threshold_fall_where_the_official_code_puts_them() -> None:
+def test_scores_at_a_threshold_fall_as_in_the_official_code() -> None:
     case = np.load(GOLDEN / "d_labels.npz")
     cam = torch.from_numpy(case["in_cam"] * case["in_cls_label"][:, :, None, None])
     metric = ThresholdConfusion(num_classes=6, thresholds=(0.5,))

@@ -68,7 +68,7 @@ def test_seed_numbers_equal_labels_made_one_threshold_at_a_time() -> None:
     assert result["num_images"] == 5
 
 
-def test_seeds_with_predicted_labels_stand_beside_those_with_true_ones() -> None:
+def test_seeds_with_predicted_and_true_labels_stand_together() -> None:
     known, real = run(PLAIN), run(replace(PLAIN, use_image_labels=False))
     assert known["seed_miou_predicted_labels"] == real["seed_miou"]
     assert known["seed_miou"] != real["seed_miou"]
@@ -243,7 +243,7 @@ def test_two_processes_equal_one_to_the_last_integer(shares: list[range], tmp_pa
         assert (tmp_path / f"{rank}.json").read_text() == one
 
 
-def test_callback_logs_what_evaluation_gives_and_ignores_sanity_checking(
+def test_callback_logs_what_evaluation_gives_but_no_sanity_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scenes, module = Scenes(4), TinyModule()

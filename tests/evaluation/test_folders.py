@@ -199,6 +199,6 @@ def test_names_with_folders_are_found_in_them_or_in_one_folder(tmp_path: Path) -
         find_files(flat, twins, suffixes, "cams")
 
 
-def test_one_source_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exactly_one_source_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", f"masks={tmp_path}", f"cams={tmp_path}", *SMALL]) == 2
     assert "one of run=" in capsys.readouterr().err

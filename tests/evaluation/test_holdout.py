@@ -8,7 +8,7 @@ from tiny_module import CLASS_NAMES, Scenes, TinyModule, batches
 
 from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.holdout import Holdout, choose_names, choose_threshold
-from wsss.evaluation.ledger import LEDGER_FILE, readings, record_reading
+from wsss.evaluation.ledger import LEDGER_FILE, past_readings, record_reading
 from wsss.evaluation.protocol import Protocol
 from wsss.runs.compose import compose_config
 from wsss.runs.config import plain
@@ -19,7 +19,7 @@ def test_every_class_gets_its_images_whatever_the_order() -> None:
     rng = np.random.default_rng(0)
     labels = (rng.random((60, 4)) < 0.3).astype(np.float32)
     labels[:, 3] = 0
-    labels[5, 3] = 1  # rarer than asked for
+    labels[5, 3] = 1  # rarer than wanted
     names = [f"image_{i}" for i in range(60)]
     chosen = choose_names(names, labels, 3)
     assert chosen.tolist() == sorted(set(chosen.tolist()))
@@ -65,11 +65,11 @@ def test_the_threshold_is_the_oracle_of_the_holdout(given: bool) -> None:
 
 
 def test_the_ledger_counts_readings_of_each_split(tmp_path: Path) -> None:
-    assert readings(tmp_path) == []
+    assert past_readings(tmp_path) == []
     assert record_reading(tmp_path, split="val", purpose="report", step=4) == 1
     assert record_reading(tmp_path, split="holdout", purpose="choosing a threshold") == 1
     assert record_reading(tmp_path, split="val", purpose="wsss eval") == 2
     lines = (tmp_path / LEDGER_FILE).read_text().splitlines()
     assert [json.loads(line)["split"] for line in lines] == ["val", "holdout", "val"]
-    assert readings(tmp_path)[0]["step"] == 4
-    assert all("time" in entry for entry in readings(tmp_path))
+    assert past_readings(tmp_path)[0]["step"] == 4
+    assert all("time" in entry for entry in past_readings(tmp_path))

@@ -198,7 +198,7 @@ def test_single_images_and_co_occurrence(scenes: list, result: tuple[dict, dict]
     np.testing.assert_allclose(values["co_occurrence"], expected)
 
 
-def test_abstentions_are_kept_apart_in_the_cells_and_background_elsewhere() -> None:
+def test_abstentions_are_apart_in_cells_background_elsewhere() -> None:
     truth, guess = scene(0)
     holes = guess.copy()
     holes[10:20, 10:20] = 255

@@ -28,7 +28,7 @@ def test_equal_scores_do_not_depend_on_order() -> None:
     assert average_precision(logits, labels.flip(0)).item() == pytest.approx(0.5)
 
 
-def test_agrees_with_torchmetrics_and_skips_classes_that_never_occur() -> None:
+def test_agrees_with_torchmetrics_and_skips_absent_classes() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(200, 5, generator=generator).mul(4).round().div(4)
     labels = (torch.rand(200, 5, generator=generator) < 0.3).float()

@@ -1,26 +1,30 @@
-"""ClusterCAM: its network against plain definitions, its quirks both ways, its training.
+"""ClusterCAM: its network against plain definitions, its settings, its CAMs, its training."""
 
-Q2, Q3 and Q5 of clustercam.md section 7 concern official scripts that have no counterpart here.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.loggers import CSVLogger
+from small_clustercam import (
+    MAX_STEPS,
+    NUM_CLASSES,
+    backbone_of,
+    built,
+    changed,
+    fit,
+    logits_of,
+    losses_at,
+    make_images,
+    tiny,
+)
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from wsss.core.errors import WSSSError
-from wsss.methods.base import Batch
 from wsss.methods.clustercam import network
-from wsss.methods.clustercam.method import ClusterCAM, StepResult
+from wsss.methods.clustercam.method import ClusterCAM, ClusterCAMSettings
 from wsss.methods.clustercam.network import (
     BlockOutput,
     assign,
@@ -29,74 +33,16 @@ from wsss.methods.clustercam.network import (
     mean_of_convolution,
     sum_of_last,
 )
+from wsss.methods.clustercam.official import CORRECTED, OFFICIAL, Quirks
 from wsss.models.backbone import Backbone
 from wsss.models.vit import resize_positions, split_heads
 from wsss.parity import read_case
-from wsss.parity.clustercam import build_clustercam
+from wsss.parity.clustercam_network import build_clustercam
 from wsss.parity.inputs import network_images
 from wsss.runs.compose import compose_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "clustercam"
-SIDE = 96
-NUM_CLASSES = 4
-MAX_STEPS = 80
-both_ways = pytest.mark.parametrize("official_compat", [False, True])
-
-
-def backbone_of(*, depth: int = 4, heads: int = 3, **overrides: Any) -> Backbone:
-    sizes = {"embed_dim": 48, "depth": depth, "num_heads": heads, "img_size": 64}
-    return Backbone(name="vit_tiny_patch16_224", weights="random", overrides=sizes | overrides)
-
-
-def tiny(*, depth: int = 4, heads: int = 3, **changes: Any) -> ClusterCAM:
-    """Four blocks on 64 px positions with weights that are not nearly uniform."""
-    torch.manual_seed(0)
-    settings: dict[str, Any] = {
-        "num_classes": NUM_CLASSES,
-        "max_steps": MAX_STEPS,
-        "drop_path": 0.0,
-        "decoder_channels": 16,
-    }
-    module = ClusterCAM(backbone=backbone_of(depth=depth, heads=heads), **settings | changes)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("mixing"):
-                parameter.copy_(0.5 + 0.6 * noise)
-            elif parameter.ndim == 1:
-                parameter.add_(0.1 * noise)
-            elif name.endswith(("cls_token", "pos_embed")):
-                parameter.copy_(0.2 * noise)
-            else:
-                parameter.copy_(noise * np.prod(parameter.shape[1:]) ** -0.5)
-    return module.train()
-
-
-def make_images(height: int = SIDE, width: int = SIDE, count: int = 2, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    patches = torch.randn(count, 3, 6, 6, generator=generator)
-    return F.interpolate(patches, size=(height, width), mode="bicubic")
-
-
-def make_batch(seed: int = 1) -> Batch:
-    labels = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]])
-    return {"image": make_images(seed=seed), "labels": labels, "name": ["a", "b"]}
-
-
-def losses_at(module: ClusterCAM, step: int, seed: int = 1) -> StepResult:
-    torch.manual_seed(seed)
-    return module.compute_losses(make_batch(seed), step)
-
-
-@contextmanager
-def changed(thing: object, name: str, value: object) -> Iterator[None]:
-    before = getattr(thing, name)
-    setattr(thing, name, value)
-    try:
-        yield
-    finally:
-        setattr(thing, name, before)
+both_ways = pytest.mark.parametrize("quirks", [CORRECTED, OFFICIAL], ids=["default", "official"])
 
 
 # ---- the network against plain definitions -------------------------------------------------------
@@ -162,7 +108,7 @@ def test_attention_by_rows_is_fused_attention(rows: int, monkeypatch: pytest.Mon
     torch.testing.assert_close(affinity, whole[:, :, 4:, 4:].mean(1))
 
 
-def test_refinement_never_holds_a_map_of_all_patches_and_heads(
+def test_refinement_keeps_no_map_of_all_patches_and_heads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     largest = []
@@ -229,7 +175,7 @@ def test_any_depth_head_and_class_count(depth: int, heads: int, classes: int) ->
 def test_a_hybrid_is_an_encoder_like_others() -> None:
     overrides = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 64}
     backbone = Backbone(name="vit_base_r50_s16_384", weights="random", overrides=overrides)
-    module = ClusterCAM(backbone=backbone, num_classes=NUM_CLASSES, max_steps=1).eval()
+    module = built(backbone, max_steps=1).eval()
     outputs = module(make_images(64, 64))
     assert outputs.seg_logits.shape == (2, NUM_CLASSES + 1, 4, 4)
 
@@ -240,11 +186,11 @@ def test_start_copies_the_encoder() -> None:
     token = nn.Parameter(torch.randn(1, 1, 48))
     backbone.vit.cls_token = token
     row, grid = backbone.vit.pos_embed[:, :1].clone(), backbone.vit.pos_embed[:, 1:].clone()
-    module = ClusterCAM(backbone=backbone, num_classes=3, max_steps=1, decoder_channels=8)
+    module = built(backbone, num_classes=3, max_steps=1, decoder_channels=8)
     vit: Any = module.backbone.vit
     assert torch.equal(vit.cls_token, token.expand(1, 3, 48))
     assert torch.equal(vit.pos_embed, torch.cat([row.expand(1, 3, 48), grid], 1))
-    block, branch = vit.blocks[1], module.branch(1)
+    block, branch = vit.blocks[1], module.branches[1]
     assert torch.equal(branch.qkv.weight, block.attn.qkv.weight)
     assert branch.qkv.weight.data_ptr() != block.attn.qkv.weight.data_ptr()
     assert torch.equal(branch.proj_cls.bias, block.attn.proj.bias)
@@ -252,36 +198,39 @@ def test_start_copies_the_encoder() -> None:
     assert not branch.to_space.bias.any()
     assert 0.015 < branch.to_space.weight.std() < 0.025
     logits = module.eval()(make_images()).class_logits
-    assert logits.std(dim=1).max() < 1e-6, "classes can be told apart by their targets alone"
+    assert logits.std(dim=1).max() < 1e-6, "classes part through their targets alone"
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "vit_small_patch14_reg4_dinov2"])
-def test_backbones_without_exactly_one_class_token_are_refused(name: str) -> None:
+def test_backbones_without_one_class_token_are_refused(name: str) -> None:
     overrides = {"depth": 1, "embed_dim": 48, "num_heads": 3}
     backbone = Backbone(name=name, weights="random", overrides=overrides)
     with pytest.raises(WSSSError, match="turns the class token into one a class"):
-        ClusterCAM(backbone=backbone, num_classes=4, max_steps=10)
+        built(backbone, max_steps=10)
 
 
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(WSSSError, match="low_threshold <= high_threshold"):
         tiny(low_threshold=0.8)
-    with pytest.raises(WSSSError, match="drop_path"):
+    with pytest.raises(WSSSError, match=r"method\.drop_path=1\.0: expected a number less than 1"):
         tiny(drop_path=1.0)
-    with pytest.raises(WSSSError, match="epochs >= 1"):
+    with pytest.raises(WSSSError, match=r"method\.epochs=0: expected .* greater .* equal to 1"):
         tiny(epochs=0)
-    with pytest.raises(WSSSError, match=r"method\.lr=0\.0"):
+    with pytest.raises(WSSSError, match=r"method\.lr=0\.0: expected a number greater than 0"):
         tiny(lr=0.0)
     with pytest.raises(WSSSError, match=r"method\.scales=\[1\.0, 0\.0\]"):
         tiny(scales=[1.0, 0.0])
 
 
+def test_defaults_are_those_of_the_configuration() -> None:
+    method = dict(compose_config(["method=clustercam", "data.root=unset"]).method)
+    settings = ClusterCAMSettings(max_steps=method["max_steps"])
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        assert method[field.name] == (list(value) if isinstance(value, tuple) else value)
+
+
 # ---- what the golden files say a mistake would do ------------------------------------------------
-
-
-@torch.no_grad()
-def logits_of(module: ClusterCAM, images: Tensor) -> Tensor:
-    return module(images).seg_logits
 
 
 def relative(actual: Tensor, expected: np.ndarray) -> float:
@@ -333,23 +282,16 @@ def test_cluster_side_says_how_many_clusters_there_are() -> None:
         assert kept[0].clustered.assignment.shape[-1] == clusters
 
 
-def test_fixed_mixing_makes_the_maps_of_one_branch_and_is_not_learned() -> None:
+def test_fixed_mixing_gives_one_branch_maps_and_is_not_learned() -> None:
     for value in (0.0, 1.0):
-        module = ClusterCAM(
-            backbone=backbone_of(),
-            num_classes=NUM_CLASSES,
-            max_steps=MAX_STEPS,
-            drop_path=0.0,
-            fixed_mixing=value,
-            official_compat=True,
-        )
+        module = built(backbone_of(), OFFICIAL, drop_path=0.0, fixed_mixing=value)
         kept: list[BlockOutput] = []
         module.encode(make_images(), keep=kept)
         for output in kept:
             alone = output.clustered.class_map if value else output.class_rows
             assert torch.equal(output.class_map, alone)
         losses_at(module, 0).total.backward()
-        assert all(module.branch(index).mixing.grad is None for index in range(4))
+        assert [mixing.grad for mixing in module.mixing()] == [None] * 4
 
 
 def test_cam_layers_are_the_last_ones() -> None:
@@ -365,10 +307,18 @@ def test_cam_layers_are_the_last_ones() -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"cluster_side": 0}, {"iterations": 0}, {"cam_layers": 0}, {"fixed_mixing": 1.5}],
+    [
+        {"cluster_side": 0},
+        {"iterations": 0},
+        {"cam_layers": 0},
+        {"seg_from_epoch": -1},
+        {"fixed_mixing": 1.5},
+        {"fixed_mixing": -0.5},
+    ],
 )
 def test_settings_out_of_range_are_refused(setting: dict[str, Any]) -> None:
-    with pytest.raises(WSSSError, match=next(iter(setting))):
+    ((name, value),) = setting.items()
+    with pytest.raises(WSSSError, match=rf"method\.{name}={value}: expected"):
         tiny(**setting)
 
 
@@ -376,23 +326,23 @@ def test_settings_out_of_range_are_refused(setting: dict[str, Any]) -> None:
 
 
 def test_cams_are_of_the_wanted_classes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, asked = tiny().eval(), []
+    module, wanted = tiny().eval(), []
     evidence = module.evidence
 
     def spy(activation: Tensor, classes: Tensor) -> Tensor:
-        asked.append(classes.tolist())
+        wanted.append(classes.tolist())
         return evidence(activation, classes)
 
     monkeypatch.setattr(module, "evidence", spy)
     images, labels = make_images(), torch.tensor([[1.0, 0, 1, 0], [0, 0, 1, 0]])
     some = module.cams(images, labels)
-    assert asked == [[0, 2]] * 3
+    assert wanted == [[0, 2]] * 3
     every = module.cams(images, torch.ones(2, NUM_CLASSES))
     torch.testing.assert_close(some, every * labels[..., None, None], rtol=0, atol=1e-5)
     assert not some[1, 0].any()
     assert 0 <= every.min() < every.max() <= 1
     assert not module.cams(images, torch.zeros(2, NUM_CLASSES)).any()
-    assert len(asked) == 6, "without a class nothing is computed"
+    assert len(wanted) == 6, "without a class nothing is computed"
 
 
 def test_gallery_maps_are_of_the_strongest_labelled_class() -> None:
@@ -430,7 +380,7 @@ def test_first_phase_computes_neither_cams_nor_segmentation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = tiny()
-    for name in ("cams", "_pseudo_labels"):
+    for name in ("cams", "pseudo_labels"):
         monkeypatch.setattr(module, name, None)
     monkeypatch.setattr(module.decoder, "forward", None)
     result = losses_at(module, 0)
@@ -446,14 +396,13 @@ def test_total_is_the_weighted_sum() -> None:
     assert set(loss) == {"cls_loss", "patch_loss", "seg_loss"}
     expected = loss["cls_loss"] + loss["patch_loss"] + 0.1 * loss["seg_loss"]
     assert result.total.item() == pytest.approx(expected, rel=1e-6)
-    assert result.pseudo_label is not None
-    assert set(result.pseudo_label.unique().tolist()) <= {0, 1, 2, 3, 255}
+    assert set(result.seen["pseudo_label"].unique().tolist()) <= {0, 1, 2, 3, 255}
 
 
 def test_only_feature_maps_bring_gradient_to_the_mixing_scalars() -> None:
     module = tiny()
     result = losses_at(module, MAX_STEPS - 1)
-    scalars = [module.branch(index).mixing for index in range(4)]
+    scalars = module.mixing()
     for name, loss in result.losses.items():
         gradients = torch.autograd.grad(loss, scalars, retain_graph=True, allow_unused=True)
         if name == "cls_loss":
@@ -464,8 +413,8 @@ def test_only_feature_maps_bring_gradient_to_the_mixing_scalars() -> None:
 
 
 @both_ways
-def test_a_few_steps_lower_the_loss(official_compat: bool) -> None:
-    module = tiny(lr=1e-3, official_compat=official_compat)
+def test_a_few_steps_lower_the_loss(quirks: Quirks) -> None:
+    module = tiny(quirks, lr=1e-3)
     optimizer = module.optimizer(module.param_groups())
     first = losses_at(module, MAX_STEPS - 1)
     for _ in range(6):
@@ -495,7 +444,7 @@ def test_every_parameter_is_in_exactly_one_group() -> None:
 def test_what_pretraining_does_not_give_has_a_rate_of_its_own() -> None:
     module = tiny(head_lr_factor=5.0)
     groups = module.param_groups()
-    fast = {id(p) for g in groups if g["lr"] > module.lr for p in g["params"]}
+    fast = {id(p) for g in groups if g["lr"] > module.settings.lr for p in g["params"]}
     names = {name for name, parameter in module.named_parameters() if id(parameter) in fast}
     assert names == {
         "backbone.vit.cls_token",
@@ -509,11 +458,9 @@ def test_class_tokens_start_as_copies_unless_noise_parts_them() -> None:
     starts, mixing = {}, {}
     for noise in (0.0, 0.5):
         torch.manual_seed(0)
-        module = ClusterCAM(
-            backbone=backbone_of(depth=2), num_classes=200, max_steps=1, token_noise=noise
-        )
+        module = built(backbone_of(depth=2), num_classes=200, max_steps=1, token_noise=noise)
         starts[noise] = module.backbone.vit.cls_token.detach()
-        mixing[noise] = module.branch(0).mixing.item()
+        mixing[noise] = module.mixing()[0].item()
     assert mixing[0.0] == mixing[0.5]  # runs that differ in noise start alike in all else
     copies = starts[0.0]
     assert torch.equal(copies, copies[:, :1].expand_as(copies))
@@ -534,31 +481,14 @@ def test_class_tokens_start_as_copies_unless_noise_parts_them() -> None:
         ("decoder_channels", 0),
     ],
 )
-def test_a_setting_of_the_wrong_sign_is_told_by_its_key(setting: str, value: float) -> None:
+def test_a_setting_of_the_wrong_sign_is_named_by_its_key(setting: str, value: float) -> None:
     with pytest.raises(WSSSError, match=f"method.{setting}={value}: expected"):
         tiny(**{setting: value})
 
 
-def fit(module: ClusterCAM, folder: Path, steps: int) -> lightning.Trainer:
-    samples = [{"image": make_images(count=1, seed=s)[0], "name": str(s)} for s in range(4)]
-    for index, sample in enumerate(samples):
-        sample["labels"] = torch.eye(NUM_CLASSES)[index]
-    trainer = lightning.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=CSVLogger(folder),
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    trainer.fit(module, DataLoader(samples, batch_size=2))  # type: ignore[arg-type]
-    return trainer
-
-
 @both_ways
-def test_trainer_logs_losses_and_mixing_scalars(official_compat: bool, tmp_path: Path) -> None:
-    module = tiny(max_steps=4, epochs=4, seg_from_epoch=2, official_compat=official_compat)
+def test_trainer_logs_losses_and_mixing_scalars(quirks: Quirks, tmp_path: Path) -> None:
+    module = tiny(quirks, max_steps=4, epochs=4, seg_from_epoch=2)
     trainer = fit(module, tmp_path, 4)
     logged = trainer.callback_metrics
     assert set(logged) >= {f"train/mixing_{index:02d}" for index in range(4)}
@@ -573,154 +503,3 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         module.patch_head.bias.fill_(torch.nan)
     with pytest.raises(WSSSError, match=r"step 0: the loss is not finite \(.*patch_loss nan"):
         fit(module, tmp_path, 1)
-
-
-# ---- quirks, both ways ---------------------------------------------------------------------------
-
-
-def test_q1_a_missing_margin_is_refused_before_training() -> None:
-    overrides = [
-        "method=clustercam",
-        "data=minivoc",
-        "method.low_threshold=null",
-        "eval.cam_low=0.3",
-    ]
-    with pytest.raises(WSSSError, match=r"method\.low_threshold=None: expected float"):
-        compose_config(overrides)
-    coco = compose_config(["+experiments=clustercam/coco", "data.root=unset"]).method
-    assert (coco.high_threshold, coco.low_threshold) == (0.53, 0.33)
-
-
-@both_ways
-def test_q4_a_batch_of_ignored_pixels_has_a_finite_loss(official_compat: bool) -> None:
-    module = tiny(official_compat=official_compat)
-    nothing = torch.full((2, SIDE, SIDE), 255)
-    with changed(module, "_pseudo_labels", lambda *_: nothing):
-        result = losses_at(module, MAX_STEPS - 1)
-    assert result.losses["seg_loss"].item() == 0
-    assert result.total.isfinite()
-    result.total.backward()
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
-    assert all(bool(grad.isfinite().all()) for grad in grads)
-    assert not any(p.grad.any() for p in module.decoder.parameters() if p.grad is not None)
-
-
-def test_q6_the_rate_falls_and_officially_rises() -> None:
-    settings: dict[str, Any] = {"max_steps": 80 * 10, "lr": 8.7890625e-6}
-    default, official = tiny(**settings), tiny(official_compat=True, **settings)
-    rates = [default.lr * default.lr_multiplier(step) for step in range(800)]
-    assert rates[0] == pytest.approx(1e-6)
-    assert len(set(rates[:50])) == 50, "warm-up by the step"
-    assert max(rates) <= default.lr
-    assert rates[50:] == sorted(rates[50:], reverse=True)
-    assert rates[-1] == pytest.approx(0.16 * default.lr, rel=0.01)
-    theirs = [official.lr * official.lr_multiplier(step) for step in range(800)]
-    assert theirs[:20] == [pytest.approx(1e-6)] * 20, "epochs 0 and 1 share the start"
-    assert len(set(theirs)) == 79
-    assert theirs == sorted(theirs)
-    assert theirs[500] == pytest.approx(9.604e-6, abs=1e-9)
-    assert theirs[-1] == pytest.approx(9.998e-6, abs=1e-9)
-
-
-def test_q7_the_mixing_scalars_start_at_random() -> None:
-    def start(seed: int, *, official_compat: bool) -> list[float]:
-        torch.manual_seed(seed)
-        module = ClusterCAM(
-            backbone=backbone_of(depth=12, heads=6, img_size=224),
-            num_classes=NUM_CLASSES,
-            max_steps=1,
-            official_compat=official_compat,
-        )
-        return [module.branch(index).mixing.item() for index in range(12)]
-
-    assert len({*start(0, official_compat=False), *start(1, official_compat=False)}) == 24
-    theirs = start(0, official_compat=True)
-    golden = np.load(GOLDEN / "rng_mix.npz")["mix_tiny_K4"]
-    assert theirs == [float(value) for value in golden], "whatever was drawn before"
-
-
-@both_ways
-def test_q8_tokens_and_positions_are_decayed_officially_alone(official_compat: bool) -> None:
-    module = tiny(official_compat=official_compat)
-    groups = module.param_groups()
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    vit: Any = module.backbone.vit
-    assert (id(vit.cls_token) in decayed) is official_compat
-    assert (id(vit.pos_embed) in decayed) is official_compat
-    assert id(module.patch_head.weight) in decayed
-    assert id(module.branch(0).mixing) not in decayed
-    assert id(module.branch(0).qkv.bias) not in decayed
-    assert id(vit.blocks[0].norm1.weight) not in decayed
-
-
-@both_ways
-def test_q9_the_decoder_decays_in_the_first_phase_officially_alone(
-    official_compat: bool, tmp_path: Path
-) -> None:
-    module = tiny(official_compat=official_compat, lr=0.01, weight_decay=0.5, seg_from_epoch=99)
-    before = module.decoder.conv7.weight.detach().clone()
-    trainer = fit(module, tmp_path, 2)
-    moved = not torch.equal(before, module.decoder.conv7.weight)
-    assert moved is official_compat
-    counted = module.decoder.conv7.weight in trainer.optimizers[0].state
-    assert counted is official_compat
-
-
-@both_ways
-def test_q10_training_cams_have_drop_paths_officially_alone(official_compat: bool) -> None:
-    module = tiny(drop_path=0.5, official_compat=official_compat)
-    batch = make_batch()
-    torch.manual_seed(0)
-    first = module._training_cams(batch["image"], batch["labels"])
-    second = module._training_cams(batch["image"], batch["labels"])
-    assert torch.equal(first, second) is not official_compat
-    assert all(child.training for child in module.modules()), "its mode is given back"
-    plain = module.eval().cams(batch["image"], batch["labels"])
-    assert torch.equal(plain, first) is not official_compat
-    module.train()
-    logits = [module.encode(batch["image"]).class_logits for _ in range(2)]
-    assert not torch.equal(*logits), "the training forward pass always drops paths"
-
-
-@both_ways
-def test_q11_norms_have_two_epsilons(official_compat: bool) -> None:
-    module = tiny(official_compat=official_compat)
-    found = {
-        name.rpartition(".")[2]: layer.eps
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.LayerNorm) and "s.1." in name
-    }
-    assert found["norm2"] == 1e-6
-    names = ("norm1", "norm_space", "norm_cls", "norm_centres")
-    assert {found[name] for name in names} == {1e-5}
-
-
-def test_q12_the_guide_wraps_around_officially_alone() -> None:
-    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    levels = torch.tensor([-3.4, -0.2, 7.9, 254.6, 300.2]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
-    images = (levels / 255 - mean) / std
-    official = tiny(official_compat=True)._guide(images)[0, 1, 0] * 255
-    assert official.tolist() == pytest.approx([253, 0, 7, 254, 44])
-    assert (tiny()._guide(images)[0, 1, 0] * 255).tolist() == pytest.approx([0, 0, 8, 255, 255])
-
-
-@both_ways
-def test_q13_labels_are_refined_in_float32_under_autocast(official_compat: bool) -> None:
-    module, batch = tiny(official_compat=official_compat), make_batch()
-    cam = module.cams(batch["image"], batch["labels"])
-    plain = module._pseudo_labels(batch["image"], cam, batch["labels"])
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(module._pseudo_labels(batch["image"], cam, batch["labels"]), plain)
-
-
-def test_q14_maps_cover_the_image_and_officially_are_stretched() -> None:
-    images = make_images(90, 100)
-    whole, official = tiny().eval(), tiny(official_compat=True).eval()
-    official.load_state_dict(whole.state_dict())
-    resized = F.interpolate(images, (96, 112), mode="bilinear", align_corners=False)
-    assert torch.equal(logits_of(whole, images), logits_of(official, resized))
-    assert logits_of(official, images).shape[-2:] == (5, 6), "a remainder is cut off"
-    assert torch.equal(logits_of(official, images), logits_of(official, images[..., :80, :96]))
-    even = make_images(96, 112)
-    assert torch.equal(logits_of(whole, even), logits_of(official, even))

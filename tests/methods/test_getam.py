@@ -1,4 +1,4 @@
-"""GETAM: maps against the straightforward way, labels and losses with their quirks, both phases."""
+"""GETAM: maps against the straightforward way, labels and losses, both phases."""
 
 import json
 from dataclasses import fields
@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_getam import NAMES, SIDE, losses_at, make_batch, tiny
 from small_runs import SMALL
-from torch import Tensor, nn
+from torch import Tensor
 
 from wsss.benchmark.getam_official import OfficialGETAM, Savings
 from wsss.cli import main
 from wsss.core.errors import WSSSError
 from wsss.data.builtin import minivoc_root
-from wsss.methods.base import Batch
+from wsss.methods.base import Step
 from wsss.methods.getam.labels import (
     complete_labels,
     completion_thresholds,
@@ -24,54 +25,9 @@ from wsss.methods.getam.labels import (
     saliency_loss,
     split_cross_entropy,
 )
-from wsss.methods.getam.maps import attention_term, class_slots
-from wsss.methods.getam.method import GETAM, StepResult
-from wsss.models.backbone import Backbone
-
-SIDE = 96
-NAMES = {
-    "plain": "vit_tiny_patch16_224",
-    "distilled": "deit_tiny_distilled_patch16_224",
-    "hybrid": "vit_base_r50_s16_384",
-}
-
-
-def tiny(kind: str = "plain", depth: int = 4, method: type[GETAM] = GETAM, **changes: Any) -> GETAM:
-    torch.manual_seed(0)
-    backbone = Backbone(
-        name=NAMES[kind],
-        weights="random",
-        overrides={"embed_dim": 48, "depth": depth, "num_heads": 3, "img_size": 64},
-    )
-    settings: dict[str, Any] = {
-        "num_classes": 4,
-        "max_steps": 100,
-        "decoder_channels": 16,
-        "low_threshold": 0.5,
-        "high_threshold": 0.7,
-    }
-    return method(backbone=backbone, **{**settings, **changes}).train()
-
-
-def make_batch(seed: int = 1, *, saliency: bool = True) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    patches = torch.randn(2, 3, 6, 6, generator=generator)
-    batch: Batch = {
-        "image": nn.functional.interpolate(patches, size=(SIDE, SIDE), mode="bicubic"),
-        "labels": torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]]),
-        "box": torch.tensor([[0, SIDE, 0, SIDE], [10, 90, 0, 80]]),
-        "name": ["a", "b"],
-    }
-    if saliency:
-        grey = torch.rand(2, 1, 4, 4, generator=generator)
-        batch["saliency"] = nn.functional.interpolate(grey, size=SIDE)[:, 0] > 0.6
-    return batch
-
-
-def losses_at(module: GETAM, step: int, **batch: Any) -> StepResult:
-    torch.manual_seed(1)
-    return module.compute_losses(make_batch(**batch), step)
-
+from wsss.methods.getam.maps import attention_term, class_slots, enlarged
+from wsss.methods.getam.method import GETAM
+from wsss.methods.getam.official import CORRECTED, OFFICIAL, Quirks
 
 # ---- the map -------------------------------------------------------------------------------------
 
@@ -103,10 +59,10 @@ def test_slot_maps_equal_the_straightforward_way(kind: str, depth: int) -> None:
     module = tiny(kind, depth).double()
     images = torch.randn(3, 3, 64, 96, dtype=torch.float64)
     labels = torch.tensor([[1.0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 1, 1]])
-    features, _, logits = module.encode_and_classify(images, levels=(4,))
+    encoded = module.encode(images, levels=(4,))
     ids, valid = class_slots(labels)
     assert valid.tolist() == [[True] * 3, [True, False, False], [True, True, False]]
-    maps = module.maps_of_slots(features, logits, ids, valid).sum(2)
+    maps = module.maps_of_slots(encoded, ids, valid).sum(2)
     expected = straightforward_maps(module, images, labels)
     assert maps[~valid].abs().max() == 0
     assert expected.max() > 0
@@ -118,17 +74,17 @@ def test_two_models_in_one_process_do_not_disturb_each_other() -> None:
     batch = make_batch()
     ids, valid = class_slots(batch["labels"])
     alone = first.cams(batch["image"], batch["labels"])
-    features, _, logits = first.encode_and_classify(batch["image"], levels=(4,))
+    encoded = first.encode(batch["image"], levels=(4,))
     second.cams(batch["image"], batch["labels"])  # between first's forward and backward
-    second.compute_losses(batch, 99).total.backward()
-    maps = first.maps_of_slots(features, logits, ids, valid).sum(2)
-    full = first._enlarged(maps, (SIDE, SIDE))
+    second.losses(batch, 99).total.backward()
+    maps = first.maps_of_slots(encoded, ids, valid).sum(2)
+    full = enlarged(maps, (SIDE, SIDE))
     full = full / (full.amax((2, 3), keepdim=True) + 1e-5)
     assert torch.equal(full[0, 0], alone[0, 0])
     assert torch.equal(full[1, 0], alone[1, 1])
 
 
-def test_cams_are_zero_for_absent_classes_and_do_not_depend_on_the_others() -> None:
+def test_cams_are_zero_for_absent_classes_and_alike_for_others() -> None:
     module = tiny().eval()
     images = make_batch()["image"]
     with torch.no_grad():  # as the evaluator calls it
@@ -178,12 +134,17 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         tiny(depth=3)
     with pytest.raises(WSSSError, match="low_threshold <= high_threshold"):
         tiny(low_threshold=0.8)
-    with pytest.raises(WSSSError, match="four positive widths"):
+    with pytest.raises(WSSSError, match=r"method\.tap_channels=\[8, 16\]: .* at least 4 items"):
         tiny(tap_channels=[8, 16])
-    with pytest.raises(WSSSError, match="quantile"):
+    with pytest.raises(WSSSError, match=r"method\.tap_channels=.*greater than or equal to 1"):
+        tiny(tap_channels=[8, 16, 0, 4])
+    with pytest.raises(WSSSError, match=r"method\.quantile=1\.0: .*less than 1, or null"):
         tiny(quantile=1.0)
-    with pytest.raises(WSSSError, match="map_layers"):
-        tiny(map_layers=0)
+    for name in ("map_layers", "opening", "decoder_channels"):
+        with pytest.raises(WSSSError, match=rf"method\.{name}=0: .*greater than or equal to 1"):
+            tiny(**{name: 0})
+    with pytest.raises(WSSSError, match=r"method\.phase_one=1\.5: .*less than or equal to 1"):
+        tiny(phase_one=1.5)
     with pytest.raises(WSSSError, match=r"method\.lr=-1"):
         tiny(lr=-1.0)
 
@@ -262,10 +223,8 @@ def two_claims() -> tuple[Tensor, Tensor, Tensor]:
 def test_contested_pixels() -> None:
     maps, ids, saliency = two_claims()
     maps[0, 0, :, 20:30] = 0.3  # so that the upper values are a tenth
-    official = complete_labels(maps, ids, saliency, quantile=0.4, official_compat=True)
     ours = complete_labels(maps, ids, saliency, quantile=0.4)
-    contested = (official.label == 2) & (ours.label == 255)
-    assert contested[0, 12:28, 32:38].all()
+    assert (ours.label[0, 12:28, 32:38] == 255).all()  # claimed by both
     assert (ours.label[0, 12:28, 2:8] == 255).all()  # salient, not activated
     assert (ours.label[0, :, 11:18] == 0).all()
     assert ours.saliency is not None
@@ -274,19 +233,6 @@ def test_contested_pixels() -> None:
     assert (within.label[~saliency] == 0).all()
     assert within.saliency is not None
     assert within.saliency.bool().equal(saliency)
-
-
-def test_padding_is_ignored_and_officially_background() -> None:
-    batch = make_batch()
-    outside = torch.ones(SIDE, SIDE, dtype=torch.bool)
-    outside[10:90, :80] = False
-    for compat in (False, True):
-        module = tiny(official_compat=compat)
-        result = module.compute_losses({**batch, "saliency": batch["saliency"] & False}, 99)
-        assert result.targets is not None
-        padding = result.targets.labels.label[1, outside]
-        assert bool((padding == 255).all()) is not compat
-        assert bool((padding == 0).any()) is compat
 
 
 def test_without_saliency_two_thresholds_decide() -> None:
@@ -310,9 +256,6 @@ def test_saliency_loss_wants_background_where_nothing_is_salient() -> None:
     logits[0, 0] = torch.tensor([-9.0, 9.0, -9.0])  # background in the middle only
     completed = torch.tensor([[[1, 0, 255]]], dtype=torch.uint8)
     assert saliency_loss(logits, completed).item() < 1e-2
-    # officially the given saliency is background, and what is not salient, too
-    coded = saliency_loss(logits, completed, official_compat=True).item()
-    assert coded == pytest.approx((9 + np.log(2)) / 3, rel=1e-2)
     only = torch.tensor([[[False, True, True]]])
     assert saliency_loss(logits, completed, only).item() < 1e-2
 
@@ -343,7 +286,8 @@ def test_a_crop_need_not_be_a_whole_number_of_patches() -> None:
     for name in ("image", "saliency"):
         batch[name] = batch[name][..., :90, :90]
     batch["box"] = batch["box"].clamp_max(90)
-    result = module.compute_losses(batch, 99)
+    result = module.losses(batch, 99)
+    assert result.outputs.seg_logits is not None
     assert result.outputs.seg_logits.shape[-2:] == (90, 90)
     assert set(result.losses) == {"cls_loss", "seg_loss", "sal_loss", "reg_loss"}
     assert bool(result.total.isfinite())
@@ -357,7 +301,7 @@ def test_terms_of_zero_weight_are_not_computed(monkeypatch: pytest.MonkeyPatch) 
     assert set(without.losses) == {"cls_loss", "seg_loss", "reg_loss"}
 
 
-def test_total_is_the_sum_of_the_terms_and_reaches_every_parameter() -> None:
+def test_total_is_the_sum_of_terms_and_reaches_every_parameter() -> None:
     module = tiny()
     result = losses_at(module, 99)
     assert set(result.losses) == {"cls_loss", "seg_loss", "sal_loss", "reg_loss"}
@@ -372,10 +316,8 @@ def test_mixed_precision_keeps_the_maps_in_full_precision() -> None:
     exact = losses_at(module, 99)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = losses_at(module, 99)
-    assert exact.targets is not None
-    assert mixed.targets is not None
-    assert mixed.targets.maps.dtype == mixed.targets.refined.dtype == torch.float32
-    close = torch.corrcoef(torch.stack([exact.targets.maps.ravel(), mixed.targets.maps.ravel()]))
+    assert mixed.seen["maps"].dtype == mixed.seen["refined"].dtype == torch.float32
+    close = torch.corrcoef(torch.stack([one.seen["maps"].ravel() for one in (exact, mixed)]))
     assert close[0, 1] > 0.98
     for name, loss in exact.losses.items():
         assert mixed.losses[name].item() == pytest.approx(loss.item(), rel=0.1), name
@@ -393,15 +335,14 @@ def test_one_forward_pass_a_step() -> None:
 
 def test_image_without_any_label_gives_background() -> None:
     module, batch = tiny(), make_batch(saliency=False)
-    result = module.compute_losses({**batch, "labels": torch.zeros(2, 4)}, 99)
-    assert result.targets is not None
-    assert set(result.targets.labels.label.unique().tolist()) <= {0, 255}
+    result = module.losses({**batch, "labels": torch.zeros(2, 4)}, 99)
+    assert set(result.seen["labels"].label.unique().tolist()) <= {0, 255}
     assert result.total.isfinite()
 
 
-@pytest.mark.parametrize("official_compat", [False, True])
-def test_a_few_steps_lower_the_loss(official_compat: bool) -> None:
-    module = tiny(official_compat=official_compat, energy_weight=0.0)
+@pytest.mark.parametrize("quirks", [CORRECTED, OFFICIAL])
+def test_a_few_steps_lower_the_loss(quirks: Quirks) -> None:
+    module = tiny(quirks=quirks, energy_weight=0.0)
     optimizer = module.optimizer([{"params": list(module.parameters()), "lr": 0.05}])
     first = losses_at(module, 99)
     for _ in range(8):
@@ -419,17 +360,10 @@ def test_a_few_steps_lower_the_loss(official_compat: bool) -> None:
 def test_schedule_of_voc() -> None:
     module = tiny(max_steps=52900)
     assert sum(not module.in_phase_two(t) for t in range(52901)) == 26451
-    rate = [module.lr * module.lr_multiplier(t) for t in (0, 26450, 26451, 52899, 52900)]
+    rate = [module.settings.lr * module.lr_multiplier(t) for t in (0, 26450, 26451, 52899, 52900)]
     assert rate == pytest.approx([0.04, 0.0214354693, 0.00214347399, 2.24362302e-7, 2.24362302e-7])
     assert tiny(max_steps=52900, step_decay=True).lr_scale(35266) == pytest.approx(0.01)
     assert tiny(max_steps=4, step_decay=True).lr_scale(3) == pytest.approx(0.01)
-
-
-def test_weight_decay_is_officially_a_momentum() -> None:
-    for compat, momentum, decay in ((True, 5e-4, 0), (False, 0.0, 5e-4)):
-        module = tiny(official_compat=compat)
-        settings = module.optimizer(module.param_groups()).defaults
-        assert (settings["momentum"], settings["weight_decay"]) == (momentum, decay)
 
 
 def test_every_parameter_is_trained() -> None:
@@ -444,7 +378,7 @@ def test_every_parameter_is_trained() -> None:
 SAVINGS = [field.name for field in fields(Savings)]
 
 
-def step_of(module: GETAM, step: int = 99) -> tuple[StepResult, dict[str, Tensor]]:
+def step_of(module: GETAM, step: int = 99) -> tuple[Step, dict[str, Tensor]]:
     result = losses_at(module, step)
     result.total.backward()
     return result, {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
@@ -457,17 +391,15 @@ def official(on: dict[str, bool], **settings: Any) -> OfficialGETAM:
     return module
 
 
-@pytest.mark.parametrize("official_compat", [False, True])
+@pytest.mark.parametrize("quirks", [CORRECTED, OFFICIAL])
 @pytest.mark.parametrize("off", ["every", *SAVINGS])
-def test_the_official_way_gives_the_same_step(off: str, official_compat: bool) -> None:
-    settings = {"official_compat": official_compat}
-    expected, expected_grads = step_of(tiny(depth=8, **settings))
+def test_the_official_way_gives_the_same_step(off: str, quirks: Quirks) -> None:
+    expected, expected_grads = step_of(tiny(depth=8, quirks=quirks))
     on = {name: off not in ("every", name) for name in SAVINGS}
-    result, grads = step_of(official(on, **settings))
-    assert expected.targets is not None
-    assert result.targets is not None
-    torch.testing.assert_close(result.targets.maps, expected.targets.maps, rtol=1e-4, atol=1e-9)
-    differing = result.targets.labels.label != expected.targets.labels.label
+    result, grads = step_of(official(on, quirks=quirks))
+    maps, expected_maps = result.seen["maps"], expected.seen["maps"]
+    torch.testing.assert_close(maps, expected_maps, rtol=1e-4, atol=1e-9)
+    differing = result.seen["labels"].label != expected.seen["labels"].label
     assert differing.sum() <= 2  # a pixel beside a threshold
     assert result.losses.keys() == expected.losses.keys()
     for name, loss in expected.losses.items():

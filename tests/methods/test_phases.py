@@ -44,7 +44,7 @@ def in_second_phase(module: WSSSModule, step: int) -> bool:
     if isinstance(module, GETAM):
         return module.in_phase_two(step)
     assert isinstance(module, TKPPCL)
-    return step >= module.warmup_steps
+    return step >= module.settings.warmup_steps
 
 
 def make_trainer(callback: Callback, **settings: Any) -> lightning.Trainer:
@@ -72,7 +72,7 @@ class StopAfter(SaveOnStop):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         if trainer.global_step == self.steps < trainer.max_steps:
-            self.asked = signal.SIGINT
+            self.stop_signal = signal.SIGINT
         super().on_train_batch_end(trainer, pl_module, *batch)
 
 

@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from wsss.core.errors import WSSSError
 from wsss.core.supervision import PIXEL_MASKS
-from wsss.methods.segmenter import Segmenter, masked_cross_entropy
+from wsss.methods.segmenter import Segmenter, SegmenterSettings, masked_cross_entropy
 from wsss.models.backbone import Backbone
 from wsss.models.conv_backbone import ConvBackbone
 from wsss.runs.compose import compose_run
 from wsss.runs.folder import build_data
-from wsss.runs.scoring import league
+from wsss.runs.scoring import supervision_of_run
 
 
 def light(**changes: Any) -> Segmenter:
     torch.manual_seed(0)
-    settings: dict[str, Any] = {"num_classes": 3, "max_steps": 10}
     backbone = changes.pop("backbone", None) or ConvBackbone(name="mobilenet_v3_small")
-    return Segmenter(backbone=backbone, **{**settings, **changes}).train()
+    settings = SegmenterSettings(**{"max_steps": 10, **changes})
+    return Segmenter(backbone=backbone, num_classes=3, settings=settings).train()
 
 
 def pico() -> Backbone:
@@ -54,7 +54,8 @@ def test_cross_entropy_ignores_255_and_survives_nothing_else() -> None:
 def test_losses_are_of_each_scale_and_their_maximum() -> None:
     module = light(backbone=pico(), loss_scales=(1.0, 0.5)).eval()
     batch = make_batch(32)
-    losses = module.compute_losses(batch)
+    step = module.losses(batch, 0)
+    losses = step.losses
     assert list(losses) == ["seg_1_loss", "seg_0.5_loss", "seg_max_loss"]
     full = []
     for size in (32, 16):
@@ -62,18 +63,22 @@ def test_losses_are_of_each_scale_and_their_maximum() -> None:
         logits = module(images).seg_logits
         assert logits is not None
         full.append(F.interpolate(logits, (32, 32), mode="bilinear"))
+        if size == 32:
+            assert torch.equal(step.outputs.seg_logits, logits)
     torch.testing.assert_close(
         losses["seg_max_loss"], masked_cross_entropy(torch.maximum(*full), batch["target"])
     )
-    assert list(light(backbone=pico(), loss_scales=(1.0,)).compute_losses(batch)) == ["seg_1_loss"]
+    torch.testing.assert_close(step.total, torch.stack(list(losses.values())).sum())
+    one = light(backbone=pico(), loss_scales=(1.0,)).losses(batch, 0)
+    assert list(one.losses) == ["seg_1_loss"]
 
 
-def test_one_image_is_too_few_for_a_head_that_normalises_over_the_batch() -> None:
+def test_one_image_is_too_few_for_a_head_with_batch_norms() -> None:
     one = {name: value[:1] for name, value in make_batch().items()}
     with pytest.raises(WSSSError, match=r"head=v3 .*budget\.global_batch_size"):
-        light(head="v3").compute_losses(one)
-    assert light(head="v3").eval().compute_losses(one)
-    assert light().compute_losses(one)
+        light(head="v3").losses(one, 0)
+    assert light(head="v3").eval().losses(one, 0).losses
+    assert light().losses(one, 0).losses
 
 
 def test_settings_that_train_nothing_are_refused() -> None:
@@ -81,6 +86,10 @@ def test_settings_that_train_nothing_are_refused() -> None:
         light(lr=0.0)
     with pytest.raises(WSSSError, match=r"method\.loss_scales=\[\]"):
         light(loss_scales=[])
+    with pytest.raises(WSSSError, match=r"method\.rates=\[\]"):
+        light(rates=[])
+    with pytest.raises(WSSSError, match=r"method\.head='v4'"):
+        light(head="v4")
 
 
 @pytest.mark.parametrize("head", ["v2", "v3"])
@@ -92,7 +101,7 @@ def test_a_light_encoder_learns_and_gives_what_an_evaluator_asks(head: str) -> N
     values = []
     for _ in range(6):
         optimizer.zero_grad()
-        total = torch.stack(list(module.compute_losses(batch).values())).sum()
+        total = module.losses(batch, 0).total
         total.backward()
         optimizer.step()
         values.append(total.item())
@@ -119,13 +128,13 @@ def test_frozen_batch_norms_stay_as_they_are() -> None:
     norms = [m for m in module.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms
     before = [norm.running_mean.clone() for norm in norms]
-    module.train().compute_losses(make_batch())
+    module.train().losses(make_batch(), 0)
     assert all(torch.equal(a, n.running_mean) for a, n in zip(before, norms, strict=True))
     assert not any(norm.weight.requires_grad for norm in norms)
     moving = light(freeze_batch_norm=False)
     first = next(m for m in moving.modules() if isinstance(m, nn.BatchNorm2d))
     before_first = first.running_mean.clone()
-    moving.compute_losses(make_batch())
+    moving.losses(make_batch(), 0)
     assert not torch.equal(first.running_mean, before_first)
 
 
@@ -149,9 +158,7 @@ def test_resnet_is_dilated_to_stride_eight() -> None:
     assert backbone.weights_info.source == "random"
 
 
-def test_weights_of_a_classifier_are_image_labels_and_of_a_segmenter_pixel_masks(
-    tmp_path: Path,
-) -> None:
+def test_weights_of_a_segmenter_are_pixel_masks(tmp_path: Path) -> None:
     classifier = torchvision.models.mobilenet_v3_small(weights=None)
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
     made = ConvBackbone(
@@ -171,8 +178,8 @@ def test_weights_of_a_classifier_are_image_labels_and_of_a_segmenter_pixel_masks
         name="mobilenet_v3_small", weights=str(tmp_path / "seg.pth"), pretraining="COCO"
     )
     image_labels = build_data(compose_run(["data=minivoc"]))
-    assert league(light(backbone=made), image_labels) == "image labels"
-    assert league(light(backbone=segmenter), image_labels) == PIXEL_MASKS
+    assert supervision_of_run(light(backbone=made), image_labels) == "image labels"
+    assert supervision_of_run(light(backbone=segmenter), image_labels) == PIXEL_MASKS
 
 
 def test_real_segmentation_networks_of_torchvision_fit() -> None:

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from wsss.core.errors import WSSSError
-from wsss.methods.base import Batch
+from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD
+from wsss.methods.base import Batch, Step
 from wsss.methods.losses import balanced_segmentation_loss
 from wsss.methods.toco.contrast import LocalCrops, crop_local_views, ctc_loss, pair_masks, ptc_loss
-from wsss.methods.toco.method import StepResult, ToCo
-from wsss.methods.toco.official import toco_official_name
+from wsss.methods.toco.method import ToCo, ToCoSettings
+from wsss.methods.toco.official import CORRECTED, OFFICIAL, Quirks, official_name
 from wsss.models.backbone import Backbone
 
 SIDE = 96
 
 
-def tiny(**changes: Any) -> ToCo:
+def tiny(quirks: Quirks = CORRECTED, **changes: Any) -> ToCo:
     """A ToCo of 4 blocks on 64 px positions; its thresholds suit a random network's maps."""
     torch.manual_seed(0)
     backbone = Backbone(
@@ -28,7 +29,6 @@ def tiny(**changes: Any) -> ToCo:
         overrides={"embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 64},
     )
     settings: dict[str, Any] = {
-        "num_classes": 4,
         "max_steps": 100,
         "warmup_steps": 2,
         "local_size": 32,
@@ -36,7 +36,8 @@ def tiny(**changes: Any) -> ToCo:
         "low_threshold": 0.5,
         "high_threshold": 0.75,
     }
-    return ToCo(backbone=backbone, **{**settings, **changes}).train()
+    chosen = ToCoSettings(**{**settings, **changes})
+    return ToCo(backbone=backbone, num_classes=4, settings=chosen, quirks=quirks).train()
 
 
 def make_batch(seed: int = 1) -> Batch:
@@ -55,9 +56,9 @@ def make_batch(seed: int = 1) -> Batch:
     }
 
 
-def losses_at(module: ToCo, step: int, seed: int = 1) -> StepResult:
+def losses_at(module: ToCo, step: int, seed: int = 1) -> Step:
     torch.manual_seed(seed)
-    return module.compute_losses(make_batch(seed), step)
+    return module.losses(make_batch(seed), step)
 
 
 # ---- numbers of toco.md section 8 ----------------------------------------------------------------
@@ -78,10 +79,10 @@ def noise(seed: int, shape: tuple[int, ...]) -> Tensor:
 def vit_base() -> ToCo:
     """VOC ViT-B with the weights W of section 8."""
     backbone = Backbone(name="vit_base_patch16_224", weights="random")
-    module = ToCo(backbone=backbone, num_classes=20, max_steps=20000).eval()
+    module = ToCo(backbone=backbone, num_classes=20, settings=ToCoSettings(max_steps=20000)).eval()
     state = module.state_dict()
     for name, value in state.items():
-        key = toco_official_name(name)
+        key = official_name(name)
         weight = noise(zlib.crc32(key.encode()), tuple(value.shape)) * 0.02
         if "norm" in key and key.endswith(".weight"):
             weight += 1
@@ -100,11 +101,11 @@ def close(value: Tensor, expected: list[float], absolute: float = 1e-5) -> None:
 @torch.no_grad()
 def test_check_1_forward(vit_base: ToCo) -> None:
     images = noise(0, (1, 3, 224, 224))
-    features = vit_base._encode(images)
+    features = vit_base.encode(images)
     outputs = vit_base(images)
     assert outputs.seg_logits is not None
     close(outputs.class_logits[0, :3], [0.5039, 0.35906, -0.1916])
-    aux = vit_base._classify(vit_base.aux_classifier, vit_base._aux_map(features))
+    aux = vit_base.classify(vit_base.aux_classifier, vit_base.aux_map(features))
     close(aux[0, :3], [1.90471, -1.59126, 0.65058])
     close(outputs.seg_logits[0, 0, 0, :3], [0.09329, 0.20172, 0.27341])
     assert features.patch_tokens.abs().mean().item() == pytest.approx(0.80062, abs=1e-5)
@@ -170,15 +171,15 @@ def test_check_13_whole_loss(vit_base: ToCo) -> None:
     label = torch.from_numpy(np.random.RandomState(6).choice(kinds, (2, 224, 224)))
     kept = {name: value.clone() for name, value in vit_base.ctc_teacher.state_dict().items()}
 
-    features = vit_base._encode(torch.cat([images, view2]))
-    tokens, aux = features.patch_map[:2], vit_base._aux_map(features)[:2]
+    features = vit_base.encode(torch.cat([images, view2]))
+    tokens, aux = features.patch_map[:2], vit_base.aux_map(features)[:2]
     margin = nn.functional.multilabel_soft_margin_loss
-    cls = margin(vit_base._classify(vit_base.classifier, tokens), labels)
-    cls_aux = margin(vit_base._classify(vit_base.aux_classifier, aux), labels)
+    cls = margin(vit_base.classify(vit_base.classifier, tokens), labels)
+    cls_aux = margin(vit_base.classify(vit_base.aux_classifier, aux), labels)
     ptc = ptc_loss(tokens, *pair_masks(token_label))
     local = LocalCrops(crops, flags, torch.zeros(2, 8, 2))
     vit_base.update_teacher()
-    ctc = vit_base._class_token_contrast(features, local)
+    ctc = vit_base.class_token_contrast(features, local)
     logits = nn.functional.interpolate(vit_base.decoder(tokens), (224, 224), mode="bilinear")
     seg = balanced_segmentation_loss(logits, label)
     total = cls + cls_aux + 0.2 * ptc + 0.5 * ctc + 0.1 * seg
@@ -328,7 +329,11 @@ def test_backbone_without_class_token_is_refused() -> None:
         overrides={"depth": 1, "embed_dim": 48, "num_heads": 3},
     )
     with pytest.raises(WSSSError, match="contrasts class tokens"):
-        ToCo(backbone=backbone, num_classes=4, max_steps=10, aux_layer=-1)
+        ToCo(
+            backbone=backbone,
+            num_classes=4,
+            settings=ToCoSettings(max_steps=10, aux_layer=-1),
+        )
 
 
 def test_wrong_settings_are_refused() -> None:
@@ -336,6 +341,8 @@ def test_wrong_settings_are_refused() -> None:
         tiny(aux_layer=-5)
     with pytest.raises(WSSSError, match="low_threshold <= high_threshold"):
         tiny(low_threshold=0.8)
+    with pytest.raises(WSSSError, match="local_size=8: smaller than one patch of 16 px"):
+        tiny(local_size=8)
 
 
 # ---- schedules and zero weights ------------------------------------------------------------------
@@ -346,7 +353,7 @@ def test_wrong_settings_are_refused() -> None:
     [(0, (0.2, 0.5, 0, 0)), (2000, (0.2, 0.5, 0, 0)), (2001, (0.2, 0.5, 0.1, 0.05))],
 )
 def test_weights_of_voc(step: int, expected: tuple[float, ...]) -> None:
-    assert tuple(tiny(max_steps=20000).loss_weights(step)) == expected
+    assert tuple(tiny(max_steps=20000).loss_weights(step).values()) == expected
 
 
 @pytest.mark.parametrize(
@@ -360,9 +367,9 @@ def test_weights_of_voc(step: int, expected: tuple[float, ...]) -> None:
 )
 def test_weights_of_coco(step: int, expected: tuple[float, ...], from_aux: bool) -> None:
     module = tiny(max_steps=80000, contrast_after=0.15, seg_after=0.1, aux_labels_until=0.15)
-    assert tuple(module.loss_weights(step)) == expected
-    assert module._labels_from_aux(step) is from_aux
-    assert tiny(max_steps=20000)._labels_from_aux(0) is False  # VOC: never
+    assert tuple(module.loss_weights(step).values()) == expected
+    assert module.labels_from_aux(step) is from_aux
+    assert tiny(max_steps=20000).labels_from_aux(0) is False  # VOC: never
 
 
 def forbid(module: nn.Module, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,12 +381,12 @@ def forbid(module: nn.Module, name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_terms_of_zero_weight_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     module = tiny()
-    for name in ("_pseudo_labels", "_energy"):
+    for name in ("pseudo_labels", "energy"):
         forbid(module, name, monkeypatch)
     forbid(module.decoder, "forward", monkeypatch)
     result = losses_at(module, 10)
     assert set(result.losses) == {"cls_loss", "cls_aux_loss", "ptc_loss", "ctc_loss"}
-    assert result.pseudo_label is None
+    assert "pseudo_label" not in result.seen
     result.total.backward()
     assert all(p.grad is None for p in module.decoder.parameters())
 
@@ -393,8 +400,8 @@ def test_without_any_weight_even_the_cam_is_left_out(monkeypatch: pytest.MonkeyP
     assert result.total.item() == pytest.approx(sum(v.item() for v in result.losses.values()))
 
 
-def test_compat_computes_zero_terms_and_gives_the_decoder_zero_gradients() -> None:
-    module = tiny(official_compat=True)
+def test_q4b_gives_the_decoder_zero_gradients() -> None:
+    module = tiny(Quirks(zero_weight_terms=True))
     result = losses_at(module, 0)
     assert set(result.losses) >= {"seg_loss", "reg_loss"}
     result.total.backward()
@@ -414,44 +421,60 @@ def test_total_is_the_weighted_sum() -> None:
 # ---- quirks --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("official_compat", [False, True])
-def test_segmentation_without_foreground(official_compat: bool) -> None:
-    """Q4: officially NaN when half of the pixels' kinds are missing, by default that half is 0."""
-    module = tiny(official_compat=official_compat)
+@pytest.mark.parametrize("on", [False, True])
+def test_q4_segmentation_without_foreground(on: bool) -> None:
+    """Officially NaN when half of the pixels' kinds are missing, by default that half is 0."""
+    module = tiny(Quirks(nan_without_pixels=on))
     nothing = torch.zeros(2, SIDE, SIDE, dtype=torch.long)
-    module._pseudo_labels = lambda *_: nothing  # type: ignore[method-assign]
+    module.pseudo_labels = lambda *_: nothing  # type: ignore[method-assign]
     result = losses_at(module, 99)
-    assert bool(result.losses["seg_loss"].isnan()) is official_compat
-    assert bool(result.total.isnan()) is official_compat
+    assert bool(result.losses["seg_loss"].isnan()) is on
+    assert bool(result.total.isnan()) is on
     result.total.backward()
     grads = [p.grad for p in module.parameters() if p.grad is not None]
     assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
-def test_box_masks_tokens_on_their_own_grid() -> None:
-    """Q1: officially pixel coordinates are applied to the token grid."""
+def test_q1_box_masks_tokens_on_their_own_grid() -> None:
+    """Officially pixel coordinates are applied to the token grid."""
     cam = torch.ones(1, 4, SIDE, SIDE)
     labels = torch.tensor([[0.0, 0, 1, 0]])
     box = torch.tensor([[10, 90, 0, 80]])  # token rows 1..4 and columns 0..4 are wholly real
-    scaled = tiny()._token_labels(cam, labels, box, (6, 6))
+    scaled = tiny().token_labels(cam, labels, box, (6, 6))
     expected = torch.full((1, 6, 6), 255)
     expected[0, 1:5, 0:5] = 3
     assert torch.equal(scaled, expected)
-    official = tiny(official_compat=True)._token_labels(cam, labels, box, (6, 6))
+    official = tiny(Quirks(box_in_pixels=True)).token_labels(cam, labels, box, (6, 6))
     assert (official == 255).all()  # rows start at 10 of 6
     whole = torch.tensor([[0, SIDE, 0, SIDE]])
-    assert (tiny()._token_labels(cam, labels, whole, (6, 6)) == 3).all()
+    assert (tiny().token_labels(cam, labels, whole, (6, 6)) == 3).all()
 
 
-@pytest.mark.parametrize("official_compat", [False, True])
-def test_no_token_pair(official_compat: bool) -> None:
-    """Q5: officially 0.5 with zero gradient, by default no such term."""
-    module = tiny(official_compat=official_compat)
-    module._token_labels = lambda *_: torch.full((2, 6, 6), 255)  # type: ignore[method-assign]
+@pytest.mark.parametrize("on", [False, True])
+def test_q5_no_token_pair(on: bool) -> None:
+    """Officially 0.5 with zero gradient, by default no such term."""
+    module = tiny(Quirks(half_without_pairs=on))
+    module.token_labels = lambda *_: torch.full((2, 6, 6), 255)  # type: ignore[method-assign]
     losses = losses_at(module, 10).losses
-    assert ("ptc_loss" in losses) is official_compat
-    if official_compat:
+    assert ("ptc_loss" in losses) is on
+    if on:
         assert losses["ptc_loss"].item() == 0.5
+
+
+def test_truncated_guide_is_one_level_lower() -> None:
+    """The guide of PAR is cut to whole grey levels where ours is rounded."""
+    grey = torch.full((1, 3, 2, 2), 0.7) / torch.tensor(IMAGENET_STD).view(3, 1, 1) / 255
+    images = grey - (torch.tensor(IMAGENET_MEAN) / torch.tensor(IMAGENET_STD)).view(3, 1, 1)
+    assert (tiny().guide(images) * 255).round().unique().tolist() == [1]
+    assert (tiny(Quirks(truncated_guide=True)).guide(images) * 255).round().unique().tolist() == [0]
+
+
+def test_quirks_of_the_step_around_the_losses() -> None:
+    plain, official = tiny(), tiny(OFFICIAL)
+    assert (plain.draws_apart, plain.stops_unless_finite) == (True, True)
+    assert (official.draws_apart, official.stops_unless_finite) == (False, False)
+    assert tiny(Quirks(shared_draws=True)).stops_unless_finite
+    assert tiny(Quirks(goes_on_after_nan=True)).draws_apart
 
 
 # ---- as a whole ----------------------------------------------------------------------------------
@@ -461,9 +484,8 @@ def test_training_shares_the_cam_of_evaluation() -> None:
     module = tiny()
     batch = make_batch()
     result = losses_at(module, 99)
-    assert result.cam is not None
     expected = module.cams(batch["image"], batch["labels"])
-    masked = result.cam * batch["labels"][..., None, None]
+    masked = result.seen["cam"] * batch["labels"][..., None, None]
     torch.testing.assert_close(masked, expected, rtol=0, atol=2e-6)
     assert not expected[0, 1].any()
     assert 0 <= expected.min() <= expected.max() <= 1
@@ -479,9 +501,9 @@ def test_encoder_passes_of_a_step() -> None:
     assert passes == [(4, 96), (2, 96), (4, 48), (4, 144), (16, 32)]
 
 
-@pytest.mark.parametrize("official_compat", [False, True])
-def test_a_few_steps_lower_the_loss(official_compat: bool) -> None:
-    module = tiny(lr=3e-4, official_compat=official_compat)
+@pytest.mark.parametrize("quirks", [CORRECTED, OFFICIAL])
+def test_a_few_steps_lower_the_loss(quirks: Quirks) -> None:
+    module = tiny(quirks, lr=3e-4)
     optimizer = module.optimizer(module.param_groups())
     first = losses_at(module, 99)
     for _ in range(6):

@@ -12,7 +12,7 @@ from runs_on_disk import IMAGES, label_maps, make_run
 from wsss.cli import main
 from wsss.comparison.bootstrap import draw
 from wsss.comparison.compare import CompareArguments, compare
-from wsss.comparison.entries import OWN, find_results
+from wsss.comparison.entries import THRESHOLDS, find_results
 from wsss.comparison.grids import Cell, Grid, html_tables, latex, markdown
 from wsss.comparison.protocols import MEASURING
 from wsss.comparison.tables import tables
@@ -122,12 +122,12 @@ def change(run: Path, **values: Any) -> Path:
     return run
 
 
-def test_every_setting_of_a_protocol_is_compared_or_is_a_methods_own() -> None:
+def test_every_setting_of_a_protocol_is_compared_or_a_methods() -> None:
     assert set(MEASURING) == {key for _, key, _ in ROWS}
     measured = {name for names in MEASURING.values() for name in names}
     # what a holdout is says the hash of its list, wherever that was taken from
     held_out = {"holdout_per_class", "holdout_split"}
-    assert {field.name for field in fields(Protocol)} <= measured | {*OWN} | held_out
+    assert {field.name for field in fields(Protocol)} <= measured | {*THRESHOLDS} | held_out
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_setting_bars_the_numbers_that_it_decides_and_no_others(
         assert grid_of(runs, metrics=[metric])
 
 
-def test_other_masks_and_another_holdout_are_refused_though_the_lists_agree(tmp_path: Path) -> None:
+def test_other_masks_or_holdouts_are_refused_if_lists_agree(tmp_path: Path) -> None:
     hashes = {"labels": "1" * 64, "masks": "2" * 64}
     one = change(make_run(tmp_path / "a", method="A"), data_sha256=hashes)
     other = make_run(tmp_path / "b", method="B")
@@ -166,7 +166,7 @@ def test_other_masks_and_another_holdout_are_refused_though_the_lists_agree(tmp_
     change(other, data_sha256=hashes | {"labels": "3" * 64})
     with pytest.raises(WSSSError, match="differ in labels_sha256"):
         grid_of([one, other])
-    assert grid_of([one, other], metrics=["seg_miou"]), "segmentation is told no labels"
+    assert grid_of([one, other], metrics=["seg_miou"]), "segmentation is given no labels"
     held = [
         make_run(tmp_path / name, method=name, holdout={"list_sha256": digit * 64})
         for name, digit in (("C", "4"), ("D", "5"))
@@ -190,7 +190,7 @@ def test_encoders_that_start_at_random_are_alike(tmp_path: Path) -> None:
     assert grid_of(runs)
 
 
-def test_thresholds_are_a_methods_own_but_a_groups_runs_share_them(tmp_path: Path) -> None:
+def test_thresholds_are_a_methods_but_a_group_shares_them(tmp_path: Path) -> None:
     one, other = (
         make_run(tmp_path / str(seed), seed=seed, cam_threshold=0.4 + seed / 10)
         for seed in range(2)
@@ -208,7 +208,7 @@ def test_runs_without_masks_are_compared_by_image_scores(tmp_path: Path) -> None
     assert [cell.text for cell in row(numbers, "image mAP")] == ["50.0", "50.0"]
 
 
-def test_runs_of_other_data_are_listed_without_a_common_table_of_classes(tmp_path: Path) -> None:
+def test_runs_of_other_data_have_no_common_table_of_classes(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, method=name) for name in ("A", "B")]
     results = json.loads((runs[1] / RESULTS_FILE).read_text())
     columns = results["splits"]["val"]["per_class"]
@@ -222,16 +222,16 @@ def test_runs_of_other_data_are_listed_without_a_common_table_of_classes(tmp_pat
     assert "not evaluated on the same images" in page
 
 
-def test_leagues_are_kept_apart(tmp_path: Path) -> None:
+def test_kinds_of_supervision_are_kept_apart(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "a", method="A"),
         make_run(tmp_path / "b", method="B", supervision="image labels + saliency", crf=None),
     ]
     found = compare(runs, CompareArguments(resamples=10))
-    assert [c.league for c in found] == ["image labels", "image labels + saliency"]
+    assert [c.supervision for c in found] == ["image labels", "image labels + saliency"]
     change(runs[1], seed_miou=None)
-    wishes = CompareArguments(resamples=10, baseline="a", metrics=["seed_miou"], metric="seed_miou")
-    assert [c.baseline for c in compare(runs, wishes)] == ["A", None], "of its own league"
+    chosen = CompareArguments(resamples=10, baseline="a", metrics=["seed_miou"], metric="seed_miou")
+    assert [c.baseline for c in compare(runs, chosen)] == ["A", None], "of its supervision"
     again = make_run(tmp_path / "c", method="A", supervision="pixel masks")
     assert len(compare([*runs, again], CompareArguments(resamples=10))) == 3
 
@@ -339,7 +339,7 @@ def test_folders_are_searched_without_a_runs_other_evaluations(tmp_path: Path) -
         find_results([tmp_path / "nothing"])
 
 
-def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     for options, message in (
         ({"split": "test"}, "has no split test"),

@@ -73,7 +73,7 @@ def test_images_of_every_kind_are_picked_once() -> None:
     assert len({p.index for p in pick_images(scores, 3)}) == 6
 
 
-def test_a_page_about_folders_with_pictures_opens_without_a_network(tmp_path: Path) -> None:
+def test_a_page_of_folders_with_pictures_needs_no_network(tmp_path: Path) -> None:
     root = minivoc_root() / "VOC2012"
     names = (root / "ImageSets" / "Segmentation" / "val.txt").read_text().split()[:6]
     for name, shift in (("near", 3), ("far", 25)):
@@ -135,7 +135,7 @@ def test_runs_with_losses_costs_and_no_data(tmp_path: Path) -> None:
     assert "<img" not in page
 
 
-def test_out_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run")
     assert main(["report", str(run)]) == 2
     assert "out is missing" in capsys.readouterr().err

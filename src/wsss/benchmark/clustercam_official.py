@@ -11,17 +11,17 @@ decoder is left out of CAM passes (the page says so).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from wsss.benchmark.one_by_one import best_slots_one_by_one
 from wsss.benchmark.one_hot import ConvolvingPAR
+from wsss.maps.pseudo_labels import best_slots, refine_cam_to_label
 from wsss.maps.refine.par import PAR
-from wsss.methods.base import Batch
-from wsss.methods.clustercam.method import ClusterCAM, StepResult
-from wsss.methods.clustercam.network import BlockOutput, Encoded
-from wsss.models.vit import merge_heads, split_heads
+from wsss.methods.base import Batch, Step
+from wsss.methods.clustercam.method import ClusterCAM
+from wsss.methods.clustercam.network import BlockOutput, Encoded, attend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,41 +54,40 @@ class OfficialClusterCAM(ClusterCAM):
     """ClusterCAM with every saving switched off; :meth:`use_savings` switches single ones on."""
 
     savings = Savings()
-    share_affinity = False
 
     def use_savings(self, savings: Savings) -> None:
         """Choose which savings stay on."""
         self.savings = savings
-        self.share_affinity = savings.shared_affinity
 
-    def compute_losses(self, batch: Batch, step: int) -> StepResult:
-        """The losses of :meth:`ClusterCAM.compute_losses`, computed as :attr:`savings` says."""
+    def losses(self, batch: Batch, step: int) -> Step:
+        """Compute the losses of :meth:`ClusterCAM.losses` as :attr:`savings` says."""
         if self.savings.cams_first or not self.learns_segmentation(step):
-            return super().compute_losses(batch, step)
+            return super().losses(batch, step)
         images, labels = batch["image"], batch["labels"]
         with self.phase("forward"):
             encoded = self.encode(images)
-        with self.phase("cam"):
-            cam = self._training_cams(images, labels)
-        with self.phase("pseudo_labels"):
-            pseudo_label = self._pseudo_labels(images, cam, labels)
+        targets = self.targets(images, labels)
         with self.phase("forward"):
-            return self.losses_of(encoded, labels, pseudo_label)._replace(cam=cam)
+            return self.losses_of(encoded, labels, targets)
 
     def cams(self, images: Tensor, labels: Tensor) -> Tensor:
-        """CAMs, of all classes where item 3 is off."""
+        """Make CAMs, of all classes where item 3 is off."""
         if self.savings.present_classes:
             return super().cams(images, labels)
         return super().cams(images, torch.ones_like(labels)) * labels[..., None, None]
 
-    def _pseudo_labels(self, images: Tensor, cam: Tensor, labels: Tensor) -> Tensor:
-        """Pseudo labels, PAR's neighbours convolved where a saving is off."""
+    @torch.no_grad()
+    def pseudo_labels(self, images: Tensor, cam: Tensor, labels: Tensor) -> Tensor:
+        """Make pseudo labels; where a saving of item 4 is off, PAR does more work."""
         kind = PAR if self.savings.sliced_neighbours else ConvolvingPAR
-        self.par = kind(eps=self.par.eps).to(images.device)
-        return super()._pseudo_labels(images, cam, labels)
+        refine = best_slots if self.savings.shared_affinity else best_slots_one_by_one
+        par = kind(eps=self.par.eps).to(images.device)
+        s, guide = self.settings, self.guide(images)
+        high, low = s.high_threshold, s.low_threshold
+        return refine_cam_to_label(par, guide, cam, labels, high=high, low=low, refine=refine)
 
     def patch_logits(self, activation: Tensor) -> Tensor:
-        """Patch logits, from a whole map where item 5 is off."""
+        """Compute patch logits, from a whole map where item 5 is off."""
         if self.savings.patch_logit_sums:
             return super().patch_logits(activation)
         return self.patch_head(activation).mean(dim=(-2, -1))
@@ -96,26 +95,28 @@ class OfficialClusterCAM(ClusterCAM):
     def encode(
         self, images: Tensor, *, with_affinity: bool = False, keep: list[BlockOutput] | None = None
     ) -> Encoded:
-        """All blocks; where item 1 is off their maps are stacked at the end of a CAM pass."""
-        self._maps: list[Tensor] = []
+        """Run all blocks; where item 1 is off their maps are stacked at the end of a CAM pass."""
+        self.maps: list[Tensor] = []
         encoded = super().encode(images, with_affinity=with_affinity, keep=keep)
-        if self._maps:
-            affinity = torch.stack(self._maps).mean(dim=2).sum(dim=0)  # (L, B, heads, N, N)
+        if self.maps:
+            affinity = torch.stack(self.maps).mean(dim=2).sum(dim=0)  # (L, B, heads, N, N)
             encoded = encoded._replace(affinity=affinity)
-            self._maps = []
+            self.maps = []
         return encoded
 
-    def _plain_attention(
-        self, block: Any, tokens: Tensor, affinity: Tensor | None
+    def attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        num_classes: int,
+        affinity: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Branch A with its whole attention map, unless a saving forbids it."""
+        """Attend in branch A with its whole attention map, unless a saving forbids it."""
         saved = self.savings.fused_attention if affinity is None else self.savings.running_affinity
         if saved:
-            return super()._plain_attention(block, tokens, affinity)
-        attn = block.attn
-        queries, keys, values = split_heads(attn.qkv(block.norm1(tokens)), attn.num_heads)
-        weights = (queries * attn.scale @ keys.transpose(-2, -1)).softmax(dim=-1)
+            return attend(queries, keys, values, num_classes, affinity)
+        weights = (queries @ keys.transpose(-2, -1)).softmax(dim=-1)
         if affinity is not None:
-            self._maps.append(weights[..., self.num_classes :, self.num_classes :])
-        class_rows = weights[:, :, : self.num_classes, self.num_classes :]
-        return attn.proj(merge_heads(weights @ values)), class_rows
+            self.maps.append(weights[..., num_classes:, num_classes:])
+        return weights @ values, weights[:, :, :num_classes, num_classes:]

@@ -24,7 +24,7 @@ VOC_SIZE = (375, 500)
 
 
 def scenes(num_classes: int, seed: int) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.float32]]]:
-    """Images with class probabilities: one of MiniVOC, and one of VOC's size.
+    """Make images with class probabilities: one of MiniVOC, and one of VOC's size.
 
     Args:
         num_classes: K of the large image; all K + 1 classes get some probability everywhere.
@@ -52,21 +52,21 @@ def scenes(num_classes: int, seed: int) -> dict[str, tuple[NDArray[np.uint8], ND
 
 
 def _softmax(logits: NDArray[Any]) -> NDArray[np.float32]:
-    """(H, W, C) logits -> (C, H, W) float32 probabilities."""
+    """Turn (H, W, C) logits into (C, H, W) float32 probabilities."""
     power = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probability = power / power.sum(axis=-1, keepdims=True)
     return np.ascontiguousarray(probability.transpose(2, 0, 1), dtype=np.float32)
 
 
 def compare_crfs(config: dict[str, Any]) -> dict[str, Any]:
-    """Times both and counts the pixels whose labels agree.
+    """Time both and count the pixels whose labels agree.
 
     Args:
         config: fields of ``BenchmarkConfig``: crf, num_classes, repeats, warmup, device, threads,
             batch_size (images a call of ours), seed.
 
     Returns:
-        What ``out=`` holds; seconds are of one image, fastest repeat.
+        What ``out=`` gets; seconds are of one image, fastest repeat.
     """
     if config["threads"]:
         torch.set_num_threads(config["threads"])
@@ -103,7 +103,7 @@ def compare_crfs(config: dict[str, Any]) -> dict[str, Any]:
 def _timed(
     run: Callable[[], NDArray[np.float32]], config: dict[str, Any]
 ) -> tuple[float, NDArray[np.float32]]:
-    """Seconds of the fastest repeat, and the result."""
+    """Give the seconds of the fastest repeat, and the result."""
     seconds = []
     for _ in range(config["warmup"] + config["repeats"]):
         start = time.perf_counter()

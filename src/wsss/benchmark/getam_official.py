@@ -24,10 +24,10 @@ from torch import Tensor
 from wsss.benchmark.one_hot import diffuse_by_convolution
 from wsss.maps.cams import normalise_maximum
 from wsss.maps.refine.neighbours import diffuse
-from wsss.methods.base import Batch
+from wsss.methods.base import Batch, Step
 from wsss.methods.getam.labels import BACKGROUND_POWER, Labels
-from wsss.methods.getam.maps import attention_and_slope, attention_term
-from wsss.methods.getam.method import GETAM, StepResult
+from wsss.methods.getam.maps import attention_and_slope, attention_term, by_class, enlarged
+from wsss.methods.getam.method import GETAM, Encoded
 from wsss.models.backbone import Features
 from wsss.models.decoders import Reassemble
 
@@ -76,21 +76,19 @@ class OfficialGETAM(GETAM):
         """Choose which savings stay on."""
         self.savings = savings
 
-    def compute_losses(self, batch: Batch, step: int) -> StepResult:
-        """The losses of :meth:`GETAM.compute_losses`, computed as :attr:`savings` says."""
+    def losses(self, batch: Batch, step: int) -> Step:
+        """Compute the losses of :meth:`GETAM.losses` as :attr:`savings` says."""
         if self.savings.shared_forward or not self.in_phase_two(step):
-            return super().compute_losses(batch, step)
+            return super().losses(batch, step)
         with self.phase("forward"):
-            features, _, logits = self.encode_and_classify(batch["image"], levels=(4,))
-        targets = self.make_targets(features, logits, batch)
+            encoded = self.encode(batch["image"], levels=(4,))
+        targets = self.targets(encoded, batch)
         with self.phase("forward"):
-            features, coarsest, logits = self.encode_and_classify(
-                batch["image"], levels=tuple(self.taps)
-            )
-        return self.joint_losses(features, coarsest, logits, batch, targets)
+            encoded = self.encode(batch["image"], levels=tuple(self.taps))
+        return self.joint_losses(encoded, batch, targets)
 
     def level_map(self, features: Features, level: int) -> Tensor:
-        """Map of a level as :meth:`GETAM.level_map`, a transposed view where the saving is off."""
+        """Give the map of :meth:`GETAM.level_map`, a transposed view where the saving is off."""
         if self.savings.contiguous_maps or level not in self.taps:
             return super().level_map(features, level)
         block, part = self.taps[level], self.reassemble[str(level)]
@@ -102,16 +100,18 @@ class OfficialGETAM(GETAM):
 
     # ---- maps --------------------------------------------------------------------------------
 
-    def _encode(self, images: Tensor, *, levels: Sequence[int]) -> Features:
+    def encode(self, images: Tensor, *, levels: Sequence[int]) -> Encoded:
+        """Run one pass as :meth:`GETAM.encode`, for all blocks' attention where savings are off."""
         blocks = self.map_blocks if self.savings.last_blocks else range(self.backbone.depth)
         wanted = {"parts" if self.savings.fused_attention else "attentions": tuple(blocks)}
         taps = [self.taps[level] for level in levels]
-        return self.backbone(images, taps=taps, **wanted)
+        features = self.backbone(images, taps=taps, **wanted)
+        coarsest = self.level_map(features, 4)
+        return Encoded(features, coarsest, self.classify(coarsest))
 
-    def maps_of_slots(
-        self, features: Features, logits: Tensor, ids: Tensor, valid: Tensor
-    ) -> Tensor:
-        """Maps of the slots by block, (B, S, L, h, w), with their graph unless a saving cuts it."""
+    def maps_of_slots(self, encoded: Encoded, ids: Tensor, valid: Tensor) -> Tensor:
+        """Compute maps of the slots, (B, S, L, h, w), with a graph unless a saving cuts it."""
+        features, logits = encoded.features, encoded.class_logits
         depth, tokens = len(self.map_blocks), features.patch_tokens.shape[1]
         slots: list[list[Tensor]] = [
             [logits.new_zeros(depth, tokens) for _ in range(ids.shape[1])] for _ in ids
@@ -128,7 +128,7 @@ class OfficialGETAM(GETAM):
     def _backward_passes(
         self, logits: Tensor, ids: Tensor, valid: Tensor
     ) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
-        """What is differentiated, and the (image, slot) pairs that it gives the maps of."""
+        """Yield what is differentiated, and the (image, slot) pairs that it gives the maps of."""
         pairs = [(int(i), int(s)) for i, s in valid.nonzero()]
         if self.savings.class_slots:
             for slot in range(ids.shape[1]):
@@ -139,7 +139,7 @@ class OfficialGETAM(GETAM):
             yield logits[image, ids[image, slot]], [(image, slot)]
 
     def _terms(self, features: Features, chosen: Tensor) -> Tensor:
-        """The class token's row of every block's share for one scalar, (B, L, N)."""
+        """Compute the class token's row of every block's share for one scalar, (B, L, N)."""
         parts, maps = features.parts, features.attentions
         kept = (
             {index: part.output for index, part in parts.items()}
@@ -163,16 +163,14 @@ class OfficialGETAM(GETAM):
     # ---- refinement and labels -----------------------------------------------------------------
 
     def refine(self, maps: Tensor, ids: Tensor, guide: Tensor) -> Tensor:
-        """Refined maps of the slots, by way of all K channels where a saving is off."""
+        """Refine maps of the slots, by way of all K channels where a saving is off."""
         savings = self.savings
         if savings.present_classes and savings.no_graph and savings.sliced_neighbours:
             return super().refine(maps, ids, guide)
-        full = self._enlarged(maps, guide.shape[-2:])
+        full = enlarged(maps, guide.shape[-2:])
         if not self.savings.present_classes:
             places = ids[:, :, None, None].expand_as(full)
-            full = full.new_zeros(len(full), self.num_classes, *full.shape[2:]).scatter(
-                1, places, full
-            )
+            full = by_class(full, ids, self.num_classes)
         spread = diffuse if savings.sliced_neighbours else diffuse_by_convolution
         one_by_one = []
         for image, one in zip(guide.split(1), full.split(1), strict=True):
@@ -185,7 +183,7 @@ class OfficialGETAM(GETAM):
     def make_labels(
         self, refined: Tensor, ids: Tensor, labels: Tensor, boxes: Tensor, saliency: Tensor | None
     ) -> Labels:
-        """Labels, image by image in NumPy where a saving is off and there is saliency."""
+        """Make labels, image by image in NumPy where a saving is off and there is saliency."""
         if self.savings.vectorised_labels or saliency is None:
             return super().make_labels(refined, ids, labels, boxes, saliency)
         results = [
@@ -196,12 +194,13 @@ class OfficialGETAM(GETAM):
         ]
         label, completed = (torch.from_numpy(np.stack(each)) for each in zip(*results, strict=True))
         targets = Labels(label.to(refined.device), completed.to(refined.device))
-        return self._without_padding(targets, boxes)
+        return self.without_padding(targets, boxes)
 
     def _numpy_labels(
         self, maps: NDArray[Any], classes: NDArray[Any], salient: NDArray[np.bool_]
     ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """Labels and completed saliency (H, W) of one image; maps (S, H, W)."""
+        """Make labels and completed saliency (H, W) of one image; maps (S, H, W)."""
+        quantile, side = self.settings.quantile, self.settings.opening
         best = maps.max(0)
         scores = np.concatenate([((1 - best) ** BACKGROUND_POWER)[None], maps])
         slot = scores.argmax(0)
@@ -211,28 +210,28 @@ class OfficialGETAM(GETAM):
         claimed = np.zeros_like(label)
         for one, class_index in zip(maps, classes, strict=True):
             positive = np.sort(one[one > 0])
-            index = 0 if self.quantile is None else int(self.quantile * len(positive))
+            index = 0 if quantile is None else int(quantile * len(positive))
             if index == 0:
                 continue
             above = (one > positive[index]) & ~salient
             claimed[above & (claims == 0)] = class_index + 1
             claims += above
-        if not self.official_compat:
+        if not self.quirks.contested_to_lowest:
             claimed[claims > 1] = 255
         label[claims > 0] = claimed[claims > 0]
         completed = np.where(claims > 0, 255, salient).astype(np.uint8)
-        square = np.ones((self.opening, self.opening), np.uint8)
+        square = np.ones((side, side), np.uint8)
         eroded = cv2.erode((label != 0).astype(np.uint8), square)
         # OpenCV dilates with the erosion's own offsets; the other anchor centres an even square
-        anchor = (-1, -1) if self.official_compat else ((self.opening - 1) // 2,) * 2
+        anchor = (-1, -1) if self.quirks.shifted_opening else ((side - 1) // 2,) * 2
         opened = cv2.dilate(eroded, square, anchor=anchor) > 0
         label[~opened] = 0
-        if not self.official_compat:
+        if not self.quirks.unopened_saliency:
             completed[(claims > 0) & ~opened] = 0
         return label, completed
 
     def energy(self, guide: Tensor, logits: Tensor, label: Tensor, boxes: Tensor) -> Tensor:
-        """The dense energy, on the CPU where the saving is off."""
+        """Compute the dense energy, on the CPU where the saving is off."""
         if self.savings.energy_on_device:
             return super().energy(guide, logits, label, boxes)
         on_cpu = [tensor.cpu() for tensor in (guide, logits, label, boxes)]

@@ -64,7 +64,7 @@ class LoadingArguments:
 
 
 def main(arguments: list[str]) -> int:
-    """The verb's second part: time every method's pipeline, print, write ``out``."""
+    """Run the part: time every method's pipeline, print, write ``out``."""
     chosen, _ = parse_arguments(LoadingArguments, arguments)
     known = choices("method")
     if chosen.method is not None and chosen.method not in known:
@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch on one thread, since loaders run one process a core."""
+    """Keep torch on one thread, since loaders run one process a core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -100,7 +100,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _pictures(chosen: LoadingArguments) -> AbstractContextManager[list[Path]]:
-    """A context that gives the files to load."""
+    """Give a context that gives the files to load."""
     if chosen.images is not None:
         return nullcontext(ImageFolderDataset(Path(chosen.images)).paths[: chosen.count])
     return enlarged_minivoc(chosen.count)
@@ -108,7 +108,7 @@ def _pictures(chosen: LoadingArguments) -> AbstractContextManager[list[Path]]:
 
 @contextmanager
 def enlarged_minivoc(count: int) -> Iterator[list[Path]]:
-    """Gives MiniVOC's first images as JPEGs of VOC's usual size, in a folder that goes again."""
+    """Write MiniVOC's first images as JPEGs of VOC's usual size, into a folder that goes again."""
     sources = sorted((minivoc_root() / "VOC2012" / "JPEGImages").glob("*.jpg"))[:count]
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / source.name for source in sources]
@@ -119,7 +119,7 @@ def enlarged_minivoc(count: int) -> Iterator[list[Path]]:
 
 
 def time_method(method: str, paths: Sequence[Path], chosen: LoadingArguments) -> dict[str, Any]:
-    """Times one method's pipeline and, where there is one, the plain one, in alternation.
+    """Time one method's pipeline and, where there is one, the plain one, in alternation.
 
     Returns:
         Images a second of the fastest and the median round of each side, and the ratios; or
@@ -185,7 +185,7 @@ def _machine() -> dict[str, Any]:
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
-    """Prints images a second and core of each method."""
+    """Print images a second and core of each method."""
     arguments = summary["arguments"]
     table = Table(
         title=f"loading at {arguments['image_size']} px, images/s and core (fastest round)",

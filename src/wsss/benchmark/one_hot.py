@@ -13,7 +13,7 @@ from wsss.maps.refine.par import PAR
 def diffuse_by_convolution(
     affinity: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int
 ) -> Tensor:
-    """As :func:`wsss.maps.refine.neighbours.diffuse`; a neighbour comes from a one-hot convolution.
+    """Diffuse as :func:`wsss.maps.refine.neighbours.diffuse`, by one-hot convolutions.
 
     Args:
         affinity: (B, n, H, W) weights, eight neighbours a dilation.
@@ -42,5 +42,5 @@ class ConvolvingPAR(PAR):
     """PAR whose neighbours come from convolutions."""
 
     def propagate(self, affinity: Tensor, masks: Tensor) -> Tensor:
-        """As :meth:`PAR.propagate`."""
+        """Propagate as :meth:`PAR.propagate`."""
         return diffuse_by_convolution(affinity, masks, self.dilations, self.num_iter)

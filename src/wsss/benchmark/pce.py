@@ -1,7 +1,7 @@
 """``wsss benchmark part=pce``: TKP-PCL's contrast against the number of patches.
 
-Beside the closed form that trains stands the same loss from the matrix of all cosines, which is
-what its definition asks for. Both are timed forward and backward on random patches.
+The loss is computed in two ways: in the closed form that trains, and from the matrix of all
+cosines, as its definition reads. Both are timed forward and backward on random patches.
 """
 
 import math
@@ -55,7 +55,7 @@ class PCEArguments:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The part: time, print the table, write ``out``."""
+    """Time both ways, print the table, write ``out``."""
     config, _ = parse_arguments(PCEArguments, arguments)
     if len(config.tokens) < 2 or min(config.tokens) < 2 or sorted(config.tokens) != config.tokens:
         raise WSSSError(f"tokens={config.tokens}: expected two or more ascending counts from 2 on")
@@ -72,7 +72,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def pce_matrix(embeddings: Tensor, sets: ConfidentSets) -> Tensor:
-    """The loss of :func:`wsss.methods.tkp_pcl.patches.pce_loss` from all N x N cosines."""
+    """Give the loss of :func:`wsss.methods.tkp_pcl.patches.pce_loss` from all N x N cosines.
+
+    Args:
+        embeddings: F, (B, N, e).
+        sets: H and L of each image and category.
+    """
     unit = F.normalize(embeddings, dim=-1)
     cosines = unit @ unit.transpose(1, 2)  # (B, N, N)
     high, low = (part.to(cosines) for part in sets)  # (B, C, N)
@@ -88,7 +93,7 @@ def pce_matrix(embeddings: Tensor, sets: ConfidentSets) -> Tensor:
 
 
 def measure(config: PCEArguments, device: torch.device) -> dict[str, Any]:
-    """Seconds of every token count, and how they grow.
+    """Measure the seconds of every token count, and how they grow.
 
     Returns:
         What ``out=`` holds: ``rows`` and ``exponent`` of each way, the slope of log time over log
@@ -125,7 +130,7 @@ def measure(config: PCEArguments, device: torch.device) -> dict[str, Any]:
 def make_patches(
     config: PCEArguments, tokens: int, device: torch.device
 ) -> tuple[Tensor, ConfidentSets]:
-    """Random patches, and sets of scores of which most are confident: every category has pairs."""
+    """Draw patches (B, N, e), and sets of mostly confident scores: every category has pairs."""
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.batch_size, tokens)
     patches = torch.randn(*shape, config.width, generator=generator)
@@ -142,7 +147,7 @@ def _seconds(
     sets: ConfidentSets,
     device: torch.device,
 ) -> float:
-    """One forward and backward."""
+    """Seconds of one forward and backward pass."""
     start = _now(device)
     torch.autograd.grad(way(patches, sets), patches)
     return _now(device) - start

@@ -32,7 +32,7 @@ def _transposed(picture: Image.Image) -> Image.Image:
 
 
 def _padded_crop(picture: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """Pads with zeros at a random offset, then crops at random."""
+    """Pad with zeros at a random offset, then crop at random."""
     width, height = max(picture.width, size), max(picture.height, size)
     left = random.randint(0, width - picture.width)
     top = random.randint(0, height - picture.height)
@@ -61,7 +61,7 @@ class PlainToCoViews:
         )
 
     def __call__(self, picture: Image.Image) -> dict[str, Tensor]:
-        """Returns the views of one decoded picture."""
+        """Make the views of one decoded picture."""
         scale = random.uniform(0.5, 2.0)
         size = (int(scale * picture.width), int(scale * picture.height))
         scaled = picture.resize(size, Image.Resampling.BILINEAR)
@@ -85,7 +85,7 @@ class PlainClusterCAMViews:
         self.erase = T.RandomErasing(p=0.25, value="random")
 
     def __call__(self, picture: Image.Image) -> dict[str, Tensor]:
-        """Returns the view of one decoded picture."""
+        """Make the view of one decoded picture."""
         return {"image": self.erase(self.view(picture))}
 
 
@@ -103,7 +103,7 @@ class PlainTKPPCLView:
         )
 
     def __call__(self, picture: Image.Image) -> dict[str, Tensor]:
-        """Returns the view of one decoded picture."""
+        """Make the view of one decoded picture."""
         return {"image": self.view(picture)}
 
 
@@ -116,7 +116,7 @@ class PlainGETAMViews:
         self.normalise = _normalised()
 
     def __call__(self, picture: Image.Image) -> dict[str, Tensor]:
-        """Returns the view of one decoded picture."""
+        """Make the view of one decoded picture."""
         long_side = random.randint(*self.long_side)
         factor = long_side / max(picture.size)
         size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))

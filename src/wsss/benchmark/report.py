@@ -24,7 +24,7 @@ def summarise(config: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict
         results: one entry a side, as :func:`wsss.benchmark.runner.run_side` returns them.
 
     Returns:
-        What ``out=`` holds.
+        What ``out=`` gets.
     """
     sides = []
     for result in results:
@@ -47,7 +47,7 @@ def summarise(config: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict
 
 
 def _loss_difference(losses: dict[str, float], reference: dict[str, float]) -> float:
-    """Largest difference among the losses that both sides computed; relative for those above 1."""
+    """Find the largest difference of losses that both computed; relative for those above 1."""
     return max(
         abs(losses[name] - value) / max(abs(value), 1.0)
         for name, value in reference.items()
@@ -56,7 +56,7 @@ def _loss_difference(losses: dict[str, float], reference: dict[str, float]) -> f
 
 
 def figures_file(out: str | None) -> Path | None:
-    """``out`` as a file that can be written, before any time is spent.
+    """Check that ``out`` is a file that can be written, before any time is spent.
 
     Raises:
         WSSSError: it is a folder, or its folder is missing or not writable.
@@ -129,7 +129,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
 
 
 def _show_single(summary: dict[str, Any], console: Console) -> None:
-    """Our step with one saving switched off at a time."""
+    """Print our step with one saving switched off at a time."""
     ours = summary["sides"][0]
     single = [side for side in summary["sides"] if len(side["switched_off"]) == 1]
     if not single:

@@ -48,7 +48,7 @@ def run_side(config: dict[str, Any], side: Side) -> dict[str, Any]:
 
     Raises:
         WSSSError: no such device, out of GPU memory, a configuration that does not compose, a
-            method whose step cannot be timed.
+            method that trains on masks.
     """
     if config["threads"]:
         torch.set_num_threads(config["threads"])
@@ -80,12 +80,12 @@ def run_side(config: dict[str, Any], side: Side) -> dict[str, Any]:
 
 
 def saving_names(target: str) -> tuple[str, ...]:
-    """What the class of an official way of computing can switch on."""
+    """Name what the class of an official way of computing can switch on."""
     return tuple(item.name for item in fields(get_class(target).savings))
 
 
 def build(config: dict[str, Any], side: Side) -> WSSSModule:
-    """The module of a side, with random weights drawn after the seed that is set."""
+    """Build the module of a side, with random weights drawn after the seed that is set."""
     # local crops keep the proportion of VOC's settings: 96 of 448 px, whole patches of 16
     local = max(16, round(config["image_size"] * 96 / 448 / 16) * 16)
     run = compose_run(
@@ -110,7 +110,7 @@ def build(config: dict[str, Any], side: Side) -> WSSSModule:
 
 
 def make_batch(config: dict[str, Any], device: torch.device) -> Batch:
-    """A random training batch: smooth images, one to three classes, every second image padded.
+    """Make a random training batch: smooth images, one to three classes, every second padded.
 
     The shapes are those of ``wsss.data.views.toco.ToCoViews``, with a saliency map; a method takes
     what it needs.
@@ -135,19 +135,16 @@ def make_batch(config: dict[str, Any], device: torch.device) -> Batch:
 
 
 def own_batch(config: dict[str, Any], module: WSSSModule, device: torch.device) -> Batch:
-    """The random batch where it holds all that the method's training views hold, else those views.
+    """Make a batch of what the method's training views give.
+
+    This is the random batch where it has all of their keys; else they are views of random pixels.
 
     Raises:
-        WSSSError: the method trains on masks, or has no ``compute_losses``.
+        WSSSError: the method trains on masks.
     """
     transform = instantiate(module.run_config["data"]["train_transform"], _convert_="all")
     if "mask" in inspect.signature(transform).parameters:
         raise WSSSError(f"method={config['method']}: trains on masks, its step is not timed")
-    if not hasattr(module, "compute_losses"):
-        raise WSSSError(
-            f"method={config['method']}: {type(module).__name__} has no compute_losses(batch, "
-            "step), which is what is timed (docs/add_a_method.md)"
-        )
     batch = make_batch(config, device)
     draws = np.random.default_rng(config["seed"])
 
@@ -164,19 +161,19 @@ def own_batch(config: dict[str, Any], module: WSSSModule, device: torch.device) 
 
 
 def _smooth_images(count: int, size: int) -> Tensor:
-    """Normalised images (B, 3, H, W) of broad colour patches with a little grain."""
+    """Draw normalised images (B, 3, H, W) of broad colour patches with a little grain."""
     patches = F.interpolate(torch.randn(count, 3, 8, 8), size=(size, size), mode="bicubic")
     return patches + 0.05 * torch.randn(count, 3, size, size)
 
 
 def _steps(
-    config: dict[str, Any], module: Any, batch: Batch, device: torch.device
+    config: dict[str, Any], module: WSSSModule, batch: Batch, device: torch.device
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Timed optimisation steps, and the losses of the very first one."""
+    """Time optimisation steps; also give the losses of the very first one."""
     watch = Stopwatch(device)
     module.phase = watch
     optimizer = module.optimizer(module.param_groups())
-    number = 0 if config["stage"] == "before" else module.max_steps - 1
+    number = 0 if config["stage"] == "before" else module.settings.max_steps - 1
     half = config["dtype"] == "bfloat16"
     steps: list[dict[str, Any]] = []
     losses: dict[str, float] = {}
@@ -184,16 +181,16 @@ def _steps(
         watch.reset()
         start = watch.now()
         with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
-            result = module.compute_losses(batch, number)
+            step = module.losses(batch, number)
         with watch("backward"):
-            result.total.backward()
+            step.total.backward()
         with watch("optimiser"):
             optimizer.step()
             optimizer.zero_grad()
         seconds = watch.now() - start
         if index == 0:
-            losses = {name: loss.item() for name, loss in result.losses.items()}
-        del result
+            losses = {name: loss.item() for name, loss in step.losses.items()}
+        del step
         if index >= config["warmup"]:
             # what no phase claims: token labels, crops and glue
             rest = seconds - sum(watch.seconds.values())

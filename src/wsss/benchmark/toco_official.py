@@ -12,14 +12,16 @@ energy uses our own lattice filter.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wsss.benchmark.one_by_one import best_slots_one_by_one
 from wsss.maps.cams import multiscale_cam
-from wsss.maps.pseudo_labels import roi_mask
-from wsss.methods.base import Batch, Outputs
+from wsss.maps.pseudo_labels import refine_cam_to_label, roi_mask
+from wsss.methods.base import Batch, Outputs, Step
 from wsss.methods.losses import balanced_segmentation_loss
 from wsss.methods.toco.contrast import (
     NEGATIVE_ROI,
@@ -29,7 +31,7 @@ from wsss.methods.toco.contrast import (
     pair_masks,
     ptc_loss,
 )
-from wsss.methods.toco.method import StepResult, ToCo
+from wsss.methods.toco.method import ToCo
 from wsss.models.backbone import Features
 
 
@@ -69,78 +71,70 @@ class OfficialToCo(ToCo):
     """ToCo with every saving switched off; :meth:`use_savings` switches single ones on."""
 
     savings = Savings()
-    share_affinity = False
 
     def use_savings(self, savings: Savings) -> None:
         """Choose which savings stay on."""
         self.savings = savings
-        self.share_affinity = savings.shared_affinity
 
     # ---- the step ------------------------------------------------------------------------------
 
-    def compute_losses(self, batch: Batch, step: int, *, move_teacher: bool = True) -> StepResult:
-        """The losses of :meth:`ToCo.compute_losses`, computed as :attr:`savings` says."""
+    def losses(self, batch: Batch, step: int) -> Step:
+        """Compute the losses of :meth:`ToCo.losses` as :attr:`savings` says."""
         images, labels, boxes = batch["image"], batch["labels"], batch["box"]
-        weights = self.loss_weights(step)
+        weights, size = self.loss_weights(step), len(images)
         # items 4 and 5: officially every term is computed, whatever its weight
-        always = self.official_compat or not self.savings.skip_zero_terms
-        ptc, ctc, seg, reg = (weight > 0 or always for weight in weights)
+        always = self.quirks.zero_weight_terms or not self.savings.skip_zero_terms
+        ptc, ctc, seg, reg = (weight > 0 or always for weight in weights.values())
 
         with self.phase("forward"):
             features = self._encode_views(batch, with_view2=ctc)
-            tokens = features.patch_map[: len(images)]
-            aux_tokens = self._aux_map(features)[: len(images)]
-            class_logits = self._classify(self.classifier, tokens)
-            aux_logits = self._classify(self.aux_classifier, aux_tokens)
+            seen: dict[str, Any] = {"features": features}
+            tokens, aux_tokens = features.patch_map[:size], self.aux_map(features)[:size]
+            class_logits = self.classify(self.classifier, tokens)
+            aux_logits = self.classify(self.aux_classifier, aux_tokens)
             losses = {
                 "cls_loss": F.multilabel_soft_margin_loss(class_logits, labels),
                 "cls_aux_loss": F.multilabel_soft_margin_loss(aux_logits, labels),
             }
-        total = losses["cls_loss"] + losses["cls_aux_loss"]
-        if not (ptc or ctc or seg or reg):
-            return StepResult(losses, total, Outputs(class_logits, None), features)
-
-        cam, cam_aux = self._cams_for_training(images, features)
-        token_label = pseudo_label = seg_logits = local = None
+        if ptc or ctc or seg or reg:
+            seen["cam"], seen["cam_aux"] = self._cams_for_training(images, features)
         if ptc:
-            token_label = self._token_labels(cam_aux, labels, boxes, features.grid)
+            seen["token_label"] = self.token_labels(seen["cam_aux"], labels, boxes, features.grid)
             with self.phase("forward"):
-                same, different = self._pairs(token_label)
-                if self.official_compat or bool((same | different).any()):
+                same, different = self._pairs(seen["token_label"])
+                if self.quirks.half_without_pairs or bool((same | different).any()):
                     losses["ptc_loss"] = ptc_loss(tokens, same, different)
-                    total = total + weights.ptc * losses["ptc_loss"]
         if ctc:
-            local = self.local_crops(batch["local_view"], cam_aux, labels)
+            seen["local"] = self.local_crops(batch["local_view"], seen["cam_aux"], labels)
             with self.phase("forward"):
-                if move_teacher:
+                if self.first_of_step:
                     self.update_teacher()
-                losses["ctc_loss"] = self._contrast(batch, features, local)
-                total = total + weights.ctc * losses["ctc_loss"]
+                losses["ctc_loss"] = self._contrast(batch, features, seen["local"])
+        seg_logits = None
         if seg or reg:
             with self.phase("pseudo_labels"):
-                source = cam_aux if self._labels_from_aux(step) else cam
-                pseudo_label = self._pseudo_labels(images, source, labels, boxes)
+                source = seen["cam_aux" if self.labels_from_aux(step) else "cam"]
+                seen["pseudo_label"] = self.pseudo_labels(images, source, labels, boxes)
             with self.phase("forward"):
                 seg_logits = self.decoder(tokens)
                 full = F.interpolate(seg_logits, images.shape[-2:], mode="bilinear")
-            if seg:
-                with self.phase("forward"):
-                    losses["seg_loss"] = self._segmentation_loss(full, pseudo_label)
-                    total = total + weights.seg * losses["seg_loss"]
-            if reg:
-                with self.phase("energy"):
-                    losses["reg_loss"] = self._energy(images, full, pseudo_label, boxes)
-                    total = total + weights.reg * losses["reg_loss"]
-        outputs = Outputs(class_logits, seg_logits)
-        return StepResult(
-            losses, total, outputs, features, cam, cam_aux, token_label, pseudo_label, local
-        )
+        if seg:
+            with self.phase("forward"):
+                losses["seg_loss"] = self._segmentation_loss(full, seen["pseudo_label"])
+        if reg:
+            with self.phase("energy"):
+                losses["reg_loss"] = self.energy(images, full, seen["pseudo_label"], boxes)
+        total = losses["cls_loss"] + losses["cls_aux_loss"]
+        for name, weight in weights.items():
+            total = total + weight * losses[name] if name in losses else total
+        return Step(losses, total, Outputs(class_logits, seg_logits), seen)
 
     # ---- encoder (items 1, 2, 3) ---------------------------------------------------------------
 
-    def _encode(self, images: Tensor) -> Features:
+    def encode(self, images: Tensor) -> Features:
+        """Encode images, with attention materialised where the saving is off (item 3)."""
         self._set_attention()
-        return super()._encode(images)
+        return super().encode(images)
 
     def _set_attention(self) -> None:
         for block in self.backbone.vit.blocks:
@@ -148,21 +142,23 @@ class OfficialToCo(ToCo):
 
     def _encode_views(self, batch: Batch, *, with_view2: bool) -> Features:
         if self.savings.one_encoder_pass and with_view2:
-            return self._encode(torch.cat([batch["image"], batch["view2"]]))
-        return self._encode(batch["image"])
+            return self.encode(torch.cat([batch["image"], batch["view2"]]))
+        return self.encode(batch["image"])
 
     def raw_cams(self, images: Tensor) -> list[Tensor]:
-        """Raw CAMs, after a run of the decoder that nobody uses (item 2)."""
-        features = self._encode(images)
+        """Compute raw CAMs, after a run of the decoder that nobody uses (item 2)."""
+        features = self.encode(images)
         if not self.savings.no_decoder_in_cams:
             self.decoder(features.patch_map)
-        return self._raw_cams(features, len(images))
+        return self.activations(features, len(images))
 
     @torch.no_grad()
     def _cams_for_training(self, images: Tensor, features: Features) -> list[Tensor]:
-        shared = self._raw_cams(features, len(images)) if self.savings.reuse_scale_one else None
+        shared = self.activations(features, len(images)) if self.savings.reuse_scale_one else None
         with self.phase("cam"):
-            return multiscale_cam(self.raw_cams, images, scales=self.scales, scale_one=shared)
+            return multiscale_cam(
+                self.raw_cams, images, scales=self.settings.scales, scale_one=shared
+            )
 
     # ---- contrast (items 1, 7, 8) --------------------------------------------------------------
 
@@ -179,12 +175,13 @@ class OfficialToCo(ToCo):
         return relation == 1, relation == 0
 
     def local_crops(self, local_view: Tensor, cam_aux: Tensor, labels: Tensor) -> LocalCrops:
-        """Crops for CTC, one by one with a sync each where the saving is off (item 8)."""
+        """Draw crops for CTC, one by one with a sync each where the saving is off (item 8)."""
         if self.savings.batched_crops:
             return super().local_crops(local_view, cam_aux, labels)
-        roi = roi_mask(cam_aux, labels, high=self.high_threshold, low=self.low_threshold)
+        s = self.settings
+        roi = roi_mask(cam_aux, labels, high=s.high_threshold, low=s.low_threshold)
         images = local_view
-        size, margin = self.local_size, self.local_size // 2
+        size, margin = s.local_size, s.local_size // 2
         batch = len(images)
         crops = images.new_empty(NUM_LOCALS, batch, 3, size, size)
         flags = torch.ones(batch, 2 + NUM_LOCALS, device=images.device)
@@ -209,19 +206,34 @@ class OfficialToCo(ToCo):
             # both global views, encoded once for the student and once more for the teacher, whose
             # graph is built as well and then dropped (item 1: "grad-enabled forwards")
             views = torch.cat([batch["image"], batch["view2"]])
-            student_cls = self._encode(views).cls_tokens[:, 0]
-            teacher_cls = self._encode(views).cls_tokens[:, 0].detach()
-        local_cls = self._encode(local.crops.flatten(0, 1)).cls_tokens[:, 0]  # (8B, D)
+            student_cls = self.encode(views).cls_tokens[:, 0]
+            teacher_cls = self.encode(views).cls_tokens[:, 0].detach()
+        local_cls = self.encode(local.crops.flatten(0, 1)).cls_tokens[:, 0]  # (8B, D)
         student = self.ctc_student(torch.cat([student_cls, local_cls]))
         with torch.no_grad():
             teacher = self.ctc_teacher(teacher_cls)
         contrast = ctc_loss if self.savings.closed_form_ctc else looped_ctc_loss
-        return contrast(student, teacher, local.flags, self.temperature)
+        return contrast(student, teacher, local.flags, self.settings.temperature)
 
     # ---- segmentation (items 4, 6, 9) ----------------------------------------------------------
 
+    def pseudo_labels(self, images: Tensor, cam: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
+        """Refine labels, an affinity an image and threshold where the saving is off (item 6)."""
+        if self.savings.shared_affinity:
+            return super().pseudo_labels(images, cam, labels, boxes)
+        return refine_cam_to_label(
+            self.par,
+            self.guide(images),
+            cam,
+            labels,
+            boxes=boxes,
+            high=self.settings.high_threshold,
+            low=self.settings.low_threshold,
+            refine=best_slots_one_by_one,
+        )
+
     def _segmentation_loss(self, logits: Tensor, label: Tensor) -> Tensor:
-        guard = not self.official_compat
+        guard = not self.quirks.nan_without_pixels
         if self.savings.one_cross_entropy:
             return balanced_segmentation_loss(logits, label, guard=guard)
         background = label.masked_fill(label != 0, 255)
@@ -236,15 +248,16 @@ class OfficialToCo(ToCo):
             start=logits.new_zeros(()),
         )
 
-    def _energy(self, images: Tensor, logits: Tensor, label: Tensor, boxes: Tensor) -> Tensor:
+    def energy(self, images: Tensor, logits: Tensor, label: Tensor, boxes: Tensor) -> Tensor:
+        """Compute the dense energy, on the CPU where the saving is off (item 4)."""
         if self.savings.energy_on_device:
-            return super()._energy(images, logits, label, boxes)
+            return super().energy(images, logits, label, boxes)
         on_cpu = [tensor.cpu() for tensor in (images, logits, label, boxes)]
-        return super()._energy(*on_cpu).to(images.device)
+        return super().energy(*on_cpu).to(images.device)
 
 
 def looped_ctc_loss(student: Tensor, teacher: Tensor, flags: Tensor, temperature: float) -> Tensor:
-    """CTC in loops over images, teacher views and crops (item 8); see :func:`ctc_loss`.
+    """Compute CTC in loops over images, teacher views and crops (item 8); see :func:`ctc_loss`.
 
     Exponentials are taken as they stand, so products beyond about 88 overflow.
     """

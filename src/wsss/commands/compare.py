@@ -13,7 +13,7 @@ from wsss.core.files import write_atomically
 
 
 def main(arguments: list[str]) -> int:
-    """The verb."""
+    """Run the verb."""
     paths, chosen = split_arguments(CompareArguments, arguments)
     if chosen.out and Path(chosen.out).suffix not in FORMATS:
         raise WSSSError(f"out={chosen.out}: expected a file ending in {', '.join(FORMATS)}")

@@ -1,75 +1,12 @@
 """``wsss convert``: an official checkpoint becomes a checkpoint of ours."""
 
-from pathlib import Path
-
-from torch import Tensor
-
-import wsss
 from wsss.core.errors import WSSSError
-from wsss.core.files import file_sha256
-from wsss.methods.official import CONVERTERS, load_official
-from wsss.models.backbone import WeightsInfo
-from wsss.models.weights import read_state_dict, save_atomically, state_sha256
-from wsss.runs.compose import compose_run
-from wsss.runs.folder import build_data, build_module
+from wsss.runs.conversion import convert
 
 
 def main(arguments: list[str]) -> int:
     """Run the verb."""
     if len(arguments) < 3:
         raise WSSSError("usage: wsss convert METHOD OFFICIAL.pth OUT.ckpt [KEY=VALUE ...]")
-    return convert(*arguments[:3], overrides=arguments[3:])
-
-
-def convert(method: str, official: str, out: str, *, overrides: list[str]) -> int:
-    """Write ``out`` from an official checkpoint; nothing is written unless every key fits.
-
-    Args:
-        method: one of ``wsss.methods.official.CONVERTERS``.
-        official: a ``.pth`` state dict of the method's official code.
-        out: the ``.ckpt`` to write, for ``wsss eval run=`` and ``wsss predict run=``.
-        overrides: as of ``wsss train``: what the checkpoint was made with.
-
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        WSSSError: unknown method, unreadable file, keys that do not fit, unwritable output.
-    """
-    if method not in CONVERTERS:
-        raise WSSSError(f"no converter for {method!r}; known: {', '.join(sorted(CONVERTERS))}")
-    source, target = Path(official), Path(out)
-    if target.suffix != ".ckpt":
-        raise WSSSError(f"{out}: expected an output that ends in .ckpt")
-    state = read_state_dict(source)
-    if any(name.startswith("backbone.vit.") for name in state):
-        raise WSSSError(f"{source}: is a wsss checkpoint already; pass it to run= as it is")
-    arguments = [f"method={method}", *overrides]
-    try:
-        config = compose_run(arguments)
-    except WSSSError as error:
-        if not str(error).startswith("data.root is missing"):
-            raise
-        # no data is read here; evaluation asks for its place
-        config = compose_run([*arguments, "data.root=unset"])
-    num_classes = build_data(config).num_classes
-    module = build_module(config, num_classes, with_weights=False)
-    load_official(method, module, state, str(source))
-    info = module.backbone.weights_info
-    module.backbone.weights_info = WeightsInfo(
-        info.name,
-        f"converted:{source.name}",
-        config["backbone"]["pretraining"],
-        file_sha256(source),
-        state_sha256(module.backbone.vit.state_dict()),
-    )
-    checkpoint: dict[str, object] = {
-        "state_dict": module.state_dict(),
-        "global_step": 0,
-        "wsss_version": wsss.__version__,
-    }
-    module.on_save_checkpoint(checkpoint)
-    save_atomically(checkpoint, target)
-    count = sum(value.numel() for value in state.values() if isinstance(value, Tensor))
-    print(f"{target}: {len(state)} entries, {count:,} parameters of {source} under our names")
+    convert(*arguments[:3], overrides=arguments[3:])
     return 0

@@ -31,7 +31,7 @@ class DashboardArguments:
 
 
 def main(arguments: list[str]) -> int:
-    """The verb."""
+    """Run the verb."""
     chosen, _ = parse_arguments(DashboardArguments, arguments)
     folder = Path(chosen.runs_dir) / chosen.study
     runs = read_study(folder)

@@ -108,8 +108,8 @@ def run_check(arguments: list[str]) -> int:
             continue
         if not equals:
             raise WSSSError(f"{argument!r}: expected data=NAME, KEY=VALUE or --fast")
-        own = key == "data" or key.startswith("data.")
-        overrides.append(argument if own else f"data.{argument}")
+        complete = key == "data" or key.startswith("data.")
+        overrides.append(argument if complete else f"data.{argument}")
     config = plain(compose_config(overrides))
     report = Report()
     for problem in table_problems(config["data"]):
@@ -137,8 +137,8 @@ def show(report: Report, title: str) -> None:
     for heading in ("images", "masks", "looked into", "errors", "warnings"):
         table.add_column(heading, justify="right")
     for row in report.rows:
-        own = Counter(f.level for f in report.findings if f.split == row.split)
-        numbers = (row.images, row.masks, row.looked_into, own["error"], own["warning"])
+        counts = Counter(f.level for f in report.findings if f.split == row.split)
+        numbers = (row.images, row.masks, row.looked_into, counts["error"], counts["warning"])
         table.add_row(row.split, *(f"{number:,}" for number in numbers))
     Console().print(table)
     for row in report.rows:  # printed plainly: a table would cut them

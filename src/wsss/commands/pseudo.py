@@ -1,13 +1,13 @@
 """``wsss pseudo``: label maps of a training list."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from omegaconf import MISSING
 
 from wsss.core.arguments import parse_arguments
 from wsss.core.devices import choose_device
-from wsss.runs.label_writer import write_pseudo_labels
+from wsss.runs.folder import load_run
+from wsss.runs.label_writer import check_source, write_pseudo_labels
 
 
 @dataclass
@@ -32,16 +32,13 @@ class PseudoArguments:
 
 
 def main(arguments: list[str]) -> int:
-    """The verb."""
+    """Run the verb."""
     chosen, overrides = parse_arguments(PseudoArguments, arguments, passed_on=("eval", "data"))
+    device = choose_device(chosen.device)
+    check_source(chosen.source)  # before the run is read
+    run = load_run(chosen.run, overrides).to(device)
     folder = write_pseudo_labels(
-        Path(chosen.run),
-        overrides,
-        split=chosen.split,
-        source=chosen.source,
-        out=Path(chosen.out) if chosen.out else None,
-        device=choose_device(chosen.device),
-        crf_jobs=chosen.crf_jobs,
+        run, split=chosen.split, source=chosen.source, out=chosen.out, crf_jobs=chosen.crf_jobs
     )
     print(f"train on them: wsss train +experiments=segmenter/... data.train_masks={folder}")
     return 0

@@ -24,7 +24,7 @@ class ReportArguments(CompareArguments):
 
 
 def main(arguments: list[str]) -> int:
-    """The verb."""
+    """Run the verb."""
     paths, chosen = split_arguments(ReportArguments, arguments)
     if not chosen.out:
         raise WSSSError("out is missing; give the folder of the report: out=report")

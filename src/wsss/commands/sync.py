@@ -9,7 +9,7 @@ from wsss.runs.wandb import has_key, import_wandb, offline_runs
 
 
 def main(arguments: list[str]) -> int:
-    """The verb."""
+    """Run the verb."""
     folders = [Path(argument) for argument in arguments or ["runs"]]
     waiting = offline_runs(folders)
     where = ", ".join(map(str, folders))

@@ -12,13 +12,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from wsss.core.errors import WSSSError
+from wsss.core.failures import JOB_STEM, exit_status_of
 from wsss.core.places import config_root
 from wsss.core.ranks import is_first_process
-from wsss.core.telling import JOB_STEM, exit_status_of
 from wsss.results.store import RESULTS_FILE, read_results
 from wsss.runs.compose import compose_config, quoted, sweep_jobs, with_search_path
-from wsss.runs.config import check_config, plain
+from wsss.runs.config import plain
 from wsss.training.parallel import naming_lost_processes
+from wsss.training.run import train
 from wsss.training.sweeps import (
     end_with_sweep,
     exit_status,
@@ -32,7 +33,7 @@ from wsss.training.sweeps import (
 
 
 def main(arguments: list[str]) -> int:
-    """The verb: Hydra's own command line, with what is wrong told in one line first."""
+    """Run the verb: Hydra's own command line, after a check that reports errors in one line."""
     overrides, flags = _read_command_line(arguments)
     if "--multirun" in flags:
         return _sweep(overrides, flags)
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _sweep(overrides: list[str], flags: list[str]) -> int:
-    """Many jobs, and at the end what failed."""
+    """Run many jobs, and print at the end what failed."""
     jobs = sweep_jobs(overrides)
     configs = [compose_config(each) for each in jobs.samples]
     folder = new_folder(Path(configs[0]["runs_dir"]))
@@ -62,19 +63,19 @@ def _run_hydra(job: "Job", overrides: list[str], flags: list[str]) -> None:
     """Let Hydra compose and run."""
     # this file, not the console script: DDP starts its other processes from sys.argv
     sys.argv = [__file__, *with_search_path(overrides), *flags]
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are told by us, in one line
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # we report errors, in one line
     conf = str(config_root() / "conf")
     hydra_main(version_base="1.3", config_path=conf, config_name="train")(job)()
 
 
 class Job:
-    """What Hydra calls with a composed configuration: here, or where submitit has sent it."""
+    """Take Hydra's call with a composed configuration: here, or where submitit has sent it."""
 
     def __init__(self) -> None:
         self.statuses: list[int] = []
 
     def __call__(self, config: DictConfig) -> float:
-        """Train one run; gives its objective, NaN where there is none."""
+        """Train one run; give its objective, NaN where there is none."""
         hydra = HydraConfig.get()
         own_files = hydra.mode == RunMode.MULTIRUN
         if own_files:  # of a sweep whose launcher is not ours
@@ -94,14 +95,14 @@ class Job:
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """argparse that tells an error like all others here."""
+    """Parse arguments, with errors like all others here."""
 
     def error(self, message: str) -> NoReturn:
         raise WSSSError(f"{message} (wsss train --help)")
 
 
 def _read_command_line(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Overrides, then those of Hydra's flags that are supported (it wants them apart)."""
+    """Split overrides from those of Hydra's flags that are supported (it wants them apart)."""
     parser = _OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-m", "--multirun", action="store_true")
@@ -117,23 +118,20 @@ def _read_command_line(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _run_job(config: DictConfig) -> tuple[int, float | None]:
-    """One run; its exit status and its objective, where it has that number."""
+    """Train one run; give its exit status and its objective, where it has that number."""
     value: float | None = None
 
     def run() -> int:
         nonlocal value
-        check_config(config)
-        from wsss.training.stages import train_stages  # which imports this module
-
         content = plain(config)
         with naming_lost_processes():
-            folder = train_stages(content)
+            folder = train(content)
         if is_first_process():
             splits = read_results(folder / RESULTS_FILE)["splits"]
             value = splits[content["data"]["val_split"]].get(content["objective"])
         return 0
 
-    # told here, since Hydra would wrap an exception in lines of its own
+    # reported here, since Hydra would wrap an exception in lines of its own
     return exit_status_of("train", run), value
 
 

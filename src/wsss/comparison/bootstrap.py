@@ -21,9 +21,9 @@ class Difference:
     """How one method stands to another.
 
     Attributes:
-        value: Difference of the means over seeds.
-        low: Lower end of the 95 % interval.
-        high: Upper end.
+        value: difference of the means over seeds.
+        low: lower end of the 95 % interval.
+        high: upper end.
     """
 
     value: float
@@ -49,7 +49,7 @@ class Draws:
     drawn: Mapping[str, NDArray[np.float64]]
 
     def difference(self, one: str, other: str) -> Difference:
-        """``one`` minus ``other``, with its 95 % percentile interval."""
+        """Give ``one`` minus ``other``, with its 95 % percentile interval."""
         low, high = np.percentile(self.drawn[one] - self.drawn[other], (2.5, 97.5))
         return Difference(self.observed[one] - self.observed[other], float(low), float(high))
 
@@ -57,13 +57,13 @@ class Draws:
 def draw(
     counts: Mapping[str, Sequence[NDArray[np.int64]]], *, resamples: int = 2000, seed: int = 0
 ) -> Draws:
-    """Draws images (and seeds) and takes the mIoU of every method.
+    """Draw images (and seeds) and take the mIoU of every method.
 
     Args:
         counts: method -> for each of its runs (N, C, 3) hits, truth and predictions of the same N
             images in the same order.
         resamples: R.
-        seed: Of the draws.
+        seed: of the draws.
     """
     generator = np.random.default_rng(seed)
     images = len(next(iter(counts.values()))[0])

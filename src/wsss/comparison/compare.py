@@ -43,20 +43,20 @@ class CompareArguments:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups of one supervision league on one split.
+    """Groups of one supervision on one split.
 
     Attributes:
-        league: What all of them learn from.
+        supervision: what all of them learn from.
         groups: name -> its runs, one a seed.
-        metrics: Keys shown.
-        primary: The mIoU of the per-class table; None where the runs share none, as without
+        metrics: keys shown.
+        primary: the mIoU of the per-class table; None where the runs share none, as without
             masks.
         draws: metric -> bootstrap; empty where runs are not ranked.
-        baseline: Group that differences are taken to, or None for the best.
-        notes: What a reader has to know.
+        baseline: group that differences are taken to, or None for the best.
+        notes: what a reader has to know.
     """
 
-    league: str
+    supervision: str
     groups: dict[str, list[Entry]]
     metrics: list[str]
     primary: str | None
@@ -82,29 +82,29 @@ class Comparison:
         return self.same_classes and len(found) == 1
 
     def best(self, metric: str) -> str:
-        """The group of the highest mean."""
+        """Give the group of the highest mean."""
         observed = self.draws[metric].observed
         return max(observed, key=lambda name: observed[name])
 
     def is_clear(self, metric: str) -> bool:
-        """Whether the best group is better than each other one, intervals considered."""
+        """Say whether the best group is better than each other one, intervals considered."""
         draws, best = self.draws[metric], self.best(metric)
         others = [name for name in draws.observed if name != best]
         return bool(others) and not any(draws.difference(best, o).is_tie for o in others)
 
 
 def compare(paths: Sequence[Path], chosen: CompareArguments) -> list[Comparison]:
-    """Reads runs and compares them, one league at a time.
+    """Read runs and compare them, one supervision at a time.
 
     Raises:
-        WSSSError: Runs that cannot be read, grouped or ranked, with what to do about it.
+        WSSSError: runs that cannot be read, grouped or ranked, with what to do about it.
     """
     entries = load(paths, by=chosen.by, split=chosen.split)
     _check_requested(entries, chosen)
-    leagues: dict[str, list[Entry]] = {}
+    by_supervision: dict[str, list[Entry]] = {}
     for entry in entries:
-        leagues.setdefault(entry.card["supervision"], []).append(entry)
-    found = [_compare_league(name, members, chosen) for name, members in leagues.items()]
+        by_supervision.setdefault(entry.card["supervision"], []).append(entry)
+    found = [_compare_alike(name, members, chosen) for name, members in by_supervision.items()]
     if chosen.metric is not None and not any(c.primary for c in found):
         raise WSSSError(
             f"metric={chosen.metric}: expected a mIoU that all runs have "
@@ -114,10 +114,10 @@ def compare(paths: Sequence[Path], chosen: CompareArguments) -> list[Comparison]
 
 
 def _check_requested(entries: Sequence[Entry], chosen: CompareArguments) -> None:
-    """What is asked for by name exists in some league; another league may lack it.
+    """Raise WSSSError where a name that was given exists under no supervision.
 
     Raises:
-        WSSSError: Unknown metrics, conditions or groups.
+        WSSSError: unknown metrics, conditions or groups.
     """
     unknown = sorted(set(chosen.allow) - set(TRAINING))
     if unknown:
@@ -137,21 +137,26 @@ def _check_requested(entries: Sequence[Entry], chosen: CompareArguments) -> None
 
 
 def _metrics_of(entries: Sequence[Entry]) -> list[str]:
-    """Keys of the numbers that some run has, in the order of the table."""
+    """Give the keys of the numbers that some run has, in the order of the table."""
     return [key for _, key, _ in ROWS if any(e.metrics.get(key) is not None for e in entries)]
 
 
-def _compare_league(league: str, entries: list[Entry], chosen: CompareArguments) -> Comparison:
+def _compare_alike(supervision: str, entries: list[Entry], chosen: CompareArguments) -> Comparison:
+    """Compare runs of one supervision.
+
+    Raises:
+        WSSSError: their protocols differ, and they are to be ranked.
+    """
     metrics = [key for key in _metrics_of(entries) if key in (chosen.metrics or MEASURING)]
     primary = _choose_primary(entries, chosen.metric)
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.group, []).append(entry)
     different = differing_fields(entries, metrics)
-    barred = [name for name in different if name not in chosen.allow]
-    if barred and not chosen.unranked:
-        told = "; ".join(f"{name}: {_told(different[name])}" for name in barred)
-        training = [name for name in barred if name in TRAINING]
+    forbidden = [name for name in different if name not in chosen.allow]
+    if forbidden and not chosen.unranked:
+        values = "; ".join(f"{name}: {_in_words(different[name])}" for name in forbidden)
+        training = [name for name in forbidden if name in TRAINING]
         hint = f"allow=[{','.join(training)}] where that is what you study, " if training else ""
         untouched = [
             key for key in metrics if differing_fields(entries, [key]).keys() <= {*chosen.allow}
@@ -159,29 +164,30 @@ def _compare_league(league: str, entries: list[Entry], chosen: CompareArguments)
         if untouched:
             hint += f"metrics=[{','.join(untouched)}], which the difference does not touch, "
         raise WSSSError(
-            f"these runs are not ranked, their protocols differ in {', '.join(barred)} ({told}); "
-            f"evaluate them alike with `wsss eval`, {hint}or unranked=true to list them"
+            f"these runs are not ranked, their protocols differ in {', '.join(forbidden)} "
+            f"({values}); evaluate them alike with `wsss eval`, {hint}or unranked=true to list them"
         )
     wanted = _normalised_name(chosen.baseline or "")
     baseline = next((name for name in groups if _normalised_name(name) == wanted), None)
     draws = {} if chosen.unranked else _bootstrap(groups, metrics, chosen.resamples)
-    notes = [f"differs: {name}: {_told(values)}" for name, values in different.items()]
+    notes = [f"differs: {name}: {_in_words(values)}" for name, values in different.items()]
     return Comparison(
-        league, groups, metrics, primary, draws, baseline, notes + _notes(groups, chosen)
+        supervision, groups, metrics, primary, draws, baseline, notes + _notes(groups, chosen)
     )
 
 
 def _normalised_name(name: str) -> str:
-    """A group's name so that tkp_pcl, as ``method=`` has it, finds TKP-PCL."""
+    """Spell a group's name so that tkp_pcl, as ``method=`` has it, finds TKP-PCL."""
     return name.lower().replace("_", "-")
 
 
-def _told(values: Mapping[str, Sequence[str]]) -> str:
+def _in_words(values: Mapping[str, Sequence[str]]) -> str:
+    """List the values of a protocol field, each with the groups that have it."""
     return " / ".join(f"{value} of {', '.join(holders)}" for value, holders in values.items())
 
 
 def _choose_primary(entries: Sequence[Entry], wanted: str | None) -> str | None:
-    """The mIoU asked for, else the most final one that all runs have."""
+    """Choose the mIoU given by name, else the most final one that all runs have."""
     return next((key for key in _shared_mious(entries) if wanted in (None, key)), None)
 
 
@@ -192,7 +198,7 @@ def _shared_mious(entries: Sequence[Entry]) -> list[str]:
 def _bootstrap(
     groups: Mapping[str, Sequence[Entry]], metrics: Sequence[str], resamples: int
 ) -> dict[str, Draws]:
-    """One bootstrap a mIoU, over the groups whose runs all have it."""
+    """Draw one bootstrap a mIoU, over the groups whose runs all have it."""
     result = {}
     for metric in metrics:
         if metric not in MIOUS:
@@ -209,6 +215,7 @@ def _bootstrap(
 
 
 def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> list[str]:
+    """Write what a reader of the numbers has to know."""
     notes = []
     single = [name for name, members in groups.items() if len(members) == 1]
     if single:
@@ -225,9 +232,11 @@ def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> l
         name: sorted({e.metrics["seed_threshold"] for e in es if "seed_threshold" in e.metrics})
         for name, es in groups.items()
     }
-    told = ", ".join(f"{n} {'/'.join(map(str, t))}" for n, t in thresholds.items() if t)
-    if told:
-        notes.append(f"declared CAM thresholds: {told}; oracle: best on this split's ground truth")
+    declared = ", ".join(f"{n} {'/'.join(map(str, t))}" for n, t in thresholds.items() if t)
+    if declared:
+        notes.append(
+            f"declared CAM thresholds: {declared}; oracle: best on this split's ground truth"
+        )
     elsewhere = [
         name
         for name, es in groups.items()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from wsss.comparison.page import logged_series
+from wsss.comparison.entries import logged_series
 from wsss.core.errors import WSSSError
 from wsss.results.store import MAP_NAMES, RESULTS_FILE, read_results
 from wsss.runs.folder import CONFIG_FILE, method_name
@@ -57,7 +57,7 @@ class LoggedRun:
 
 
 def read_study(folder: Path) -> list[LoggedRun]:
-    """The runs of a study that were logged to W&B.
+    """Read the runs of a study that were logged to W&B.
 
     Raises:
         WSSSError: there is none.
@@ -90,7 +90,7 @@ def _read_run(folder: Path) -> LoggedRun:
 
 
 def varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Dotted keys of the settings by which runs of one method differ, but for seeds.
+    """Give the dotted keys of the settings by which runs of one method differ, but for seeds.
 
     Of settings that change together (one is read from the other, or a pair of thresholds) only the
     first is named: it makes the same groups.
@@ -114,7 +114,7 @@ def varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """(dotted key, value as text) of everything in nested mappings."""
+    """Give (dotted key, value as text) of everything in nested mappings."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
@@ -130,7 +130,7 @@ def _rank(key: str) -> int:
 def build_workspace(
     runs: Sequence[LoggedRun], *, name: str, project: str, entity: str
 ) -> "ws.Workspace":
-    """The workspace of a study's runs; nothing is sent.
+    """Build the workspace of a study's runs; nothing is sent.
 
     Raises:
         WSSSError: wandb-workspaces is not installed.
@@ -165,7 +165,7 @@ def build_workspace(
 
 
 def _import_workspaces() -> tuple[Any, Any]:
-    """Workspaces and their panels.
+    """Import workspaces and their panels.
 
     Raises:
         WSSSError: the package is not installed.
@@ -186,12 +186,12 @@ def _section(name: str, panels: Iterable[Any]) -> Any:
 
 
 def _logged(runs: Iterable[LoggedRun], *starts: str) -> list[str]:
-    """Keys of the runs' histories that begin like that."""
+    """Give the keys of the runs' histories that begin like that."""
     return sorted({key for run in runs for key in run.logged if key.startswith(starts)})
 
 
 def _final(runs: Sequence[LoggedRun], split: str, names: Iterable[str]) -> list[str]:
-    """Keys of those final numbers that some run has, in the order given."""
+    """Give the keys of those final numbers that some run has, in the order given."""
     known = {key for run in runs for key in run.final}
     return [key for key in (f"final/{split}/{name}" for name in names) if key in known]
 
@@ -205,7 +205,7 @@ def _splits(runs: Iterable[LoggedRun]) -> list[str]:
 
 
 def _having(runs: Iterable[LoggedRun], split: str, key: str) -> dict[str, Any]:
-    """What some run of the split has under a key of ``results.json``; the first one's."""
+    """Give what some run of the split has under a key of ``results.json``; the first one's."""
     found = (run.splits[split].get(key) for run in runs if split in run.splits)
     return next((one for one in found if one), {})
 
@@ -221,7 +221,7 @@ def _bars(title: str, keys: Sequence[str]) -> Any:
 
 
 def _validation(runs: Sequence[LoggedRun]) -> list[Any]:
-    """How runs went: numbers for watching, of the protocol that is used while training."""
+    """Show how runs went: numbers for watching, of the protocol that is used while training."""
     return [_lines(key, [key]) for key in _logged(runs, "val/")]
 
 
@@ -240,7 +240,7 @@ def _finals(runs: Sequence[LoggedRun]) -> list[Any]:
 
 
 def _curves(runs: Sequence[LoggedRun]) -> list[Any]:
-    """Seed scores over the threshold; the top of the mIoU curve is the oracle."""
+    """Draw seed scores over the threshold; the top of the mIoU curve is the oracle."""
     return [
         _lines(f"{split}: {name}", [f"curve/{split}/seed_{name}"], f"curve/{split}/threshold")
         for split in _splits(runs)
@@ -258,9 +258,9 @@ def _errors(runs: Sequence[LoggedRun]) -> list[Any]:
 
 
 def _losses(runs: Sequence[LoggedRun], method: str) -> list[Any]:
-    """Each named loss of a method, and whatever else it alone logs."""
-    own = [run for run in runs if run.method == method]
-    keys = _logged(own, "train/")
+    """Draw each named loss of a method, and whatever else it alone logs."""
+    runs_of_method = [run for run in runs if run.method == method]
+    keys = _logged(runs_of_method, "train/")
     return [_lines(key, [key]) for key in keys if not key.startswith(("train/lr", "train/mixing_"))]
 
 
@@ -297,7 +297,7 @@ def _gallery(runs: Sequence[LoggedRun]) -> list[Any]:
 
 
 def _settings(runs: Sequence[LoggedRun], varied: Sequence[str]) -> list[Any]:
-    """The varied settings against the most final mIoU that the runs have."""
+    """Set the varied settings against the most final mIoU that the runs have."""
     _, panels = _import_workspaces()
     keys = [
         key

@@ -1,5 +1,6 @@
 """Results of runs, read and grouped."""
 
+import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,8 +25,8 @@ MIOUS = {
     "pseudo_label_miou_ignored_as_background": ("pseudo_label", False),
     "pseudo_label_miou_excluded": ("pseudo_label", True),
 }
-#: thresholds are a method's own, as its losses are: they may differ between groups, not within one
-OWN = ("cam_threshold", "cam_high", "cam_low")
+#: thresholds belong to a method, as its losses do: they differ between groups, never within one
+THRESHOLDS = ("cam_threshold", "cam_high", "cam_low")
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Entry:
     """One run's numbers on one split.
 
     Attributes:
-        folder: Where its results lie.
-        results: The whole of ``results.json``.
-        split: Name of the split.
-        group: What it is compared as.
+        folder: where its results lie.
+        results: the whole of ``results.json``.
+        split: name of the split.
+        group: what it is compared as.
     """
 
     folder: Path
@@ -80,7 +81,7 @@ class Entry:
         return read_cells(self.folder / CELLS_FILE, self.split)
 
     def counts(self, metric: str) -> NDArray[np.int64]:
-        """(N, C, 3) counts of every image behind one of ``MIOUS``."""
+        """Give (N, C, 3) counts of every image behind one of ``MIOUS``."""
         kind, exclude = MIOUS[metric]
         found = per_image_counts(
             self.cells[kind], num_classes=len(self.classes), exclude_ignored=exclude
@@ -89,12 +90,12 @@ class Entry:
 
 
 def find_results(paths: Iterable[Path]) -> list[Path]:
-    """Folders with results: those given, or all below a given one.
+    """Find folders with results: those given, or all below a given one.
 
     Other evaluations of a run (its ``eval/``) are only taken where they are named themselves.
 
     Raises:
-        WSSSError: A folder is missing or holds none.
+        WSSSError: a folder is missing or holds none.
     """
     found: list[Path] = []
     for path in paths:
@@ -114,10 +115,10 @@ def find_results(paths: Iterable[Path]) -> list[Path]:
 
 
 def load(paths: Iterable[Path], *, by: str, split: str | None) -> list[Entry]:
-    """Reads all runs with the group that each belongs to.
+    """Read all runs with the group that each belongs to.
 
     Raises:
-        WSSSError: No common split, an unknown one, or a group that is no group.
+        WSSSError: no common split, an unknown one, or a group that is no group.
     """
     read = {folder: _read(folder) for folder in find_results(paths)}
     shared = [
@@ -144,7 +145,7 @@ def load(paths: Iterable[Path], *, by: str, split: str | None) -> list[Entry]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The results of a folder, with the targets of their configuration as they are today."""
+    """Read the results of a folder, with the targets of their configuration as they are today."""
     results = read_results(folder / RESULTS_FILE)
     return results | {"config": with_current_targets(results.get("config", {}))}
 
@@ -170,7 +171,7 @@ def _named(results: Mapping[str, Any], folder: Path, key: str) -> str:
 
 
 def _check_groups(entries: Sequence[Entry], by: str) -> None:
-    """Runs of one group of a league differ in their seed alone."""
+    """Raise WSSSError where runs of one group differ in more than their seed."""
     seen: dict[tuple[str, str], Entry] = {}
     seeds: dict[tuple[str, str, Any], Entry] = {}
     for entry in entries:
@@ -181,7 +182,9 @@ def _check_groups(entries: Sequence[Entry], by: str) -> None:
             entry.results.get("config", {}).get("method", {}),
         )
         changed = [f"method.{key}" for key in changed]
-        changed += [f"eval.{key}" for key in OWN if first.card.get(key) != entry.card.get(key)]
+        changed += [
+            f"eval.{key}" for key in THRESHOLDS if first.card.get(key) != entry.card.get(key)
+        ]
         if "method._target_" in changed:
             raise WSSSError(
                 f"group {entry.group} holds several methods ({first.folder.name}, "
@@ -202,3 +205,15 @@ def _check_groups(entries: Sequence[Entry], by: str) -> None:
 
 def _differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+
+
+def logged_series(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Read everything that the run of a folder logged while it trained: name -> (step, value)."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for path in sorted(folder.glob("logs/version_*/metrics.csv")):
+        with path.open(newline="") as stream:
+            for row in csv.DictReader(stream):
+                for key, value in row.items():
+                    if "/" in key and value:
+                        found.setdefault(key, []).append((float(row["step"]), float(value)))
+    return found

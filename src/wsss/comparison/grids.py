@@ -23,10 +23,10 @@ class Grid:
     """A table.
 
     Attributes:
-        title: Above it.
-        header: Headings of all columns, the row's name first.
-        rows: Name and cells of each row.
-        notes: Lines below it.
+        title: above it.
+        header: headings of all columns, the row's name first.
+        rows: name and cells of each row.
+        notes: lines below it.
     """
 
     title: str
@@ -36,7 +36,7 @@ class Grid:
 
 
 def print_grids(grids: Sequence[Grid], console: Console) -> None:
-    """Prints tables to a terminal."""
+    """Print tables to a terminal."""
     for grid in grids:
         table = Table(title=grid.title, title_justify="left")
         table.add_column(grid.header[0])
@@ -50,7 +50,7 @@ def print_grids(grids: Sequence[Grid], console: Console) -> None:
 
 
 def markdown(grids: Sequence[Grid]) -> str:
-    """GitHub tables."""
+    """Write tables as GitHub has them."""
     parts = []
     for grid in grids:
         lines = [f"**{grid.title}**", "", _pipes(grid.header)]
@@ -66,7 +66,7 @@ def _pipes(cells: Sequence[str]) -> str:
 
 
 def comma_separated(grids: Sequence[Grid]) -> str:
-    """One CSV: table, row, column, value, bold; made for programs, so notes are left out."""
+    """Write one CSV: table, row, column, value, bold; made for programs, so notes are left out."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["table", "row", "column", "value", "bold"])
@@ -78,7 +78,7 @@ def comma_separated(grids: Sequence[Grid]) -> str:
 
 
 def latex(grids: Sequence[Grid]) -> str:
-    """Booktabs tables."""
+    """Write tables with booktabs."""
     parts = []
     for grid in grids:
         lines = [
@@ -108,7 +108,7 @@ def _tex(text: str) -> str:
 
 
 def html_tables(grids: Sequence[Grid]) -> str:
-    """``<table>`` elements; the page brings the style."""
+    """Write ``<table>`` elements; the page brings the style."""
     parts = []
     for grid in grids:
         head = "".join(f"<th>{html.escape(text)}</th>" for text in grid.header)

@@ -1,6 +1,5 @@
 """The page of a report: one file that opens anywhere and shows methods beside each other."""
 
-import csv
 import html
 import json
 import math
@@ -14,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsss.comparison.compare import Comparison
-from wsss.comparison.entries import MIOUS, Entry
+from wsss.comparison.entries import MIOUS, Entry, logged_series
 from wsss.comparison.grids import html_tables
 from wsss.comparison.panels import Maps, data_uri, maps_of, open_dataset
 from wsss.comparison.svg import NUM_COLOURS, Series, bar_chart, line_chart, scatter
 from wsss.comparison.tables import class_column, tables
 from wsss.core.errors import WSSSError
 from wsss.data.images import voc_palette
-from wsss.evaluation.ledger import readings
+from wsss.evaluation.ledger import past_readings
 from wsss.evaluation.per_image import mean_iou
 from wsss.results.gallery import heat, overlay
 from wsss.results.store import MAP_NAMES, ROWS, look_up
@@ -39,10 +38,10 @@ class Pick:
 
 
 def page_of(comparisons: Sequence[Comparison], *, gallery: int) -> str:
-    """The whole page as HTML.
+    """Write the whole page as HTML.
 
     Args:
-        comparisons: one a supervision league.
+        comparisons: one a supervision.
         gallery: images of each kind (best, median, worst, largest disagreement); 0: no pictures.
     """
     sections = [_section(comparison, gallery) for comparison in comparisons]
@@ -58,7 +57,7 @@ def page_of(comparisons: Sequence[Comparison], *, gallery: int) -> str:
 
 
 def _section(c: Comparison, gallery: int) -> str:
-    """All about one league."""
+    """Write all about one supervision."""
     grids = tables(c)
     charts = _seed_charts(c)
     if c.primary is not None:
@@ -68,7 +67,7 @@ def _section(c: Comparison, gallery: int) -> str:
     curves = [_training_curves(name, es, k) for k, (name, es) in enumerate(c.groups.items())]
     curves += _validation_curves(c)
     parts = [
-        f"<h2>Supervision: {html.escape(c.league)}</h2>",
+        f"<h2>Supervision: {html.escape(c.supervision)}</h2>",
         _legend(list(c.groups)),
         html_tables(grids[:first]),
         f"<div class=charts>{''.join(charts)}</div>",
@@ -89,7 +88,7 @@ def _legend(names: Sequence[str]) -> str:
 
 
 def _mean(values: Sequence[float | None]) -> float:
-    """Mean over seeds, NaN where one is missing."""
+    """Give the mean over seeds, NaN where one is missing."""
     known = [math.nan if value is None else value for value in values]
     return float(np.mean(known)) if known else math.nan
 
@@ -99,7 +98,7 @@ def _heading(metric: str) -> str:
 
 
 def _seed_charts(c: Comparison) -> list[str]:
-    """The threshold curve with the declared, the holdout's and the oracle threshold."""
+    """Draw the threshold curve with the declared, the holdout's and the oracle threshold."""
     series = []
     for k, (name, members) in enumerate(c.groups.items()):
         if any("seed_curve" not in e.metrics for e in members):
@@ -128,7 +127,7 @@ def _seed_charts(c: Comparison) -> list[str]:
 
 
 def _class_bars(c: Comparison, primary: str) -> str:
-    """IoU per class of the primary metric."""
+    """Draw IoU per class of the primary metric."""
     classes = c.entries[0].classes
     column = class_column(primary)
     series: list[tuple[str, int, list[float | None]]] = []
@@ -142,7 +141,7 @@ def _class_bars(c: Comparison, primary: str) -> str:
 
 
 def _shape_charts(c: Comparison, primary: str) -> list[str]:
-    """IoU by object size, and near boundaries, of the primary kind of label map."""
+    """Draw IoU by object size, and near boundaries, of the primary kind of label map."""
     kind = MIOUS[primary][0]
     charts = []
     for title, label, steps in (
@@ -189,7 +188,7 @@ def _shape_charts(c: Comparison, primary: str) -> list[str]:
 
 
 def _cost_charts(c: Comparison, primary: str) -> list[str]:
-    """Accuracy against hours of training and against time an image."""
+    """Draw accuracy against hours of training and against time an image."""
     charts = []
     for path, label in (
         (("train_gpu_hours",), "training, GPU hours"),
@@ -222,20 +221,8 @@ def _costed(
     return Series(name, k, [(_mean(costs), float(np.mean(scores)))], spread=spread)
 
 
-def logged_series(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Everything that the run of a folder logged while it trained: name -> (step, value)."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for path in sorted(folder.glob("logs/version_*/metrics.csv")):
-        with path.open(newline="") as stream:
-            for row in csv.DictReader(stream):
-                for key, value in row.items():
-                    if "/" in key and value:
-                        found.setdefault(key, []).append((float(row["step"]), float(value)))
-    return found
-
-
 def _validation_curves(c: Comparison) -> list[str]:
-    """Validations during training of each group's first run; they are no results."""
+    """Draw validations during training of each group's first run; they are no results."""
     logged = {name: logged_series(members[0].home) for name, members in c.groups.items()}
     return [
         line_chart(
@@ -253,7 +240,7 @@ def _validation_curves(c: Comparison) -> list[str]:
 
 
 def _training_curves(name: str, members: Sequence[Entry], colour: int) -> str:
-    """Named losses of a group's first run."""
+    """Draw the named losses of a group's first run."""
     losses = {
         key: points
         for key, points in logged_series(members[0].home).items()
@@ -278,11 +265,11 @@ def _training_curves(name: str, members: Sequence[Entry], colour: int) -> str:
 
 
 def pick_images(scores: NDArray[np.float64], each: int) -> list[Pick]:
-    """Images that are best, in the middle, worst, and most disputed; none twice.
+    """Choose images that are best, in the middle, worst, and most disputed; none twice.
 
     Args:
         scores: (groups, N) mIoU of each image.
-        each: How many of each kind.
+        each: how many of each kind.
     """
     mean = np.nan_to_num(scores.mean(axis=0))
     order = np.argsort(mean, kind="stable")
@@ -304,7 +291,7 @@ def pick_images(scores: NDArray[np.float64], each: int) -> list[Pick]:
 
 
 def _gallery(c: Comparison, each: int) -> str:
-    """The chosen images with every group's maps; a group that cannot be computed says why."""
+    """Show the chosen images with every group's maps; a group that cannot be computed says why."""
     if c.primary is None:
         return "<p class=note>no pictures: the runs share no mIoU to choose them by</p>"
     if not c.same_images:
@@ -333,8 +320,8 @@ def _gallery(c: Comparison, each: int) -> str:
         for row, (pick, index) in enumerate(zip(picks, indices, strict=True))
     ]
     classes = c.entries[0].classes[1:]
-    told = f"Label maps: {MAP_NAMES[kind]}, with the image's own mIoU. CAMs: the largest class."
-    return f"<p>{told}</p>{_class_legend(classes)}{''.join(notes)}{''.join(cards)}"
+    caption = f"Label maps: {MAP_NAMES[kind]}, with the image's own mIoU. CAMs: the largest class."
+    return f"<p>{caption}</p>{_class_legend(classes)}{''.join(notes)}{''.join(cards)}"
 
 
 def _class_legend(classes: Sequence[str]) -> str:
@@ -352,7 +339,7 @@ def _image_card(
     maps: Mapping[str, Maps],
     scores: Mapping[str, NDArray[np.float64]],
 ) -> str:
-    """One image: itself, the truth, and each group's label map and CAM."""
+    """Show one image: itself, the truth, and each group's label map and CAM."""
     rgb, truth = item["rgb"], item["mask"].numpy()
     pictures = [("image", rgb), ("truth", overlay(rgb, truth))]
     areas = np.bincount(truth[(truth > 0) & (truth < 255)], minlength=2)
@@ -372,11 +359,11 @@ def _image_card(
 
 
 def _cards(c: Comparison) -> str:
-    """Every run's protocol card and ledger, folded."""
+    """Write every run's protocol card and ledger, closed until clicked."""
     parts = []
     for name, members in c.groups.items():
         for entry in members:
-            ledger = readings(entry.home)
+            ledger = past_readings(entry.home)
             lines = "\n".join(json.dumps(line) for line in ledger) or "no ledger"
             card = json.dumps({**entry.card, "cost": entry.results.get("cost")}, indent=1)
             parts.append(

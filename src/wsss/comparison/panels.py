@@ -48,10 +48,10 @@ class Maps:
 
 
 def open_dataset(entry: Entry) -> Any:
-    """The split of an entry with its images and masks.
+    """Open the split of an entry with its images and masks.
 
     Raises:
-        WSSSError: The data is not where the run found it.
+        WSSSError: the data is not where the run found it.
     """
     config = entry.results["config"]
     data = build_data(dict(config))
@@ -61,22 +61,22 @@ def open_dataset(entry: Entry) -> Any:
 
 
 def maps_of(entry: Entry, kind: str, dataset: Any, indices: list[int]) -> list[Maps]:
-    """Label maps of one kind and class maps of some images, computed again.
+    """Compute label maps of one kind and class maps of some images again.
 
     Args:
-        entry: A run of ours, or a folder's results.
-        kind: Kind of label map.
-        dataset: The split.
-        indices: Of the images.
+        entry: a run of ours, or a folder's results.
+        kind: kind of label map.
+        dataset: the split.
+        indices: of the images.
 
     Raises:
-        WSSSError: The checkpoint or the folder is gone.
+        WSSSError: the checkpoint or the folder is gone.
     """
     protocol = Protocol(**entry.results["config"]["eval"])
     source: Mapping[str, Any] | None = entry.results.get("source")
     if source is not None:
         return [_from_folder(source, protocol, kind, dataset, index) for index in indices]
-    run = load_run(entry.home, [])
+    run = load_run(entry.home)
     with evaluating(run.module):
         return [_from_run(run, protocol, kind, dataset[index]) for index in indices]
 
@@ -136,7 +136,7 @@ def _from_folder(
 
 
 def data_uri(pixels: NDArray[np.uint8]) -> str:
-    """A picture as a JPEG inside the page, at most ``LONGEST`` pixels long."""
+    """Write a picture as a JPEG inside the page, at most ``LONGEST`` pixels long."""
     image = Image.fromarray(pixels)
     image.thumbnail((LONGEST, LONGEST))
     buffer = io.BytesIO()

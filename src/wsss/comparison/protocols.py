@@ -41,7 +41,7 @@ TRAINING = ("backbone", "crop_size", "iterations", "global_batch_size", "selecti
 
 
 def relevant_fields(entries: Sequence[Entry], metrics: Sequence[str]) -> list[str]:
-    """Fields of a protocol that decide whether these numbers can be compared."""
+    """Give the fields of a protocol that decide whether these numbers can be compared."""
     fields = [*IDENTITY, *(name for key in metrics for name in MEASURING[key])]
     cards = [entry.card for entry in entries]
     if any(key.startswith("seed") for key in metrics) and not all(
@@ -56,7 +56,7 @@ def relevant_fields(entries: Sequence[Entry], metrics: Sequence[str]) -> list[st
 def differing_fields(
     entries: Sequence[Entry], metrics: Sequence[str]
 ) -> dict[str, dict[str, list[str]]]:
-    """Protocol fields that are not equal: field -> value -> groups that have it."""
+    """Give the protocol fields that are not equal: field -> value -> groups that have it."""
     result: dict[str, dict[str, list[str]]] = {}
     for name in relevant_fields(entries, metrics):
         values: dict[str, list[str]] = {}
@@ -70,7 +70,7 @@ def differing_fields(
 
 
 def _readable(value: Any) -> str:
-    """A field's value in few words."""
+    """Put a field's value in few words."""
     if isinstance(value, Mapping):
         label = value.get("name")
         if value.get("source") == "random":  # every seed draws its own

@@ -2,7 +2,7 @@
 
 A chart is about as wide as a narrow phone, so that its text stays readable there; wide pages put
 several side by side. Series k has the page's colour ``--c{k}`` and a dash pattern of its own, so
-that colour is not the only thing that tells series apart.
+that colour is not the only difference between series.
 """
 
 import html
@@ -21,11 +21,11 @@ class Series:
     """One line of a chart, or one dot of a scatter plot.
 
     Attributes:
-        name: Told by the tooltip.
-        colour: Number of its colour and dash pattern.
+        name: shown by the tooltip.
+        colour: number of its colour and dash pattern.
         points: (x, y), in the units of the axes.
         marks: (x, y, text) of points that stand out.
-        spread: Half height of an error bar on every point, 0 for none.
+        spread: half height of an error bar on every point, 0 for none.
     """
 
     name: str
@@ -52,7 +52,7 @@ class _Axes:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     def draw(self, x_label: str, y_label: str, x_names: Sequence[str] | None = None) -> None:
-        """Grid lines, tick labels and axis labels."""
+        """Draw grid lines, tick labels and axis labels."""
         for value in ticks(*self.y_range):
             y = self.y(value)
             self.parts.append(f'<path class=grid d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
@@ -69,12 +69,12 @@ class _Axes:
         )
 
     def svg(self, title: str) -> str:
-        """The whole chart as a figure."""
+        """Write the whole chart as a figure."""
         return figure(title, "".join(self.parts), HEIGHT)
 
 
 def figure(title: str, content: str, height: float) -> str:
-    """An SVG of the common width in a captioned figure."""
+    """Write an SVG of the common width in a captioned figure."""
     return (
         f"<figure class=chart><figcaption>{html.escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{html.escape(title)}">'
@@ -97,7 +97,7 @@ def _fill(colour: int) -> str:
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round values within a range, about as many as wanted."""
+    """Give round values within a range, about as many as wanted."""
     step = 10 ** math.floor(math.log10((high - low) / wanted))
     for factor in (1, 2, 5, 10):
         if (high - low) / (step * factor) <= wanted:
@@ -108,7 +108,7 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def _span(values: Sequence[float], *, from_zero: bool) -> tuple[float, float]:
-    """A range that holds all values, never empty."""
+    """Give a range that holds all values, never empty."""
     low, high = min(values), max(values)
     if from_zero:
         low = min(low, 0.0)
@@ -117,7 +117,7 @@ def _span(values: Sequence[float], *, from_zero: bool) -> tuple[float, float]:
 
 
 def _finite(series: Sequence[Series]) -> list[Series]:
-    """Series with points, NaN left out."""
+    """Give the series with points, NaN left out."""
     kept = []
     for one in series:
         points = [(x, y) for x, y in one.points if math.isfinite(x) and math.isfinite(y)]
@@ -136,16 +136,16 @@ def line_chart(
     from_zero: bool = True,
     dots: bool = False,
 ) -> str:
-    """Lines over a common axis; nothing where no series has a finite point.
+    """Draw lines over a common axis; nothing where no series has a finite point.
 
     Args:
-        title: Caption.
-        series: The lines.
-        x_label: Below the x axis.
-        y_label: Beside the y axis.
-        x_names: Names of the positions 0, 1, ... where x is no number.
-        from_zero: Whether the y axis starts at zero.
-        dots: Mark every point.
+        title: caption.
+        series: the lines.
+        x_label: below the x axis.
+        y_label: beside the y axis.
+        x_names: names of the positions 0, 1, ... where x is no number.
+        from_zero: whether the y axis starts at zero.
+        dots: mark every point.
     """
     series = _finite(series)
     if not series:
@@ -168,15 +168,15 @@ def line_chart(
     return axes.svg(title)
 
 
-def _dot(axes: _Axes, x: float, y: float, colour: int, told: str) -> str:
+def _dot(axes: _Axes, x: float, y: float, colour: int, tooltip: str) -> str:
     return (
         f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="4" {_fill(colour)}>'
-        f"<title>{html.escape(told)}</title></circle>"
+        f"<title>{html.escape(tooltip)}</title></circle>"
     )
 
 
 def scatter(title: str, series: Sequence[Series], *, x_label: str, y_label: str) -> str:
-    """Named dots with error bars."""
+    """Draw named dots with error bars."""
     series = _finite(series)
     if not series:
         return ""
@@ -201,11 +201,11 @@ def scatter(title: str, series: Sequence[Series], *, x_label: str, y_label: str)
 def bar_chart(
     title: str, rows: Sequence[str], series: Sequence[tuple[str, int, Sequence[float | None]]]
 ) -> str:
-    """Horizontal bars in percent, grouped by row.
+    """Draw horizontal bars in percent, grouped by row.
 
     Args:
-        title: Caption.
-        rows: Names of the rows.
+        title: caption.
+        rows: names of the rows.
         series: (name, colour, value of each row or None).
     """
     bar, gap, left = 8, 8, 96

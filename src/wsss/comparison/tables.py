@@ -18,7 +18,7 @@ COSTS = (
 
 
 def tables(comparison: Comparison) -> list[Grid]:
-    """Numbers, differences and per-class numbers of a comparison."""
+    """Make the tables of numbers, differences and per-class numbers of a comparison."""
     grids = [_numbers(comparison)]
     if comparison.draws and len(comparison.groups) > 1:
         grids.append(_differences(comparison))
@@ -31,9 +31,9 @@ def tables(comparison: Comparison) -> list[Grid]:
 
 
 def _numbers(c: Comparison) -> Grid:
-    """Every metric, one a row, one column a group."""
+    """List every metric, one a row, one column a group."""
     any_entry = next(iter(c.groups.values()))[0]
-    title = f"{any_entry.results['data']} {any_entry.split}, supervision: {c.league} (%)"
+    title = f"{any_entry.results['data']} {any_entry.split}, supervision: {c.supervision} (%)"
     headings = [f"{name} (n={len(es)})" for name, es in c.groups.items()]
     grid = Grid(title, ["metric", *headings], notes=c.notes)
     for heading, key, percent in ROWS:
@@ -59,7 +59,7 @@ def _numbers(c: Comparison) -> Grid:
 
 
 def mean_and_deviation(values: Sequence[float | None], percent: bool) -> str:
-    """``61.2 ± 0.4`` over seeds, without the deviation for one; ``-`` where any is missing."""
+    """Write ``61.2 ± 0.4`` over seeds, one seed without deviation; ``-`` where any is missing."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return "-"
@@ -74,14 +74,14 @@ def _plain_mean(values: Sequence[float | None], scale: float, form: str) -> str:
 
 
 def reference(c: Comparison, metric: str) -> str:
-    """The group that differences of a metric are taken to."""
+    """Give the group that differences of a metric are taken to."""
     if c.baseline is not None and c.baseline in c.draws[metric].observed:
         return c.baseline
     return c.best(metric)
 
 
 def _differences(c: Comparison) -> Grid:
-    """Every group against the baseline, or the best one, with intervals."""
+    """Compare every group with the baseline, or the best one, with intervals."""
     grid = Grid(
         f"difference to {c.baseline or 'the best'}, points [95 % interval]",
         ["metric", *c.groups],
@@ -108,7 +108,7 @@ def _interval(d: Difference) -> str:
 
 
 def _details(c: Comparison, primary: str) -> Grid:
-    """Precision, boundaries, sizes of the primary kind of label map."""
+    """List precision, boundaries, sizes of the primary kind of label map."""
     kind = MIOUS[primary][0]
     grid = Grid(f"{MAP_NAMES[kind]} in detail (%)", ["", *c.groups])
     for heading, path in MAP_ROWS:
@@ -120,13 +120,13 @@ def _details(c: Comparison, primary: str) -> Grid:
 
 
 def class_column(metric: str) -> str:
-    """Key in ``per_class`` of the IoU behind one of ``MIOUS``."""
+    """Give the key in ``per_class`` of the IoU behind one of ``MIOUS``."""
     kind, excluded = MIOUS[metric]
     return f"{kind}_iou_excluded" if excluded else f"{kind}_iou"
 
 
 def _per_class(c: Comparison, primary: str) -> Grid:
-    """IoU of every class, mean over seeds."""
+    """List the IoU of every class, mean over seeds."""
     heading = next(heading for heading, key, _ in ROWS if key == primary)
     grid = Grid(f"{heading}: per class (%)", ["class", *c.groups])
     for row, name in enumerate(c.entries[0].classes):

@@ -30,15 +30,15 @@ def parse_arguments(
     Raises:
         WSSSError: not ``KEY=VALUE``, unknown key, wrong type, missing key.
     """
-    own: list[str] = []
+    settings: list[str] = []
     others: list[str] = []
     for argument in [argument.removeprefix("+") for argument in arguments]:  # Hydra's habit
         key, equals, _ = argument.partition("=")
         if not equals:
             raise WSSSError(f"{argument!r}: expected KEY=VALUE")
-        (others if key.split(".")[0] in passed_on else own).append(argument)
+        (others if key.split(".")[0] in passed_on else settings).append(argument)
     merged: Any = OmegaConf.structured(schema)
-    for argument in own:
+    for argument in settings:
         key = argument.partition("=")[0]
         if key not in {field.name for field in fields(schema)}:  # type: ignore[arg-type]
             raise WSSSError(f"{key}: unknown key{nearest_key(key, merged)}")
@@ -60,7 +60,7 @@ def split_arguments(schema: type[T], arguments: Sequence[str]) -> tuple[list[Pat
     A bare ``--key`` sets what is true or false to true.
 
     Raises:
-        WSSSError: No run, or an unknown key.
+        WSSSError: no run, or an unknown key.
     """
     paths, settings = [], []
     switches = {name for name, kind in get_type_hints(schema).items() if kind is bool}

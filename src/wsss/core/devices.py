@@ -6,7 +6,7 @@ from wsss.core.errors import WSSSError
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the first GPU where there is one, else the CPU.
+    """Choose a device: ``auto`` is the first GPU where there is one, else the CPU.
 
     Raises:
         WSSSError: no device of that name here.

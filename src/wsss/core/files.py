@@ -12,7 +12,7 @@ from wsss.core.errors import WSSSError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary file to write, which takes its place when the block ends without an error.
+    """Give a temporary file to write, which takes its place when the block ends without an error.
 
     A reader sees the old file or the new one; the folder is created. The temporary file's name is
     fixed, so that what a killed process left is overwritten by the next; a file has one writer at a
@@ -28,18 +28,18 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file as :func:`whole_file` does."""
+    """Write a file as :func:`whole_file` does."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as one line; its kind where it says nothing."""
+    """Give what an error says, as one line; its kind where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Hash a file's bytes with SHA-256."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every submodule gets its own former mode back.
+    """Set eval mode without gradients; afterwards every submodule has its former mode again.
 
     It is ``no_grad`` and not ``inference_mode``, because a method may need gradients for its CAMs
     and can then ask for them with ``torch.enable_grad``.

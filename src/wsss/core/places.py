@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def config_root() -> Path:
-    """The folder that holds ``conf/`` and ``experiments/``.
+    """Find the folder that holds ``conf/`` and ``experiments/``.
 
     Inside an installed wheel that is the package itself; in a checkout the project's root.
 
@@ -22,5 +22,5 @@ def config_root() -> Path:
 
 
 def choices(group: str) -> list[str]:
-    """Names of the files of a group of ``conf/``, such as ``method``."""
+    """Give the names of the files of a group of ``conf/``, such as ``method``."""
     return sorted(path.stem for path in (config_root() / "conf" / group).glob("*.yaml"))

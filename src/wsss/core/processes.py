@@ -45,11 +45,11 @@ def ignore_terminal_signals() -> None:
             pass
         os._exit(0)
 
-    threading.Thread(target=watch, daemon=True, name="end when told").start()
+    threading.Thread(target=watch, daemon=True, name="end with the parent").start()
 
 
 def is_alive(process: str) -> bool:
-    """Whether ``HOST PID`` is, as far as can be told from here, a process that runs."""
+    """Say whether ``HOST PID`` is, as far as can be seen from here, a process that runs."""
     host, _, pid = process.partition(" ")
     if host != socket.gethostname() or not pid.isdigit():
         return bool(host)

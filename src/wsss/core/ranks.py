@@ -5,7 +5,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 def is_first_process() -> bool:
-    """Tell whether this is no further process of a run, be it on this machine or on another.
+    """Say whether this is the first process of a run over all its machines.
 
     It answers before processes are joined, too: launchers say the rank in the environment.
     """
@@ -14,7 +14,7 @@ def is_first_process() -> bool:
 
 
 def rank_and_count() -> tuple[int, int]:
-    """Rank of this process and the number of processes that are joined; (0, 1) where none are."""
+    """Give this process's rank and the number of joined processes; (0, 1) where none are."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

@@ -1,10 +1,14 @@
 """Check the keys and values of a configuration against the constructor that takes them."""
 
 import difflib
+import functools
 import inspect
 import math
+import re
+import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from hydra.utils import get_class
@@ -15,10 +19,12 @@ from wsss.core.errors import WSSSError
 
 # arguments that the training code passes itself, so a configuration need not
 SUPPLIED = {"backbone", "num_classes"}
+# kinds of pydantic's errors that say a number is out of its range
+RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every dictionary with a ``_target_``, with its dotted path."""
+    """Find every dictionary with a ``_target_``, with its dotted path."""
     if isinstance(node, dict):
         if "_target_" in node:
             yield path, node
@@ -30,7 +36,7 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def check_finite(node: Any, path: str = "") -> None:
-    """No setting is infinite or NaN, which every comparison with a bound lets pass."""
+    """Raise WSSSError where a setting is infinite or NaN, which a comparison lets pass."""
     children: Iterable[tuple[Any, Any]] = ()
     if isinstance(node, dict):
         children = node.items()
@@ -56,15 +62,51 @@ def target_class(name: str, path: str) -> type:
 
 
 def parameters_of(target: type) -> dict[str, inspect.Parameter]:
-    """Parameters of a constructor with resolved annotations."""
+    """Give the parameters of a constructor with resolved annotations, ranges kept.
+
+    A method takes its settings as one dataclass and its quirks as another. In a configuration the
+    fields of ``settings`` stand beside the other keys, and quirks are ``official_compat`` (all of
+    them) and ``quirks`` (single ones by name).
+    """
     signature = inspect.signature(target)
     constructor: Any = target.__init__  # type: ignore[misc]  # the class itself, not a subclass
-    hints = typing.get_type_hints(constructor)
-    return {
-        name: parameter.replace(annotation=hints.get(name, Any))
-        for name, parameter in signature.parameters.items()
-        if name != "self"
-    }
+    hints = typing.get_type_hints(constructor, include_extras=True)
+    parameters: dict[str, inspect.Parameter] = {}
+    for name, parameter in signature.parameters.items():
+        annotation = hints.get(name, Any)
+        if name == "settings" and is_dataclass(annotation):
+            parameters |= parameters_of(annotation)  # type: ignore[arg-type]
+        elif name == "quirks" and is_dataclass(annotation):
+            parameters["official_compat"] = _optional("official_compat", bool, False)
+            parameters["quirks"] = _optional("quirks", annotation, None)
+        else:
+            parameters[name] = parameter.replace(annotation=annotation)
+    return parameters
+
+
+def _optional(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+def arguments_of(target: type, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the arguments of a constructor from the keys of a node; see :func:`parameters_of`.
+
+    Raises:
+        WSSSError: settings that contradict each other.
+    """
+    hints = typing.get_type_hints(target.__init__)  # type: ignore[misc]
+    arguments = {key: value for key, value in node.items() if key != "_target_"}
+    settings, quirks = hints.get("settings"), hints.get("quirks")
+    if is_dataclass(settings):
+        names = {field.name for field in fields(settings)} & arguments.keys()
+        arguments["settings"] = settings(**{key: arguments.pop(key) for key in names})  # type: ignore[operator]
+    if is_dataclass(quirks):
+        every = arguments.pop("official_compat", False)
+        single = arguments.pop("quirks", None) or {}
+        switches = {field.name: every for field in fields(quirks)} | single
+        arguments["quirks"] = quirks(**switches)  # type: ignore[operator]
+    return arguments
 
 
 def check_node(
@@ -86,9 +128,13 @@ def check_node(
             continue
         if key not in parameters:
             raise WSSSError(f"{prefix}{key}: unknown key{nearest(key, parameters, prefix)}")
+        annotation = parameters[key].annotation
         nested = isinstance(value, dict) and ("_target_" in value or not path)
-        if not nested:
-            check_value(f"{prefix}{key}", value, parameters[key].annotation)
+        if is_dataclass(annotation) and path:
+            inner = parameters_of(annotation)  # type: ignore[arg-type]
+            check_node({} if value is None else value, inner, f"{prefix}{key}", supplied=set())
+        elif not nested:
+            check_value(f"{prefix}{key}", value, annotation)
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in {*node, *supplied}:
             raise WSSSError(
@@ -96,29 +142,84 @@ def check_node(
             )
 
 
-def check_value(path: str, value: Any, annotation: Any) -> None:
-    """Raise WSSSError unless a value fits the annotation of its parameter."""
+def check_value(path: str, value: Any, annotation: Any) -> Any:
+    """Give a value as its annotation has it: a list as a tuple, 1 as 1.0.
+
+    Args:
+        path: dotted key, for the error.
+        value: to check.
+        annotation: a type; ``typing.Annotated`` ones have a range.
+
+    Raises:
+        WSSSError: the value is of another type, or out of range.
+    """
     if annotation in (Any, inspect.Parameter.empty):
-        return
-    kinds = {annotation, *typing.get_args(annotation)}
-    # pydantic would read "1" as a number and true as 1
-    if (isinstance(value, str) and kinds <= {int, float, bool, type(None)}) or (
-        isinstance(value, bool) and not kinds & {bool, str} and kinds & {int, float}
+        return value
+    kinds = _kinds(annotation)
+    # pydantic would read "1" as a number, true as 1 and 1 as true
+    if (
+        (isinstance(value, str) and kinds <= {int, float, bool, type(None)})
+        or (isinstance(value, bool) and not kinds & {bool, str} and kinds & {int, float})
+        or (kinds == {bool} and not isinstance(value, bool))
     ):
         names = sorted(kind.__name__ for kind in kinds if kind is not type(None))
         raise WSSSError(f"{path}={value!r}: expected {' or '.join(names)}")
     try:
-        adapter = TypeAdapter(annotation, config={"arbitrary_types_allowed": True})
-    except Exception:  # a class with its own config, or an annotation pydantic cannot model
-        adapter = TypeAdapter(annotation)
-    try:
-        adapter.validate_python(value)
+        return _adapter(annotation).validate_python(value)
     except ValidationError as error:
-        expected = getattr(annotation, "__name__", str(annotation).replace("typing.", ""))
-        if typing.get_origin(annotation) is not None:
-            expected = str(annotation).replace("typing.", "").replace("collections.abc.", "")
-        reason = error.errors()[0]["msg"].lower()
-        raise WSSSError(f"{path}={value!r}: expected {expected} ({reason})") from error
+        raise WSSSError(f"{path}={value!r}: expected {_expected(annotation, error)}") from error
+
+
+def check_fields(instance: Any, path: str) -> None:
+    """Check every field of a dataclass, and store it as its type has it: a list as a tuple.
+
+    Args:
+        instance: of a dataclass, frozen or not, that is being made.
+        path: dotted key of the group that describes it, for the error.
+
+    Raises:
+        WSSSError: a value is of another type than its field, or out of range.
+    """
+    hints = typing.get_type_hints(type(instance), include_extras=True)
+    for field in fields(instance):
+        key = f"{path}.{field.name}"
+        value = check_value(key, getattr(instance, field.name), hints[field.name])
+        object.__setattr__(instance, field.name, value)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Give the types of a union, without their ranges."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _kinds(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return set().union(*(_kinds(one) for one in typing.get_args(annotation)))
+    return {annotation}
+
+
+@functools.cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(annotation, config={"arbitrary_types_allowed": True})
+    except Exception:  # a class with its own config, or an annotation pydantic cannot model
+        return TypeAdapter(annotation)
+
+
+def _expected(annotation: Any, error: ValidationError) -> str:
+    """Say what a value should have been."""
+    first = error.errors()[0]
+    reason = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] in RANGES:
+        null = ", or null" if type(None) in _kinds(annotation) else ""
+        return f"{reason.replace('input should be', 'a number').replace('a number a', 'a')}{null}"
+    kinds = sorted(_kinds(annotation) - {type(None)}, key=str)
+    names = [
+        kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+        for kind in kinds
+    ]
+    names += ["null"] if type(None) in _kinds(annotation) else []
+    text = re.sub(r"typing\.|collections\.abc\.", "", " or ".join(names))
+    return f"{text} ({reason})"
 
 
 def nearest(key: str, valid: Mapping[str, Any] | Sequence[str], prefix: str = "") -> str:
@@ -130,7 +231,7 @@ def nearest(key: str, valid: Mapping[str, Any] | Sequence[str], prefix: str = ""
 
 
 def nearest_key(key: str, config: DictConfig) -> str:
-    """A hint naming the nearest key at the same depth of a configuration."""
+    """Hint at the key of a configuration that is nearest at the same depth."""
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
     if not isinstance(node, DictConfig):

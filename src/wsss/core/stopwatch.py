@@ -26,7 +26,7 @@ class Stopwatch:
     _since: float = 0.0
 
     def now(self) -> float:
-        """Seconds, after all work submitted so far is done."""
+        """Give the time in seconds, once all work submitted so far is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -56,7 +56,7 @@ class Stopwatch:
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:
-    """Peak bytes of this process, and what they count."""
+    """Give the peak bytes of this process, and what they count."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "GPU memory allocated"
     status = Path("/proc/self/status")
@@ -73,7 +73,7 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the CPU's own name."""
+    """Give the name of the GPU or else of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

@@ -10,7 +10,7 @@ from wsss.core.errors import WSSSError
 
 
 def minivoc_root() -> Path:
-    """Returns the folder that holds MiniVOC's ``VOC2012``.
+    """Give the folder that holds MiniVOC's ``VOC2012``.
 
     Raises:
         WSSSError: the package was installed without its data files.

@@ -1,9 +1,10 @@
-"""The Lightning data modules that every method trains and is evaluated with."""
+"""What every data module shares: splits, batches, their order, resuming, a fingerprint."""
 
 import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsss.core.errors import WSSSError
+from wsss.core.ranges import Count, GreyLevel, Number
+from wsss.core.schema import check_fields
 from wsss.core.supervision import IMAGE_LABELS
 from wsss.data.dataset import (
     Guide,
@@ -32,12 +35,16 @@ TRAINING_LIST = "training list (sha256)"  # in a checkpoint
 
 
 def takes_saliency(transform: TrainTransform) -> bool:
-    """Whether a training transform has a place for a saliency map."""
+    """Say whether a training transform has a place for a saliency map."""
     return "saliency" in inspect.signature(transform).parameters
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ImageDataModule(L.LightningDataModule, ABC):
     """Splits of one data set: one to train on, others to evaluate. A layout is a subclass.
+
+    A subclass is a dataclass too: it adds fields of its own, and gives defaults to those below.
+    Fields are keyword arguments and the keys of ``data:`` in a configuration.
 
     Training batches hold the tensors of `train_transform` plus ``labels`` (B, K) float32, ``name``
     (list of B) and ``index`` (B,) int64. Evaluation batches are images at native size: ``image``
@@ -48,77 +55,43 @@ class ImageDataModule(L.LightningDataModule, ABC):
     the number of workers nor on that of the processes. The position is part of a checkpoint, so a
     run that resumes in the middle of an epoch goes on with the images it had not seen yet.
 
-    Args:
-        name: of the data set, for reports.
-        root: folder of the data.
-        class_names: the K foreground classes.
-        train_split: list to train on; its masks are never opened by training (unless the image
-            labels are taken from them).
-        val_split: list for validation during and after training.
-        test_splits: further lists to evaluate.
-        train_transform: makes a training sample from a uint8 image.
-        global_batch_size: images per optimiser step, over all processes and accumulated batches.
-        label_source: where image-level labels come from; part of every result.
-        num_workers: worker processes per loader and process.
-        seed: of order and augmentation.
-        eval_batch_size: images of equal size that are evaluated together; 1: singly.
-        limit: use only the first so many names of every list.
-        saliency_folder: grey PNGs of the training split for methods that use saliency, relative
-            to the root or absolute; None: image-level labels are all there is.
-        saliency_threshold: grey level above which a pixel is salient.
-        train_masks: masks that training sees, for a second stage: a folder of pseudo labels, or
-            ``ground_truth``; None: image-level labels are all there is.
+    Raises:
+        WSSSError: a value is not of its field's type and range, or two contradict each other; it
+            names the key as YAML does, ``data.limit``.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        root: Path,
-        class_names: Sequence[str],
-        train_split: str,
-        val_split: str,
-        test_splits: Sequence[str],
-        train_transform: TrainTransform,
-        global_batch_size: int,
-        label_source: str,
-        num_workers: int,
-        seed: int,
-        eval_batch_size: int,
-        limit: int | None,
-        saliency_folder: str | None,
-        saliency_threshold: int,
-        train_masks: str | None,
-    ) -> None:
+    name: str = field()  # of the data set, for reports; field(): Lightning's class has a name too
+    root: Path  # folder of the data; a string is taken too
+    class_names: tuple[str, ...]  # the K foreground classes
+    # training never opens the masks of this list, unless image labels are taken from them
+    train_split: str
+    val_split: str  # list for validation during and after training
+    test_splits: tuple[str, ...] = ()  # further lists to evaluate
+    train_transform: TrainTransform  # makes a training sample from a uint8 image
+    global_batch_size: Count  # images per optimiser step, all processes and accumulated batches
+    label_source: str  # where image-level labels come from; part of every result
+    num_workers: Number = 0  # worker processes per loader and process
+    seed: Number = 0  # of order and augmentation
+    eval_batch_size: Count = 1  # images of equal size that are evaluated together; 1: singly
+    limit: Count | None = None  # use only the first so many names of every list
+    # grey PNGs of the training split for methods that use saliency, relative to the root or
+    # absolute; None: image-level labels are all there is
+    saliency_folder: str | None = None
+    saliency_threshold: GreyLevel = 127  # grey level above which a pixel is salient
+    # masks that training sees, for a second stage: a folder of pseudo labels, or
+    # ``ground_truth``; None: image-level labels are all there is
+    train_masks: str | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        if limit is not None and limit < 1:
-            raise WSSSError(f"data.limit is {limit}; expected at least 1, or null for all images")
-        if num_workers < 0:
-            raise WSSSError(f"data.num_workers is {num_workers}; expected 0 or more processes")
-        if eval_batch_size < 1:
-            raise WSSSError(f"data.eval_batch_size is {eval_batch_size}; expected at least 1")
-        self.name = name
-        self.root = root
-        self.class_names = check_class_names(class_names)
-        self.train_split = train_split
-        self.val_split = val_split
-        self.test_splits = tuple(test_splits)
-        self.train_transform = train_transform
-        self.global_batch_size = global_batch_size
-        self.label_source = label_source
-        self.num_workers = num_workers
-        self.seed = seed
-        self.eval_batch_size = eval_batch_size
-        self.limit = limit
-        if not 0 <= saliency_threshold < 255:
-            raise WSSSError(f"data.saliency_threshold={saliency_threshold}: expected 0 to 254")
-        if saliency_folder and not takes_saliency(train_transform):
+        check_fields(self, "data")
+        check_class_names(self.class_names)
+        if self.saliency_folder and not takes_saliency(self.train_transform):
             raise WSSSError(
-                f"data.saliency_folder={saliency_folder}: {type(train_transform).__name__} takes "
-                "no saliency maps; use a method that does (getam), or leave it null"
+                f"data.saliency_folder={self.saliency_folder}: "
+                f"{type(self.train_transform).__name__} takes no saliency maps; use a method that "
+                "does (getam), or leave it null"
             )
-        self.saliency_folder, self.saliency_threshold = saliency_folder, saliency_threshold
-        self.train_masks = train_masks
         self._eval_datasets: dict[str, ImageDataset] = {}
         self._train_dataset: ImageDataset | None = None
         self._sizes: dict[str, list[tuple[int, int]]] = {}
@@ -126,17 +99,17 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     @abstractmethod
     def samples(self, split: str) -> list[Sample]:
-        """Returns the files of a split, limited; only the list is read."""
+        """Give the files of a split, limited; only the list is read."""
 
     @abstractmethod
     def label_reader(self) -> Callable[[Sample], NDArray[np.float32]]:
-        """Returns what gives the labels (K,) of a sample, or raises WSSSError."""
+        """Give the function that reads the labels (K,) of a sample or raises WSSSError."""
 
     @abstractmethod
     def _dataset(
         self, split: str, *, transform: TrainTransform | None, with_mask: bool
     ) -> ImageDataset:
-        """Returns a split whose files have been looked for and whose labels are read."""
+        """Give a split whose files have been looked for and whose labels are read."""
 
     @property
     def num_classes(self) -> int:
@@ -145,17 +118,17 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     @property
     def supervision(self) -> str:
-        """League of the training signal; runs of different leagues are not to be compared."""
+        """Kind of the training signal; runs are compared under equal supervision only."""
         if self.train_masks is None and self.saliency_folder:
             return f"{IMAGE_LABELS} and saliency maps (above {self.saliency_threshold})"
         return supervision_of(self.train_masks)
 
     def list_hash(self, split: str) -> str:
-        """Returns the sha256 of the split's names in use, one a line, in their order."""
+        """Give the sha256 of the split's names in use, one a line, in their order."""
         return hash_names([sample.name for sample in self.samples(split)])
 
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """Returns, for every split in use, what says that two runs had the same data.
+        """Give, for every split in use, what says that two runs had the same data.
 
         Number of images and sha256 of list, labels and masks' ids; masks of the training split
         are not opened, so theirs is None.
@@ -176,7 +149,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         }
 
     def setup(self, stage: str) -> None:
-        """Builds the data sets of a stage, so that bad data is named before anything else runs."""
+        """Build the data sets of a stage, so that bad data is named before anything else runs."""
         if stage == "fit":
             self._make_train_dataset()
             self.per_device_batch_size()
@@ -187,7 +160,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
                 self.eval_dataset(split)
 
     def check_contents(self) -> None:
-        """Looks into every file that a run will read, evaluation included, before it starts.
+        """Look into every file that a run will read, evaluation included, before it starts.
 
         A truncated image or a mask of the wrong kind is then named at once and not after hours of
         training. Costs a header an image and one decoding a mask: seconds for VOC.
@@ -217,7 +190,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return self._train_dataset
 
     def _guide(self, samples: Sequence[Sample]) -> Guide | None:
-        """What training sees beside images and their labels, if anything; it is then declared."""
+        """Give what training sees beside images and their labels, if anything; it is declared."""
         if self.train_masks is None:
             if not self.saliency_folder:
                 return None
@@ -236,21 +209,21 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return Guide("mask", paths, partial(read_mask, num_classes=self.num_classes))
 
     def unmasked_dataset(self, split: str) -> ImageDataset:
-        """Returns a split at native size whose masks are never opened: for pseudo labels."""
+        """Give a split at native size whose masks are never opened: for pseudo labels."""
         return self._dataset(split, transform=None, with_mask=False)
 
     def data_root(self) -> Path:
-        """Returns the folder to which paths of the data are relative."""
+        """Give the folder to which paths of the data are relative."""
         return self.root
 
     def eval_dataset(self, split: str) -> ImageDataset:
-        """Returns the split at native size with its masks (where it has any), checked and kept."""
+        """Give the split at native size with its masks (where it has any), checked and kept."""
         if split not in self._eval_datasets:
             self._eval_datasets[split] = self._dataset(split, transform=None, with_mask=True)
         return self._eval_datasets[split]
 
     def per_device_batch_size(self) -> int:
-        """Derives the images per process and forward pass from `global_batch_size`.
+        """Derive the images per process and forward pass from `global_batch_size`.
 
         Raises:
             WSSSError: it does not divide by processes times accumulated batches.
@@ -272,7 +245,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return self.trainer.world_size, self.trainer.global_rank
 
     def train_dataloader(self) -> OneLineErrorLoader:
-        """Returns the shuffled training batches, from where a loaded checkpoint left off."""
+        """Give the shuffled training batches, from where a loaded checkpoint left off."""
         dataset = self._make_train_dataset()
         per_device = self.per_device_batch_size()
         processes, rank = self._processes()
@@ -296,7 +269,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         )
 
     def eval_dataloader(self, split: str) -> OneLineErrorLoader:
-        """Returns this process's share of a split at native size, singly or in batches by size."""
+        """Give this process's share of a split at native size, singly or in batches by size."""
         dataset = self.eval_dataset(split)
         processes, rank = self._processes()
         sampler = UnpaddedDistributedSampler(length=len(dataset), num_replicas=processes, rank=rank)
@@ -317,15 +290,15 @@ class ImageDataModule(L.LightningDataModule, ABC):
         )
 
     def val_dataloader(self) -> OneLineErrorLoader:
-        """Returns the validation split."""
+        """Give the validation split."""
         return self.eval_dataloader(self.val_split)
 
     def test_dataloader(self) -> list[OneLineErrorLoader]:
-        """Returns the test splits, in their order."""
+        """Give the test splits, in their order."""
         return [self.eval_dataloader(split) for split in self.test_splits]
 
     def _order_identity(self) -> dict[str, Any]:
-        """What must be unchanged for a position in the epoch to mean the same images."""
+        """Give what must be unchanged for a position in the epoch to mean the same images."""
         return {
             TRAINING_LIST: hash_names(self._make_train_dataset().names),
             "seed": self.seed,
@@ -334,14 +307,14 @@ class ImageDataModule(L.LightningDataModule, ABC):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position in the training order for a checkpoint (plain values only)."""
+        """Give the position in the training order for a checkpoint (plain values only)."""
         if self.trainer is None or self._train_dataset is None:
             return {}
         epoch, batches = self._position()
         return {"epoch": epoch, "batches": batches, "order": self._order_identity()}
 
     def _position(self) -> tuple[int, int]:
-        """Epoch and batches of it that are done.
+        """Give the epoch and how many batches of it are done.
 
         Not from Lightning's count of epochs, which lags after resuming at the end of one.
         """
@@ -350,7 +323,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return divmod(seen, int(self.trainer.num_training_batches))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remembers a position; it is checked and used when training asks for its loader."""
+        """Remember a position; it is checked and used when training takes its loader."""
         self._resume = state_dict
 
     def _start(self, per_device: int) -> tuple[int, int]:

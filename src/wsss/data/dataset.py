@@ -55,12 +55,12 @@ class Guide(NamedTuple):
     read: Callable[..., NDArray[np.uint8]]
 
     def map(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """Returns the map (H, W) of an image."""
+        """Give the map (H, W) of an image."""
         return self.read(self.paths[name], size=size)
 
 
 def saliency_guide(samples: Sequence[Sample], folder: Path, threshold: int) -> Guide:
-    """Saliency maps ``folder/NAME.png``; grey levels above `threshold` are salient."""
+    """Make a guide of saliency maps ``folder/NAME.png``, salient above grey level `threshold`."""
     paths = {sample.name: folder / f"{sample.name}.png" for sample in samples}
     return Guide("saliency map", paths, partial(read_saliency, threshold=threshold))
 
@@ -106,7 +106,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self._mask_sha256: str | None = None
 
     def guided_by(self, guide: Guide) -> None:
-        """Gives the transform a third argument.
+        """Give the transform a third argument.
 
         Raises:
             WSSSError: an image has no map.
@@ -129,7 +129,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return len(self.samples)
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
-        """Reads one sample; `item` is an index, or (epoch, index) as the samplers give it."""
+        """Read one sample; `item` is an index, or (epoch, index) as the samplers give it."""
         epoch, index = item if isinstance(item, tuple) else (0, item)
         rgb = read_rgb(self.samples[index].image)
         size = (rgb.shape[0], rgb.shape[1])
@@ -153,7 +153,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return read_mask(path, num_classes=self.num_classes, size=size)
 
     def check_contents(self) -> None:
-        """Looks into every file before training starts: headers of images, all of each mask.
+        """Look into every file before training starts: headers of images, all of each mask.
 
         Raises:
             WSSSError: names the first file that cannot be used.
@@ -161,7 +161,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self._mask_sha256 = _hash_lines(in_threads(self._digest, range(len(self))))
 
     def mask_sha256(self) -> str | None:
-        """Returns a hash of names, sizes and class ids of all masks; None where there is none.
+        """Give a hash of names, sizes and class ids of all masks; None where there is none.
 
         It is of the decoded ids, so a mask set that was only compressed anew keeps its hash.
         """
@@ -172,14 +172,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return self._mask_sha256
 
     def label_sha256(self) -> str:
-        """Returns a hash of names and labels."""
+        """Give a hash of names and labels."""
         return _hash_lines(
             label_line(name, row, self.class_names)
             for name, row in zip(self.names, self.labels, strict=True)
         )
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Returns (height, width) of every image, from the headers."""
+        """Give (height, width) of every image, from the headers."""
         return in_threads(lambda sample: image_size(sample.image), self.samples)
 
     def _digest(self, index: int) -> str:
@@ -193,13 +193,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
 
 def mask_digest(mask: NDArray[np.uint8]) -> str:
-    """Returns the sha256 of a mask's shape and ids."""
+    """Give the sha256 of a mask's shape and ids."""
     header = f"{mask.shape[0]}x{mask.shape[1]}\n".encode()
     return hashlib.sha256(header + mask.tobytes()).hexdigest()
 
 
 def label_line(name: str, labels: NDArray[np.float32], class_names: Sequence[str]) -> str:
-    """Returns a name with its classes, as hashes of labels are taken of it."""
+    """Give a name with its classes, as hashes of labels are taken of it."""
     return " ".join([name, *present(labels, class_names)])
 
 
@@ -208,12 +208,12 @@ def _hash_lines(lines: Any) -> str:
 
 
 def hash_names(names: Sequence[str]) -> str:
-    """Returns the sha256 of a list of names, one a line."""
+    """Give the sha256 of a list of names, one a line."""
     return _hash_lines(names)
 
 
 def in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Maps over items in threads (Pillow decodes without the interpreter's lock), in their order.
+    """Map over items in threads (Pillow decodes without the interpreter's lock), in their order.
 
     The first exception ends the work.
     """
@@ -225,7 +225,7 @@ def in_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
 
 
 def check_files(kind: str, paths: Sequence[Path], listed_in: Path | str) -> None:
-    """Looks whether files exist, with one listing a folder (a stat per file is slow on NFS).
+    """Check that files exist, with one listing a folder (a stat per file is slow on NFS).
 
     Args:
         kind: what they are, for the message.
@@ -249,7 +249,7 @@ def check_files(kind: str, paths: Sequence[Path], listed_in: Path | str) -> None
 
 
 def missing_files(paths: Sequence[Path]) -> list[Path]:
-    """Returns those of the files that do not exist, in their order."""
+    """Give those of the files that do not exist, in their order."""
     by_folder: dict[Path, list[Path]] = defaultdict(list)
     for path in paths:
         by_folder[path.parent].append(path)
@@ -264,7 +264,7 @@ def missing_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def multi_hot(names: Sequence[str], class_names: Sequence[str]) -> NDArray[np.float32]:
-    """Returns class names as a float32 vector (K,); ValueError where one is not a class."""
+    """Give class names as a float32 vector (K,); ValueError where one is not a class."""
     labels = np.zeros(len(class_names), np.float32)
     for name in names:
         labels[list(class_names).index(name)] = 1
@@ -272,12 +272,12 @@ def multi_hot(names: Sequence[str], class_names: Sequence[str]) -> NDArray[np.fl
 
 
 def present(labels: NDArray[np.float32], class_names: Sequence[str]) -> list[str]:
-    """Returns the names of the classes in a vector (K,); undoes `multi_hot`."""
+    """Give the names of the classes in a vector (K,); undoes `multi_hot`."""
     return [name for name, shown in zip(class_names, labels, strict=True) if shown]
 
 
 def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names as a tuple, or raises WSSSError if they cannot number a mask's ids."""
+    """Give the names as a tuple, or raise WSSSError if they cannot number a mask's ids."""
     names = tuple(class_names)
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:

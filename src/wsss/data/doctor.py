@@ -1,6 +1,6 @@
-"""`wsss data check`: looks at everything that a run would read and says what to mend.
+"""`wsss data check`: look at everything that a run would read, and say what to mend.
 
-Reading for training stops at the first bad file; the doctor goes on, so that one call tells all.
+Reading for training stops at the first bad file; the doctor goes on, so that one call finds all.
 Errors are what a run would stumble over or be wrong by; warnings are what the real data sets have
 too (XML and SBD's masks do disagree now and then); notes are good to know.
 """
@@ -94,7 +94,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
 
     def add(self, level: Level, kind: str, split: str, text: str) -> None:
-        """Adds a finding."""
+        """Add a finding."""
         self.findings.append(Finding(level, kind, split, text))
 
     @property
@@ -104,7 +104,7 @@ class Report:
 
 
 def table_problems(data: dict[str, Any]) -> list[str]:
-    """Every bad row of a table, where the data are one; a run would stop at the first."""
+    """List every bad row where the data are a table; a run would stop at the first."""
     if "csv" not in data:
         return []
     root = Path(data["root"]).expanduser()
@@ -116,7 +116,7 @@ def table_problems(data: dict[str, Any]) -> list[str]:
 
 
 def examine(data: ImageDataModule, *, fast: bool = False) -> Report:
-    """Examines the splits that a run would use.
+    """Examine the splits that a run would use.
 
     Args:
         data: the data module.
@@ -141,7 +141,7 @@ def examine(data: ImageDataModule, *, fast: bool = False) -> Report:
 def _examine_split(
     data: ImageDataModule, split: str, samples: list[Sample], report: Report, *, fast: bool
 ) -> dict[str, str]:
-    """One split; returns the images' hashes by name."""
+    """Examine one split, and give the images' hashes by name."""
     official = OFFICIAL.get(str(data.name), {}).get(split)
     if official not in (None, len(samples)) and data.limit is None:
         report.add("warning", "count", split, f"{len(samples)} images, the field has {official}")
@@ -193,7 +193,7 @@ def _examine_split(
 def _labels(
     data: ImageDataModule, split: str, samples: Sequence[Sample], report: Report
 ) -> dict[str, NDArray[np.float32]]:
-    """Labels by name, and findings about those that cannot be read."""
+    """Read labels by name, and report those that cannot be read."""
     labels = {}
     try:
         labels_of = data.label_reader()
@@ -217,7 +217,7 @@ def _labels(
 
 
 def _compare_with_origin(labels_of: VOCLabels, sample: Sample, labels: NDArray[np.float32]) -> None:
-    """Compares VOC's prepared table with the annotation or mask that it was made from."""
+    """Compare VOC's prepared table with the annotation or mask that it was made from."""
     origin = derive_labels(sample, labels_of.root, labels_of.class_names, labels_of.source)
     if not np.array_equal(origin, labels):
         raise WSSSError(
@@ -227,7 +227,7 @@ def _compare_with_origin(labels_of: VOCLabels, sample: Sample, labels: NDArray[n
 
 
 def look(sample: Sample, num_classes: int, split: str) -> Look:
-    """Decodes one image and its mask."""
+    """Decode one image and its mask."""
     findings = []
     size = None
     image_sha256 = None
@@ -254,7 +254,7 @@ def look(sample: Sample, num_classes: int, split: str) -> Look:
 
 
 def _bad_mask(path: Path, num_classes: int, split: str, text: str) -> Finding:
-    """A mask that cannot be used; raw COCO ids get their own diagnosis."""
+    """Say why a mask cannot be used; raw COCO ids have a diagnosis of their own."""
     if "holds class id" in text and num_classes == len(RAW_COCO_IDS):
         with Image.open(path) as image:
             ids = {int(i) for i in np.unique(np.asarray(image))} - {0, IGNORE_INDEX}
@@ -278,7 +278,7 @@ def _compare_labels(
     labels: dict[str, NDArray[np.float32]],
     report: Report,
 ) -> None:
-    """Labels beside what the masks show."""
+    """Compare labels with what the masks show."""
     unlabelled, unseen, raw = [], [], []
     for sample, one in zip(samples, looks, strict=True):
         if one.ids is None or sample.name not in labels:
@@ -310,7 +310,7 @@ def _compare_labels(
 def _compare_splits(
     names: dict[str, set[str]], hashes: dict[str, dict[str, str]], report: Report
 ) -> None:
-    """Images in two splits, by name and by content."""
+    """Find images in two splits, by name and by content."""
     splits = list(names)
     for number, first in enumerate(splits):
         for second in splits[number + 1 :]:
@@ -332,15 +332,15 @@ def _compare_splits(
                     f"{same[0][1]!r} first; remove them from one"
                 )
                 report.add("error", "overlap", f"{first}, {second}", text)
-    for split, own in hashes.items():
-        doubled = [count for count in Counter(own.values()).values() if count > 1]
+    for split, by_name in hashes.items():
+        doubled = [count for count in Counter(by_name.values()).values() if count > 1]
         if doubled:
             text = f"{sum(doubled) - len(doubled)} images are copies of others; remove them"
             report.add("warning", "copies", split, text)
 
 
 def _examine_folders(data: ImageDataModule, names: dict[str, set[str]], report: Report) -> None:
-    """Files that no split names, and label files that are not read."""
+    """Find files that no split names, and label files that are not read."""
     listed: dict[Path, set[str]] = defaultdict(set)
     for split in names:
         for sample in data.samples(split):

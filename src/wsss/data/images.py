@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
 
 def _decode(path: Path) -> Image.Image:
-    """Opens and fully decodes one file, so that truncation shows here and not later."""
+    """Open and fully decode one file, so that truncation shows here and not later."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -40,7 +40,7 @@ def _decode(path: Path) -> Image.Image:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Reads the header of an image, and whether a JPEG is complete; pixels are not decoded.
+    """Read the header of an image, and check that a JPEG is complete; decode no pixels.
 
     Returns:
         (height, width) in pixels.
@@ -69,7 +69,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _start_of_scan(stream: BinaryIO) -> int:
-    """Returns where a JPEG's coded pixels begin.
+    """Give where a JPEG's coded pixels begin.
 
     What lies before may hold a thumbnail, a whole JPEG with an end marker of its own.
     """
@@ -87,7 +87,7 @@ def _start_of_scan(stream: BinaryIO) -> int:
 
 
 def _sixteen_bit_to_eight(path: Path, image: Image.Image) -> NDArray[np.uint8]:
-    """Keeps the high byte of a 16-bit grey image, as Pillow does for 16-bit RGB."""
+    """Keep the high byte of a 16-bit grey image, as Pillow does for 16-bit RGB."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise WSSSError(
@@ -98,7 +98,7 @@ def _sixteen_bit_to_eight(path: Path, image: Image.Image) -> NDArray[np.uint8]:
 
 
 def read_rgb(path: Path) -> NDArray[np.uint8]:
-    """Reads any common image as RGB, decoding it once.
+    """Read any common image as RGB, decoding it once.
 
     Grey is repeated over the channels, CMYK and palettes are converted, an alpha channel is
     dropped (not blended), 16-bit values keep their high byte, and EXIF orientation is not applied
@@ -123,7 +123,7 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
 def read_mask(
     path: Path, *, num_classes: int, size: tuple[int, int] | None = None
 ) -> NDArray[np.uint8]:
-    """Reads a mask of class ids: 0 background, 1..num_classes foreground, 255 ignored.
+    """Read a mask of class ids: 0 background, 1..num_classes foreground, 255 ignored.
 
     Args:
         path: palette (``P``) or 8-bit grey (``L``) image whose stored values are the ids.
@@ -160,7 +160,7 @@ def read_mask(
 
 
 def read_saliency(path: Path, *, threshold: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Reads a grey saliency map; pixels above ``threshold`` are salient.
+    """Read a grey saliency map; pixels above ``threshold`` are salient.
 
     Args:
         path: 8-bit grey, 1-bit or palette image.
@@ -188,7 +188,7 @@ def read_saliency(path: Path, *, threshold: int, size: tuple[int, int]) -> NDArr
 
 
 def voc_palette(n: int = 256) -> list[int]:
-    """Returns the colours of the VOC devkit as a flat list of 3n values, for `Image.putpalette`.
+    """Give the colours of the VOC devkit as a flat list of 3n values, for `Image.putpalette`.
 
     Bit b of the id's three lowest bits goes to red, green and blue, highest colour bit first;
     then the id is shifted by three (the devkit's ``VOClabelcolormap``).
@@ -205,7 +205,7 @@ def voc_palette(n: int = 256) -> list[int]:
 
 
 def mask_png(ids: NDArray[np.uint8]) -> bytes:
-    """Returns class ids (H, W) as an index PNG with the VOC palette."""
+    """Give class ids (H, W) as an index PNG with the VOC palette."""
     image = Image.fromarray(ids, mode="P")
     image.putpalette(voc_palette())
     content = io.BytesIO()
@@ -214,7 +214,7 @@ def mask_png(ids: NDArray[np.uint8]) -> bytes:
 
 
 def write_mask(ids: NDArray[np.uint8], path: Path) -> None:
-    """Writes class ids (H, W) as an index PNG that appears whole or not at all."""
+    """Write class ids (H, W) as an index PNG that appears whole or not at all."""
     write_atomically(path, mask_png(ids))
 
 

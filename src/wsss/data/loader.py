@@ -37,7 +37,7 @@ def make_loader(
     batch_sampler: Sampler[list[int]] | None = None,
     drop_last: bool = False,
 ) -> OneLineErrorLoader:
-    """Builds a loader whose workers live through all epochs and whose errors are one line.
+    """Build a loader whose workers live through all epochs and whose errors are one line.
 
     Args:
         dataset: what to load.

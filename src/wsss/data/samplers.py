@@ -17,7 +17,7 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
     """A shuffled order that depends on (seed, epoch) alone, yielding pairs (epoch, index).
 
     The epoch travels with the index because workers that live through many epochs hold a copy of
-    the dataset that nobody can tell the epoch. Only whole global batches are given, so the images
+    the dataset that never learns the epoch. Only whole global batches are given, so the images
     of optimiser step n are the same however many processes share them. A global batch is cut into
     forward passes of `per_device` images, and the processes take these in turn: two processes see
     the images together that one process would in two passes (``accumulate_grad_batches=2``).
@@ -30,7 +30,7 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
         rank: of this process.
         seed: of the order.
         start: (epoch, images of this process already seen in it) to begin with.
-        current_epoch: tells the epoch, asked whenever one begins.
+        current_epoch: gives the epoch, called whenever one begins.
     """
 
     def __init__(
@@ -67,17 +67,17 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
         stream = np.random.SeedSequence(self.seed, spawn_key=(self.epoch,))
         order = np.random.default_rng(stream).permutation(len(self.dataset))  # type: ignore[arg-type]
         passes = order[: self.total_size].reshape(-1, self.num_replicas, self.per_device)
-        own = passes[:, self.rank].ravel()
+        share = passes[:, self.rank].ravel()
         first = self.start_offset if self.epoch == self.start_epoch else 0
-        return iter([(self.epoch, int(index)) for index in own[first:]])
+        return iter([(self.epoch, int(index)) for index in share[first:]])
 
     def __len__(self) -> int:
-        """Number of images of a whole epoch: Lightning adds the resumed ones to its own count."""
+        """Give the number of images of a whole epoch: Lightning counts resumed ones itself."""
         return self.num_samples
 
 
 class UnpaddedDistributedSampler(DistributedSampler[int]):
-    """Splits 0..length-1 over the processes without repeating any, in order.
+    """Split 0..length-1 over the processes without repeating any, in order.
 
     Processes may get unequal numbers: metrics must be reduced once at the end, not every batch.
     """
@@ -127,7 +127,7 @@ class SizeBuckets(Sampler[list[int]]):
 
 
 def seed_worker(seed: int, rank: int, worker: int) -> None:
-    """Seeds the global generators of a loader's worker from (seed, rank, worker).
+    """Seed the global generators of a loader's worker from (seed, rank, worker).
 
     Samples draw from generators of their own and do not need it. It is for what a transform or a
     library might draw elsewhere: never the same stream twice, and the same one in every run.

@@ -56,7 +56,7 @@ class Table(NamedTuple):
         path: the CSV.
         rows: the images.
         class_names: all classes, in the order of the mask ids.
-        problems: what is wrong, one line each; empty unless all of it was asked for.
+        problems: what is wrong, one line each; empty unless `all_problems` is set.
     """
 
     path: Path
@@ -66,7 +66,7 @@ class Table(NamedTuple):
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raises WSSSError for a label file that only a pickle loader reads (``cls_labels.npy``)."""
+    """Raise WSSSError for a label file that only a pickle loader reads (``cls_labels.npy``)."""
     if path.suffix.lower() in PICKLES:
         raise WSSSError(
             f"{path} is a pickle or NumPy file, which is never loaded here (reading a stranger's "
@@ -78,7 +78,7 @@ def refuse_pickle(path: Path) -> None:
 def read_table(
     path: Path, root: Path, class_names: Sequence[str] | None = None, *, all_problems: bool = False
 ) -> Table:
-    """Reads a table and checks every row; no image is opened.
+    """Read a table and check every row; no image is opened.
 
     Args:
         path: the CSV.
@@ -118,14 +118,14 @@ def read_table(
 
 
 def read_classes(path: Path) -> tuple[str, ...] | None:
-    """Reads class names, one a line; None if there is no such file."""
+    """Read class names, one a line; None if there is no such file."""
     if not path.is_file():
         return None
     return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
 
 
 def read_text(path: Path) -> str:
-    """Reads UTF-8 text, with or without a byte-order mark.
+    """Read UTF-8 text, with or without a byte-order mark.
 
     Raises:
         WSSSError: no such file, or another encoding.
@@ -141,7 +141,7 @@ def read_text(path: Path) -> str:
 
 
 def _records(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Line numbers and fields of a CSV with checked header and equally long rows."""
+    """Read line numbers and fields of a CSV with checked header and equally long rows."""
     refuse_pickle(path)
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     records: list[tuple[int, dict[str, str]]] = []
@@ -207,12 +207,12 @@ def _row(
 
 
 def split_labels(text: str) -> list[str]:
-    """Splits ``cat;dog`` or ``cat|dog``."""
+    """Split ``cat;dog`` or ``cat|dog``."""
     return re.split(r"[;|]", text)
 
 
 def inside(root: Path, text: str, where: str) -> Path:
-    """Returns a table's path below the root.
+    """Give a table's path below the root.
 
     Raises:
         WSSSError: it is empty or leads out of the root. Links are followed, not judged.
@@ -226,7 +226,7 @@ def inside(root: Path, text: str, where: str) -> Path:
 
 
 def holdout(rows: Sequence[Row], share: float) -> set[str]:
-    """Chooses the images to validate on where a table does not say.
+    """Choose the images to validate on where a table does not say.
 
     They are drawn by the hash of their names, so that every seed and every machine holds out the
     same ones and a new image moves few others; no class loses its last training image.
@@ -237,8 +237,6 @@ def holdout(rows: Sequence[Row], share: float) -> set[str]:
     Raises:
         WSSSError: no image can be spared.
     """
-    if not 0 < share < 1:
-        raise WSSSError(f"data.holdout={share}: expected a share between 0 and 1")
     left = Counter(label for row in rows for label in row.labels)
     wanted = max(1, round(share * len(rows)))
     chosen: set[str] = set()

@@ -1,90 +1,44 @@
 """The data module of a CSV: own images, COCO, exports of annotation tools."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsss.core.errors import WSSSError
+from wsss.core.ranges import Part
 from wsss.data.datamodule import ImageDataModule
 from wsss.data.dataset import ImageDataset, Sample, TrainTransform, check_files, multi_hot
 from wsss.data.table import FOLDER, Table, holdout, read_table
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TableDataModule(ImageDataModule):
     """Images listed in a CSV (`wsss.data.table`): one's own, COCO, exports of annotation tools.
 
-    Args:
-        name: of the data set.
-        root: folder to which the table's paths are relative.
-        csv: the table, relative to the root or absolute.
-        class_names: the K foreground classes; null takes them from the table (a run then stores
-            them in its configuration).
-        train_split: value of the column ``split``, as the other two.
-        val_split: list for validation.
-        test_splits: further lists to evaluate.
-        train_transform: makes a training sample.
-        global_batch_size: images per optimiser step.
-        num_workers: worker processes.
-        seed: of order and augmentation.
-        holdout: share of the images to validate on where the table has no column ``split``.
-        label_source: what the labels were made from, for the record.
-        eval_batch_size: images of equal size that are evaluated together.
-        limit: use only the first so many names of every list.
-        saliency_folder: see `ImageDataModule`, as the next two.
-        saliency_threshold: what counts as salient.
-        train_masks: masks that training sees.
+    `ImageDataModule` has the batches and the other fields. A split is a value of the table's
+    column ``split``.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        root: str | Path,
-        csv: str,
-        class_names: Sequence[str] | None = None,
-        train_split: str = "train",
-        val_split: str = "val",
-        test_splits: Sequence[str] = (),
-        train_transform: TrainTransform,
-        global_batch_size: int,
-        num_workers: int = 0,
-        seed: int = 0,
-        holdout: float = 0.2,
-        label_source: str = "csv",
-        eval_batch_size: int = 1,
-        limit: int | None = None,
-        saliency_folder: str | None = None,
-        saliency_threshold: int = 127,
-        train_masks: str | None = None,
-    ) -> None:
-        folder = Path(os.path.normpath(Path(root).expanduser()))
-        self.csv = folder / csv
-        self.holdout = holdout
+    csv: Path  # the table, relative to the root or absolute
+    # None: from the table (a run then stores them in its configuration); never None afterwards
+    class_names: tuple[str, ...] | None = None  # type: ignore[assignment]
+    train_split: str = "train"
+    val_split: str = "val"
+    holdout: Part = 0.2  # share of the images to validate on where there is no column ``split``
+    label_source: str = "csv"  # what the labels were made from, for the record
+
+    def __post_init__(self) -> None:
+        self.root = Path(os.path.normpath(Path(self.root).expanduser()))
+        self.csv = self.root / self.csv
         self._table: Table | None = None
-        if class_names is None:
-            self._table = read_table(self.csv, folder)
-            class_names = self._table.class_names
-        super().__init__(
-            name=name,
-            root=folder,
-            class_names=class_names,
-            train_split=train_split,
-            val_split=val_split,
-            test_splits=test_splits,
-            train_transform=train_transform,
-            global_batch_size=global_batch_size,
-            label_source=label_source,
-            num_workers=num_workers,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            limit=limit,
-            saliency_folder=saliency_folder,
-            saliency_threshold=saliency_threshold,
-            train_masks=train_masks,
-        )
+        if self.class_names is None:
+            self._table = read_table(self.csv, self.root)
+            self.class_names = self._table.class_names
+        super().__post_init__()
 
     @property
     def table(self) -> Table:
@@ -105,7 +59,7 @@ class TableDataModule(ImageDataModule):
         return self._table
 
     def samples(self, split: str) -> list[Sample]:
-        """Returns the rows of a split, or the holdout and the rest where there is no column."""
+        """Give the rows of a split, or the holdout and the rest where there is no column."""
         rows = self.table.rows
         if any(row.split is not None for row in rows):
             chosen = [row.sample for row in rows if row.split == split]
@@ -126,9 +80,9 @@ class TableDataModule(ImageDataModule):
         return chosen[: self.limit]
 
     def label_reader(self) -> Callable[[Sample], NDArray[np.float32]]:
-        """Returns the labels as the table has them."""
+        """Give the labels as the table has them."""
         labels = {row.sample.name: row.labels for row in self.table.rows}
-        return lambda sample: multi_hot(labels[sample.name], self.class_names)
+        return lambda sample: multi_hot(labels[sample.name], self.table.class_names)
 
     def _dataset(
         self, split: str, *, transform: TrainTransform | None, with_mask: bool
@@ -141,7 +95,7 @@ class TableDataModule(ImageDataModule):
         return ImageDataset(
             samples=samples,
             labels=np.stack([labels_of(sample) for sample in samples]),
-            class_names=self.class_names,
+            class_names=self.table.class_names,
             transform=transform,
             with_mask=with_mask,
             seed=self.seed,

@@ -13,7 +13,7 @@ CARD_FILE = "pseudo_labels.json"  # lies among the masks that `wsss pseudo` writ
 
 
 def check_train_masks(train_masks: str | None, transform: Any) -> None:
-    """Looks whether the training transform and the masks ask for each other.
+    """Check that the training transform and the masks need each other.
 
     Args:
         train_masks: ``data.train_masks``.
@@ -42,7 +42,7 @@ def check_train_masks(train_masks: str | None, transform: Any) -> None:
 
 
 def read_card(train_masks: str | None) -> dict[str, Any] | None:
-    """What `wsss pseudo` wrote about a folder; None where nobody says anything.
+    """Read what `wsss pseudo` wrote about a folder; None where it wrote nothing.
 
     Raises:
         WSSSError: the card is not readable.
@@ -62,7 +62,7 @@ def read_card(train_masks: str | None) -> dict[str, Any] | None:
 
 
 def supervision_of(train_masks: str | None) -> str:
-    """The league of a training signal; runs of different leagues are not to be compared."""
+    """Name the kind of a training signal; runs are compared under equal supervision only."""
     if train_masks is None:
         return IMAGE_LABELS
     if train_masks == GROUND_TRUTH:

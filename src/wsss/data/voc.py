@@ -34,7 +34,7 @@ LabelSource = Literal["xml", "mask"]
 
 
 def find_voc_root(root: Path) -> Path:
-    """Returns the folder with ``JPEGImages``, given it, ``VOCdevkit`` or a folder that holds that.
+    """Give the folder with ``JPEGImages``, given it, ``VOCdevkit`` or a folder that holds that.
 
     Raises:
         WSSSError: none of these places holds ``JPEGImages``.
@@ -53,14 +53,14 @@ def find_voc_root(root: Path) -> Path:
 
 
 def list_path(root: Path, split: str) -> Path:
-    """The file behind a split."""
+    """Give the file behind a split."""
     if split.endswith(".txt"):
         return Path(split).expanduser()
     return root / "ImageSets" / "Segmentation" / f"{split}.txt"
 
 
 def read_split(root: Path, split: str) -> list[str]:
-    """Reads the image names of a split, one a line; empty lines are ignored.
+    """Read the image names of a split, one a line; empty lines are ignored.
 
     Args:
         root: folder as returned by `find_voc_root`.
@@ -106,7 +106,7 @@ def read_split(root: Path, split: str) -> list[str]:
 
 
 def labels_from_xml(path: Path, class_names: Sequence[str]) -> NDArray[np.float32]:
-    """Reads image-level labels from a VOC annotation: every object counts, ``difficult`` ones too.
+    """Read image-level labels from a VOC annotation: every object counts, ``difficult`` ones too.
 
     This gives the labels of IRN's ``cls_labels.npy``, which the field trains on (field.md, C).
 
@@ -133,18 +133,18 @@ def labels_from_xml(path: Path, class_names: Sequence[str]) -> NDArray[np.float3
 
 
 def labels_from_mask(mask: NDArray[np.uint8], num_classes: int) -> NDArray[np.float32]:
-    """Returns the classes present in a mask (H, W) as a float32 multi-hot vector (K,)."""
+    """Give the classes present in a mask (H, W) as a float32 multi-hot vector (K,)."""
     counts = np.bincount(mask.ravel(), minlength=256)
     return (counts[1 : num_classes + 1] > 0).astype(np.float32)
 
 
 def labels_file(root: Path, source: LabelSource) -> Path:
-    """Where `wsss data prepare voc` keeps the labels of all images, as a table."""
+    """Give the table in which `wsss data prepare voc` keeps the labels of all images."""
     return root / f"labels_{source}.csv"
 
 
 def voc_samples(root: Path, split: str, mask_folder: str) -> list[Sample]:
-    """Returns the files that a list stands for; nothing but the list is read.
+    """Give the files that a list stands for; nothing but the list is read.
 
     Args:
         root: folder as returned by `find_voc_root`.
@@ -167,7 +167,7 @@ def _label_origin(sample: Sample, root: Path, source: LabelSource) -> Path:
 def derive_labels(
     sample: Sample, root: Path, class_names: Sequence[str], source: LabelSource
 ) -> NDArray[np.float32]:
-    """Returns the labels (K,) of an image from its annotation or its mask.
+    """Give the labels (K,) of an image from its annotation or its mask.
 
     Raises:
         WSSSError: the file cannot be read, names an unknown class, or none at all.
@@ -206,13 +206,13 @@ class VOCLabels:
             self.prepared = {row.sample.image.stem: row.labels for row in table.rows}
 
     def files(self, samples: Sequence[Sample]) -> list[Path]:
-        """Returns the files from which labels will be read, the table aside."""
+        """Give the files from which labels will be read, the table aside."""
         if self.prepared is not None:
             return []
         return [_label_origin(sample, self.root, self.source) for sample in samples]
 
     def __call__(self, sample: Sample) -> NDArray[np.float32]:
-        """Returns the labels (K,) of an image.
+        """Give the labels (K,) of an image.
 
         Raises:
             WSSSError: nothing to read them from, an unknown class, or no label at all.

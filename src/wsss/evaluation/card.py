@@ -15,7 +15,7 @@ PACKAGES = ("torch", "timm", "lightning", "torchmetrics", "albumentations", "pyd
 
 
 def git_commit() -> str | None:
-    """Commit of the source checkout with ``-dirty`` on local changes; None when installed.
+    """Read the commit of the source checkout with ``-dirty`` on local changes; None when installed.
 
     Only a checkout that tracks this very file counts, so that an installed package does not
     report the commit of whatever repository its environment happens to lie in.
@@ -40,7 +40,7 @@ def git_commit() -> str | None:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of the packages that move numbers; None for one that is not installed."""
+    """Read the versions of the packages that move numbers; None for one that is not installed."""
     versions: dict[str, str | None] = {"wsss": wsss.__version__}
     for package in PACKAGES:
         try:
@@ -64,20 +64,20 @@ def protocol_card(
     supervision: str = "image labels",
     selection: str = "last checkpoint",
 ) -> dict[str, Any]:
-    """The card that is stored beside every number (field.md D, "Fairness card").
+    """Make the card that is stored beside every number (field.md D, "Fairness card").
 
     Args:
-        protocol: How the module was evaluated.
-        split: Name of the evaluated split.
+        protocol: how the module was evaluated.
+        split: name of the evaluated split.
         list_hash: SHA-256 of its list.
-        num_images: Number of images that were counted.
-        backbone: Name, weights source, file hash and pretraining data, as the backbone tells.
-        crop_size: Side of a training crop in pixels.
-        iterations: Optimiser steps of the evaluated weights.
-        global_batch_size: Images a step.
-        seed: Seed of the run.
-        supervision: League of the training signal, such as ``image labels`` or ``masks``.
-        selection: How the checkpoint was chosen.
+        num_images: number of images that were counted.
+        backbone: name, weights source, file hash and pretraining data, as the backbone says.
+        crop_size: side of a training crop in pixels.
+        iterations: optimiser steps of the evaluated weights.
+        global_batch_size: images a step.
+        seed: seed of the run.
+        supervision: kind of the training signal, such as ``image labels`` or ``masks``.
+        selection: how the checkpoint was chosen.
 
     Returns:
         Plain values, ready for JSON.
@@ -125,16 +125,16 @@ def folder_card(
     supervision: str,
     seed: int,
 ) -> dict[str, Any]:
-    """The card of maps that somebody else made: what is not known is null.
+    """Make the card of maps that somebody else made: what is not known is null.
 
     Args:
-        protocol: Thresholds that were applied here; other settings count only where declared.
-        declared: Names of the settings that the user stated.
-        split: Name of the evaluated split.
+        protocol: thresholds that were applied here; other settings count only where declared.
+        declared: names of the settings that the user stated.
+        split: name of the evaluated split.
         list_hash: SHA-256 of its list.
-        num_images: Number of images that were counted.
-        supervision: League of the training signal, as stated.
-        seed: Seed of the maps, as stated.
+        num_images: number of images that were counted.
+        supervision: kind of the training signal, as stated.
+        seed: seed of the maps, as stated.
     """
     card = protocol_card(
         protocol=protocol,

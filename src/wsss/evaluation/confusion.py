@@ -56,7 +56,7 @@ class Counts(NamedTuple):
 
 
 def scores(matrix: Tensor) -> Scores:
-    """Turns a confusion matrix into scores.
+    """Turn a confusion matrix into scores.
 
     Args:
         matrix: (C, C) integer counts, rows are ground truth, columns are predictions.
@@ -80,13 +80,13 @@ def scores(matrix: Tensor) -> Scores:
 
 
 def score_pseudo_labels(counts: Counts, ignored: IgnoredPrediction) -> Scores:
-    """Scores label maps that may abstain (255), under a stated policy.
+    """Score label maps that may abstain (255), under a stated policy.
 
     Leaving abstentions out of the score rewards a method for labelling little, so this number is
     only meaningful beside the other policy and :func:`coverage` (field.md D.3).
 
     Args:
-        counts: Result of :meth:`ConfusionMatrix.compute`.
+        counts: result of :meth:`ConfusionMatrix.compute`.
         ignored: ``ignored_as_background`` counts 255 as background, ``excluded`` leaves it out.
 
     Returns:
@@ -100,17 +100,17 @@ def score_pseudo_labels(counts: Counts, ignored: IgnoredPrediction) -> Scores:
 
 
 def coverage(counts: Counts) -> float:
-    """Share of counted pixels that received a label other than 255; NaN without pixels."""
+    """Give the share of counted pixels with a label other than 255; NaN without pixels."""
     labelled, abstained = counts.matrix.sum().item(), counts.abstained.sum().item()
     total = labelled + abstained
     return labelled / total if total else float("nan")
 
 
 def check_target(target: Tensor, num_classes: int) -> Tensor:
-    """Boolean mask of the pixels that count.
+    """Check a target, and give the boolean mask of the pixels that count.
 
     Raises:
-        WSSSError: If an id is neither a class nor 255.
+        WSSSError: an id is neither a class nor 255.
     """
     valid = target != IGNORE_INDEX
     wrong = valid & ((target < 0) | (target >= num_classes))
@@ -138,8 +138,8 @@ class ConfusionMatrix(Metric):
     :func:`score_pseudo_labels` says what it is worth.
 
     Args:
-        num_classes: Number of classes C with the background.
-        allow_ignored_prediction: Whether predictions may abstain with 255.
+        num_classes: number of classes C with the background.
+        allow_ignored_prediction: whether predictions may abstain with 255.
     """
 
     full_state_update = False
@@ -157,14 +157,14 @@ class ConfusionMatrix(Metric):
         )
 
     def update(self, pred: Tensor, target: Tensor) -> None:
-        """Counts a batch.
+        """Count a batch.
 
         Args:
             pred: (..., H, W) integer class ids, on any device.
-            target: Same shape, class ids or 255.
+            target: same shape, class ids or 255.
 
         Raises:
-            WSSSError: If the shapes differ or an id is neither a class nor an allowed 255.
+            WSSSError: the shapes differ or an id is neither a class nor an allowed 255.
         """
         _same_shape(pred, target)
         pred, target = pred.to(self.device).long(), target.to(self.device).long()
@@ -188,7 +188,7 @@ class ConfusionMatrix(Metric):
         self.abstained += counts[:, self.num_classes]
 
     def compute(self) -> Counts:
-        """Returns the counts summed over batches (and ranks, where several run)."""
+        """Give the counts summed over batches (and ranks, where several run)."""
         return Counts(self.matrix, self.abstained)
 
 
@@ -200,11 +200,11 @@ class ThresholdConfusion(Metric):
     the maps are read once instead of once per threshold.
 
     Args:
-        num_classes: Number of classes C with the background.
+        num_classes: number of classes C with the background.
         thresholds: T strictly ascending thresholds in [0, 1].
 
     Raises:
-        WSSSError: If the thresholds are empty, unsorted or outside [0, 1].
+        WSSSError: the thresholds are empty, unsorted or outside [0, 1].
     """
 
     full_state_update = False
@@ -223,14 +223,14 @@ class ThresholdConfusion(Metric):
         self.add_state("histogram", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, cam: Tensor, target: Tensor) -> None:
-        """Counts a batch.
+        """Count a batch.
 
         Args:
             cam: (B, C-1, H, W) values in [0, 1]; classes not to be considered are zero.
             target: (B, H, W) class ids or 255.
 
         Raises:
-            WSSSError: If sizes disagree, a CAM value is NaN or a ground-truth id is unknown.
+            WSSSError: sizes disagree, a CAM value is NaN or a ground-truth id is unknown.
         """
         if cam.shape[1] != self.num_classes - 1:
             raise WSSSError(
@@ -253,7 +253,7 @@ class ThresholdConfusion(Metric):
         self.histogram += counts.view_as(self.histogram)
 
     def compute(self) -> Tensor:
-        """Returns (T, C, C) int64: the confusion matrix at each threshold."""
+        """Give (T, C, C) int64: the confusion matrix at each threshold."""
         # [j] holds the pixels whose bucket is at most j, i.e. background at threshold j.
         below = self.histogram.cumsum(0)[:-1]
         above = self.histogram.sum(0, keepdim=True) - below

@@ -40,8 +40,8 @@ class CRFQueue:
     not grow with the data set.
 
     Args:
-        pool: An entered pool.
-        per_job: Images that may wait for each worker.
+        pool: an open pool.
+        per_job: images that may wait for each worker.
     """
 
     def __init__(self, pool: CRFPoolLike, *, per_job: int = 2) -> None:
@@ -60,15 +60,15 @@ class CRFQueue:
         labels: Tensor | None,
         counts: LabelMapCounts,
     ) -> None:
-        """Queues a batch; counts finished images first where the queue is full.
+        """Queue a batch; count finished images first where the queue is full.
 
         Args:
             logits: (B, C, H, W), already merged over scales and flip.
             rgb: (B, H, W, 3) uint8.
-            regions: Of the B ground truths.
-            indices: Numbers of the B images in their split.
+            regions: of the B ground truths.
+            indices: numbers of the B images in their split.
             labels: (B, K) image labels to prune by, or None.
-            counts: Where to count.
+            counts: where to count.
         """
         prob = logits.softmax(1).cpu().numpy()
         images = rgb.cpu().numpy()
@@ -80,7 +80,7 @@ class CRFQueue:
             self.waiting.append((future, regions[b], indices[b], counts))
 
     def drain(self) -> None:
-        """Counts everything that is still waiting."""
+        """Count everything that is still waiting."""
         while self.waiting:
             self._count_oldest()
 
@@ -92,7 +92,7 @@ class CRFQueue:
 def crf_pool(
     protocol: Protocol, device: torch.device, jobs: int | None
 ) -> AbstractContextManager[CRFPoolLike | None]:
-    """What computes the protocol's CRF, as a context."""
+    """Open what computes the protocol's CRF, as a context."""
     preset = protocol.crf_preset
     if preset is None:
         return nullcontext(None)

@@ -1,4 +1,4 @@
-"""Turns a module into numbers: as a callback while it trains, and in full for `wsss eval`.
+"""Turn a module into numbers: as a callback while it trains, and in full for `wsss eval`.
 
 An evaluator sees only ``forward`` and ``cams``. Every number comes from counts that are summed
 over batches and ranks, so any number of processes gives the same result to the last integer.
@@ -38,27 +38,27 @@ def evaluate(
     crf_jobs: int | None = None,
     description: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a module in full: one pass over the images gives every number of the protocol.
+    """Evaluate a module in full: one pass over the images gives every number of the protocol.
 
-    Where ``torch.distributed`` is initialised, each rank passes its own share of the images and
-    all get the numbers of the whole.
+    Where ``torch.distributed`` is initialised, each rank passes its share of the images and all
+    get the numbers of the whole.
 
     Args:
-        module: A method: ``forward(images) -> Outputs`` and ``cams(images, labels)``. Its training
+        module: a method: ``forward(images) -> Outputs`` and ``cams(images, labels)``. Its training
             mode is restored afterwards.
-        dataloader: Batches of evaluation images, each once.
-        protocol: What is measured.
-        class_names: The K foreground classes.
-        device: Where to run; by default where the module's parameters are.
-        crf_jobs: Processes of the dense CRF; by default one a core.
-        description: Title of a progress bar, or None for no bar.
+        dataloader: batches of evaluation images, each once.
+        protocol: what is measured.
+        class_names: the K foreground classes.
+        device: where to run; by default where the module's parameters are.
+        crf_jobs: processes of the dense CRF; by default one a core.
+        description: title of a progress bar, or None for no bar.
 
     Returns:
         The metrics of :meth:`Tally.compute`, with ``cost`` of this process: seconds, seconds an
         image, seconds by phase.
 
     Raises:
-        WSSSError: If there is no image, or the module and the data disagree.
+        WSSSError: there is no image, or the module and the data disagree.
     """
     if device is None:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -68,12 +68,12 @@ def evaluate(
     tally = Tally(protocol=protocol, class_names=class_names, full=True).to(device)
     tally.reset()
     batches = dataloader if description is None else track(dataloader, description=description)
-    own = 0
+    num_images = 0  # of this process
     with evaluating(module), crf_pool(protocol, device, crf_jobs) as pool:
         queue = None if pool is None else CRFQueue(pool)
         for batch in batches:
             tally.update(module, batch, queue)  # type: ignore[arg-type]
-            own += len(batch["index"])
+            num_images += len(batch["index"])
         if queue is not None:
             with tally.watch("crf"):
                 queue.drain()
@@ -84,8 +84,10 @@ def evaluate(
     return result | {
         "cost": {
             "seconds": seconds,
-            "seconds_per_image": seconds / max(own, 1),
-            "phases": {name: value / max(own, 1) for name, value in tally.watch.seconds.items()},
+            "seconds_per_image": seconds / max(num_images, 1),
+            "phases": {
+                name: value / max(num_images, 1) for name, value in tally.watch.seconds.items()
+            },
             "device": device_name(device),
             "threads": torch.get_num_threads(),
         }
@@ -93,23 +95,23 @@ def evaluate(
 
 
 class Evaluator(Callback):
-    """Scores the module at every validation: CAM seeds, image level, plain segmentation.
+    """Score the module at every validation: CAM seeds, image level, plain segmentation.
 
     It uses :meth:`Protocol.during_training`, so its numbers are for watching a run; results come
     from :func:`evaluate`. Sanity-check batches never count. One validation data loader.
 
     Args:
-        protocol: The run's protocol.
-        class_names: The K foreground classes.
-        split: Name of the validation split, for the ledger.
-        ledger: Run folder in whose ledger every reading is entered, or None.
+        protocol: the run's protocol.
+        class_names: the K foreground classes.
+        split: name of the validation split, for the ledger.
+        ledger: run folder whose ledger records every reading, or None.
 
     Attributes:
-        last: All metrics of the latest validation.
+        last: all metrics of the latest validation.
         history: (optimiser step, metrics) of every validation.
     """
 
-    #: key in the metrics, heading of the table; logged as ``val/<key>``.
+    #: key in the metrics, heading of the table; logged as ``val/<key>``
     LOGGED = (
         ("seg_miou", "seg mIoU"),
         ("seed_miou", "seed mIoU"),
@@ -136,7 +138,7 @@ class Evaluator(Callback):
     def on_validation_epoch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Starts from zero, also after sanity checking."""
+        """Start from zero, also after sanity checking."""
         self.tally.to(pl_module.device).reset()
 
     def on_validation_batch_end(
@@ -148,14 +150,14 @@ class Evaluator(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Counts one batch."""
+        """Count one batch."""
         if not trainer.sanity_checking:
             self.tally.update(pl_module, batch, None)  # type: ignore[arg-type]
 
     def on_validation_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Sums over ranks and logs ``val/...``."""
+        """Sum over ranks and log ``val/...``."""
         if trainer.sanity_checking:
             return
         self.last = self.tally.compute()
@@ -174,12 +176,12 @@ class Evaluator(Callback):
                 pl_module.log(f"val/{key}", self.last[key], sync_dist=trainer.world_size > 1)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Prints how the run went, one validation a row."""
+        """Print how the run went, one validation a row."""
         if trainer.is_global_zero and self.history:
             Console().print(self.table())
 
     def table(self) -> Table:
-        """The validations so far, in percent."""
+        """Make a table of the validations so far, in percent."""
         table = Table(title="validation during training (%)", title_justify="left")
         table.add_column("step", justify="right")
         for _, heading in self.LOGGED:

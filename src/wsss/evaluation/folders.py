@@ -53,7 +53,7 @@ _ALLOWED = {
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads arrays, tensors and containers; any other name in the pickle is an error."""
+    """Read arrays, tensors and containers; any other name in the pickle is an error."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.storage", "_load_from_bytes"):
@@ -70,10 +70,10 @@ def _safe_storage(content: bytes) -> Any:
 def find_files(
     folder: Path, names: list[str], suffixes: tuple[str, ...], key: str
 ) -> dict[str, Path]:
-    """The file of every name.
+    """Find the file of every name.
 
     Raises:
-        WSSSError: The folder is missing or files are, with their number and the first name.
+        WSSSError: the folder is missing or files are, with their number and the first name.
     """
     if not folder.is_dir():
         raise WSSSError(f"{key}={folder}: no such folder")
@@ -104,18 +104,18 @@ def find_files(
 
 
 def read_class_maps(path: Path, *, num_classes: int, first_class: int = 0) -> NDArray[np.float32]:
-    """Reads the class maps of one image.
+    """Read the class maps of one image.
 
     Args:
         path: ``.npy`` or ``.npz`` in one of the layouts above.
         num_classes: K, foreground classes.
-        first_class: What the file calls the first foreground class (0, or 1 where 0 is background).
+        first_class: what the file calls the first foreground class (0, or 1 where 0 is background).
 
     Returns:
         (K, h, w) in [0, 1]; zero for the classes that the file does not hold.
 
     Raises:
-        WSSSError: The file is unreadable, or its layout, classes or values are not as above.
+        WSSSError: the file is unreadable, or its layout, classes or values are not as above.
     """
     content = _load(path)
     if isinstance(content, Mapping):
@@ -147,7 +147,7 @@ def read_class_maps(path: Path, *, num_classes: int, first_class: int = 0) -> ND
 
 
 def _load(path: Path) -> Any:
-    """An array, or a mapping; nothing in the file is executed."""
+    """Load an array, or a mapping; nothing in the file is executed."""
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as content:
@@ -170,7 +170,7 @@ def _load(path: Path) -> Any:
 
 
 def _from_mapping(content: Mapping[Any, Any], path: Path) -> tuple[list[int], NDArray[np.float32]]:
-    """Class numbers as the file has them, and their maps (n, h, w)."""
+    """Give class numbers as the file has them, and their maps (n, h, w)."""
     if "keys" in content:
         key = next((key for key in MAP_KEYS if key in content), None)
         if key is None:
@@ -195,7 +195,7 @@ def _from_mapping(content: Mapping[Any, Any], path: Path) -> tuple[list[int], ND
 
 
 def _floats(values: Any, path: Path) -> NDArray[np.float32]:
-    """float32 values; uint8 is scaled to [0, 1]."""
+    """Convert values to float32; uint8 is scaled to [0, 1]."""
     array = np.asarray(values)
     if array.dtype == np.uint8:
         return np.divide(array, 255, dtype=np.float32)
@@ -205,7 +205,7 @@ def _floats(values: Any, path: Path) -> NDArray[np.float32]:
 
 
 def read_label_map(path: Path, *, num_classes: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Reads one label map.
+    """Read one label map.
 
     Args:
         path: ``.png`` or ``.npy``.
@@ -213,7 +213,7 @@ def read_label_map(path: Path, *, num_classes: int, size: tuple[int, int]) -> ND
         size: (height, width) of the ground truth.
 
     Raises:
-        WSSSError: The file is unreadable, of another size, or holds other ids.
+        WSSSError: the file is unreadable, of another size, or holds other ids.
     """
     if path.suffix == ".png":
         return read_mask(path, num_classes=num_classes, size=size)

@@ -31,15 +31,15 @@ HOLDOUT = "holdout"
 def choose_names(
     names: Sequence[str], labels: NDArray[np.float32], per_class: int
 ) -> NDArray[np.int64]:
-    """Indices of a holdout that depends on names and labels alone, not on a run's seed.
+    """Choose a holdout's indices, which depend on names and labels alone, not on a run's seed.
 
     Names are ordered by their hash; each class in turn takes images until it has ``per_class``,
     counting those that other classes took (fewer where a class has fewer).
 
     Args:
-        names: The M image names.
+        names: the M image names.
         labels: (M, K) image-level labels.
-        per_class: Images a class.
+        per_class: images a class.
 
     Returns:
         Ascending indices.
@@ -61,11 +61,11 @@ class Holdout(Dataset[dict[str, Any]]):
     """The holdout of a data module as an evaluation data set.
 
     Args:
-        data: The data module.
-        protocol: Its ``holdout_per_class`` and ``holdout_split``.
+        data: the data module.
+        protocol: its ``holdout_per_class`` and ``holdout_split``.
 
     Raises:
-        WSSSError: If the list or the masks of its images are missing.
+        WSSSError: the list or the masks of its images are missing.
     """
 
     def __init__(self, data: ImageDataModule, protocol: Protocol) -> None:
@@ -88,24 +88,24 @@ class Holdout(Dataset[dict[str, Any]]):
         return hash_names(self.names)
 
     def loader(self) -> DataLoader[dict[str, Any]]:
-        """This process's share, one image a batch."""
+        """Give this process's share, one image a batch."""
         rank, processes = 0, 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        own = range(rank, len(self), processes)
-        return DataLoader(Subset(self, list(own)), batch_size=1)
+        share = range(rank, len(self), processes)
+        return DataLoader(Subset(self, list(share)), batch_size=1)
 
 
 def choose_threshold(
     module: nn.Module, holdout: Holdout, protocol: Protocol, *, device: torch.device
 ) -> dict[str, Any]:
-    """The CAM threshold of the best seed mIoU on the holdout.
+    """Choose the CAM threshold of the best seed mIoU on the holdout.
 
     Args:
-        module: The method.
-        holdout: Images and masks to choose on.
-        protocol: Candidate thresholds and the size at which CAMs are computed.
-        device: Where to run.
+        module: the method.
+        holdout: images and masks to choose on.
+        protocol: candidate thresholds and the size at which CAMs are computed.
+        device: where to run.
 
     Returns:
         ``threshold`` (the lowest of equally good ones), its ``miou`` and the whole curve, with

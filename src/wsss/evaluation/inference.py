@@ -42,10 +42,10 @@ class ModuleLike(Interface):
     """All that evaluation may see of a method."""
 
     def __call__(self, images: Tensor) -> OutputsLike:
-        """Logits of normalised images (B, 3, H, W)."""
+        """Compute the logits of normalised images (B, 3, H, W)."""
 
     def cams(self, images: Tensor, labels: Tensor) -> Tensor:
-        """(B, K, H, W) maps in [0, 1], zero for classes that ``labels`` (B, K) does not hold."""
+        """Compute maps (B, K, H, W) in [0, 1], zero for classes that ``labels`` (B, K) lacks."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Prediction:
     Attributes:
         class_logits: (B, K).
         single: (B, K+1, H, W) single-scale logits at mask size, None without a segmentation head.
-        merged: The same over scales and flip; None where the protocol has only one scale. Where
+        merged: the same over scales and flip; None where the protocol has only one scale. Where
             probabilities were merged these are their logarithms.
     """
 
@@ -65,7 +65,7 @@ class Prediction:
 
 
 def resized(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
-    """Bilinear resize in float32; the same size is left untouched."""
+    """Resize bilinearly in float32; the same size is left untouched."""
     maps = maps.float()
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
@@ -77,14 +77,14 @@ def _squash(images: Tensor, side: int | None) -> Tensor:
 
 
 def _merge(first: Tensor, second: Tensor, how: ScaleMerge) -> Tensor:
-    """Maximum or sum; a mean is a sum until all are there."""
+    """Merge by maximum or sum; a mean is a sum until all are there."""
     return torch.maximum(first, second) if how == "max" else first + second
 
 
 def predict(
     module: ModuleLike, images: Tensor, size: Sequence[int], protocol: Protocol
 ) -> Prediction:
-    """Runs the module at every scale of the protocol.
+    """Run the module at every scale of the protocol.
 
     The unflipped scale 1 is run once and serves the image-level logits, the single-scale result
     and (unless it is squashed differently) the merge. Order as in ToCo (toco.md section 5): logits
@@ -92,10 +92,10 @@ def predict(
     protocol says so).
 
     Args:
-        module: The method, in eval mode.
+        module: the method, in eval mode.
         images: (B, 3, H, W) normalised.
-        size: Height and width of the result.
-        protocol: Scales and merges.
+        size: height and width of the result.
+        protocol: scales and merges.
     """
     outputs = module(_squash(images, protocol.single_resize))
     if outputs.seg_logits is None:
@@ -121,7 +121,7 @@ def predict(
 
 
 def _scaled_images(images: Tensor, protocol: Protocol) -> Iterator[tuple[float | None, Tensor]]:
-    """Inputs of multi-scale segmentation with their scales, None where a size replaces it."""
+    """Give the inputs of multi-scale segmentation with their scales (None: a size instead)."""
     if protocol.seg_sizes is not None:
         for side in protocol.seg_sizes:
             yield None, squash_pixels(images, side)
@@ -141,14 +141,14 @@ def _segment(module: ModuleLike, images: Tensor, size: Sequence[int]) -> Tensor:
 def localise(
     module: ModuleLike, images: Tensor, labels: Tensor, size: Sequence[int], protocol: Protocol
 ) -> Tensor:
-    """CAMs at mask size.
+    """Compute CAMs at mask size.
 
     Args:
-        module: The method, in eval mode.
+        module: the method, in eval mode.
         images: (B, 3, H, W) normalised.
         labels: (B, K) in {0, 1}; CAMs of other classes are zero.
-        size: Height and width of the result.
-        protocol: Gives the size at which CAMs are computed.
+        size: height and width of the result.
+        protocol: gives the size at which CAMs are computed.
 
     Returns:
         (B, K, H, W) in [0, 1].
@@ -163,13 +163,13 @@ def smoothed_label(
     protocol: Protocol,
     present: Sequence[int] | None = None,
 ) -> NDArray[np.uint8]:
-    """Label map of one image by the protocol's CRF, or plainly where it has none.
+    """Label one image by the protocol's CRF, or plainly where it has none.
 
     Args:
         rgb: (H, W, 3) uint8.
         logits: (C, H, W), already merged over scales and flip.
-        protocol: Gives preset and backend.
-        present: Class ids to keep beside the background, or None for all classes.
+        protocol: gives preset and backend.
+        present: class ids to keep beside the background, or None for all classes.
 
     Returns:
         uint8 (H, W).
@@ -185,13 +185,13 @@ def smoothed_label(
 
 
 def predicted_labels(class_logits: Tensor) -> Tensor:
-    """Classes above probability 0.5, and always the strongest one: (B, K) in {0, 1}."""
+    """Predict the classes above probability 0.5, and always the strongest one: (B, K) in {0, 1}."""
     labels = (class_logits > 0).float()
     return labels.scatter(1, class_logits.argmax(1, keepdim=True), 1.0)
 
 
 def refinement(protocol: Protocol) -> PAR | PAMR | None:
-    """The module that refines pseudo labels under a protocol."""
+    """Make the module that refines pseudo labels under a protocol."""
     if protocol.refine is None:
         return None
     return PAMR() if protocol.refine == "pamr" else PAR()
@@ -200,17 +200,17 @@ def refinement(protocol: Protocol) -> PAR | PAMR | None:
 def pseudo_label(
     refine: PAR | PAMR | None, rgb: Tensor, cams: Tensor, labels: Tensor, protocol: Protocol
 ) -> Tensor:
-    """Pseudo labels at mask size: CAMs refined and cut at two thresholds, alike for all methods.
+    """Make pseudo labels at mask size: refine CAMs and cut at two thresholds, alike for all.
 
     ToCo trains on these. GETAM also opens its labels, and completes them where it has saliency
     maps; ClusterCAM's PAR has another epsilon in training (1e-5).
 
     Args:
-        refine: What :func:`refinement` gives for the protocol.
+        refine: what :func:`refinement` gives for the protocol.
         rgb: (B, H, W, 3) uint8 images.
         cams: (B, K, H, W) at the same size.
         labels: (B, K) image-level labels.
-        protocol: Thresholds, which must be set.
+        protocol: thresholds, which must be set.
 
     Returns:
         (B, H, W) int64 class ids, 255 where undecided.

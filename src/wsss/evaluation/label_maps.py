@@ -32,13 +32,13 @@ from torchmetrics.utilities import dim_zero_cat
 
 from wsss.core.errors import WSSSError
 from wsss.evaluation.confusion import (
-    IGNORE_INDEX,
     ConfusionMatrix,
     Counts,
     score_pseudo_labels,
     scores,
 )
 from wsss.evaluation.per_image import co_occurrence, mean_iou, per_image_counts
+from wsss.maps.pixels import IGNORE_INDEX
 
 BOUNDARY_RATIO = 0.02
 TRIMAP_WIDTHS = (3, 5, 10)
@@ -59,14 +59,14 @@ Mask = NDArray[np.bool_]
 
 
 def _label_changes(labels: LabelMap, radius: int) -> Mask:
-    """(H, W) mask of pixels whose (2 radius + 1)^2 window, cut at the frame, holds two labels."""
+    """Mark the pixels (H, W) whose (2 radius + 1)^2 window, cut at the frame, has two labels."""
     kernel = np.ones((2 * radius + 1, 2 * radius + 1), np.uint8)
     changes: Mask = cv2.erode(labels, kernel) != cv2.dilate(labels, kernel)
     return changes
 
 
 def _contour_band(labels: LabelMap, reach: int) -> Mask:
-    """(H, W) mask of pixels within ``reach`` px of their own region's contour or of the frame."""
+    """Mark the pixels (H, W) within ``reach`` px of their region's contour or of the frame."""
     band = _label_changes(labels, reach)
     band[:reach] = band[-reach:] = True
     band[:, :reach] = band[:, -reach:] = True
@@ -81,9 +81,9 @@ class Regions:
         target: (H, W) class ids and 255.
         valid: (H, W), not void.
         truth: (n,) int64 class ids of the valid pixels.
-        reach: Width d of the boundary band in pixels.
+        reach: width d of the boundary band in pixels.
         band: (H, W), within d of the contour of its own region.
-        near: Which of the n valid pixels lie in some trimap.
+        near: which of the n valid pixels lie in some trimap.
         ring: (n',) number of trimaps, narrowest first, that do not hold these pixels.
         slot: (C,) row of ``size`` for every class.
         size: (S, H, W) size of the nearest object of a class; row 0 is all ``NO_SIZE``.
@@ -103,7 +103,7 @@ class Regions:
 
     @classmethod
     def of(cls, mask: Tensor, num_classes: int) -> Regions:
-        """Analyses a mask.
+        """Analyse a mask.
 
         Args:
             mask: (H, W) integer class ids or 255.
@@ -140,7 +140,7 @@ class Regions:
 def _size_of_nearest_object(
     target: LabelMap, num_classes: int
 ) -> tuple[NDArray[np.intp], LabelMap]:
-    """For each present class the size of the nearest of its objects, at every pixel."""
+    """Give at every pixel, for each present class, the size of its nearest object."""
     counts = np.bincount(target.ravel(), minlength=num_classes)[:num_classes]
     present = np.flatnonzero(counts[1:]) + 1
     slot = np.zeros(num_classes, np.intp)
@@ -161,7 +161,7 @@ class LabelMapTotals(NamedTuple):
     """Result of :class:`LabelMapCounts`.
 
     Attributes:
-        counts: Confusion matrix and abstentions.
+        counts: confusion matrix and abstentions.
         trimap: (W, C, C) int64 confusion inside each trimap.
         boundary: (C, 3) int64 hits, truth and predictions in the contour bands.
         size: (4, C, 3) int64 the same by size; the last is "the image has no object of the class".
@@ -180,8 +180,8 @@ class LabelMapCounts(ConfusionMatrix):
     """A confusion matrix that also knows where its errors lie, and in which image.
 
     Args:
-        num_classes: Number of classes C with the background.
-        allow_ignored_prediction: Whether predictions may abstain with 255.
+        num_classes: number of classes C with the background.
+        allow_ignored_prediction: whether predictions may abstain with 255.
     """
 
     trimap: Tensor
@@ -201,21 +201,21 @@ class LabelMapCounts(ConfusionMatrix):
         self.reset()
 
     def reset(self) -> None:
-        """Empties the metric."""
+        """Empty the metric."""
         super().reset()
         # a rank without images must still contribute rows of the right width, see ImageLevelScores
         self.cells.append(torch.empty(0, 3, dtype=torch.int64, device=self.device))
 
     def update(self, pred: Tensor, regions: Regions, index: int) -> None:  # type: ignore[override]
-        """Counts one image.
+        """Count one image.
 
         Args:
             pred: (H, W) integer class ids.
-            regions: Of its ground truth.
-            index: Number of the image in its split.
+            regions: of its ground truth.
+            index: number of the image in its split.
 
         Raises:
-            WSSSError: If the shapes differ or an id is neither a class nor an allowed 255.
+            WSSSError: the shapes differ or an id is neither a class nor an allowed 255.
         """
         labels = self._checked(pred, regions)
         settled = np.where(labels == IGNORE_INDEX, 0, labels).astype(np.uint8)
@@ -230,7 +230,7 @@ class LabelMapCounts(ConfusionMatrix):
         self.size += self._on_device(self._size(settled, regions))
 
     def _checked(self, pred: Tensor, regions: Regions) -> LabelMap:
-        """The prediction as uint8; ids are checked where they count."""
+        """Give the prediction as uint8; ids are checked where they count."""
         if pred.shape != regions.target.shape:
             raise WSSSError(
                 f"prediction {tuple(pred.shape)} and ground truth {regions.target.shape} differ in "
@@ -249,7 +249,7 @@ class LabelMapCounts(ConfusionMatrix):
         return ids.astype(np.uint8)
 
     def compute(self) -> LabelMapTotals:  # type: ignore[override]
-        """Returns the counts summed over images (and ranks, where several run)."""
+        """Give the counts summed over images (and ranks, where several run)."""
         cells = dim_zero_cat(self.cells).cpu()
         order = np.lexsort((cells[:, 1].numpy(), cells[:, 0].numpy()))
         return LabelMapTotals(
@@ -260,14 +260,14 @@ class LabelMapCounts(ConfusionMatrix):
         return torch.from_numpy(counts).to(self.device)
 
     def _cells(self, guess: LabelMap, regions: Regions) -> NDArray[np.int64]:
-        """(C, C + 1) confusion of the valid pixels, abstentions last."""
+        """Count the (C, C + 1) confusion of the valid pixels, abstentions last."""
         columns = self.num_classes + 1
         column = np.where(guess == IGNORE_INDEX, self.num_classes, guess)
         cell = np.bincount(regions.truth * columns + column, minlength=columns * self.num_classes)
         return cell.reshape(self.num_classes, columns)
 
     def _trimap(self, guess: LabelMap, regions: Regions) -> NDArray[np.int64]:
-        """(W, C, C) confusion inside each trimap, of the valid pixels."""
+        """Count the (W, C, C) confusion inside each trimap, of the valid pixels."""
         classes, widths = self.num_classes, len(TRIMAP_WIDTHS)
         cell = (regions.ring * classes + regions.truth[regions.near]) * classes
         cell += guess[regions.near]
@@ -304,23 +304,23 @@ class LabelMapCounts(ConfusionMatrix):
 
 
 def _iou(counts: Tensor) -> Tensor:
-    """(..., 3) hits, truth, predictions -> (...) float64 IoU; NaN where there is no truth."""
+    """Divide (..., 3) hits, truth, predictions to (...) float64 IoU; NaN without truth."""
     hit, truth, predicted = counts.detach().cpu().double().unbind(-1)
     return torch.where(truth > 0, hit / (truth + predicted - hit), torch.nan)
 
 
 def label_map_scores(totals: LabelMapTotals) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Everything that one kind of label map is worth; 255 counts as background.
+    """Give all scores of one kind of label map; 255 counts as background.
 
     Args:
-        totals: Result of :meth:`LabelMapCounts.compute`.
+        totals: result of :meth:`LabelMapCounts.compute`.
 
     Returns:
         Numbers of the data set (fractions, means over the classes that occur), and columns per
         class.
 
     Raises:
-        WSSSError: If nothing was counted.
+        WSSSError: nothing was counted.
     """
     if not len(totals.cells):
         raise WSSSError("no label map was counted")

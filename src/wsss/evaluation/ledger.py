@@ -14,13 +14,13 @@ LEDGER_FILE = "ledger.jsonl"
 
 
 def record_reading(folder: Path, *, split: str, purpose: str, **details: Any) -> int:
-    """Enters one reading.
+    """Record one reading of ground truth.
 
     Args:
-        folder: The run folder; the ledger is made at the first reading.
-        split: Whose ground truth was read.
+        folder: the run folder; the ledger is made at the first reading.
+        split: whose ground truth was read.
         purpose: ``report``, ``watching training``, ``choosing a threshold``, ...
-        details: Whatever identifies the reading: step, protocol, list hash.
+        details: whatever identifies the reading: step, protocol, list hash.
 
     Returns:
         How many times the split has been read, this one included.
@@ -39,11 +39,11 @@ def record_reading(folder: Path, *, split: str, purpose: str, **details: Any) ->
         os.write(handle, f"{line}\n".encode())
     finally:
         os.close(handle)
-    return sum(entry["split"] == split for entry in readings(folder))
+    return sum(entry["split"] == split for entry in past_readings(folder))
 
 
-def readings(folder: Path) -> list[dict[str, Any]]:
-    """All entries of a run's ledger, in order; none where there is no ledger."""
+def past_readings(folder: Path) -> list[dict[str, Any]]:
+    """Read all entries of a run's ledger, in order; none where there is no ledger."""
     path = folder / LEDGER_FILE
     if not path.is_file():
         return []

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from wsss.core.errors import WSSSError
-from wsss.evaluation.confusion import IGNORE_INDEX
+from wsss.maps.pixels import IGNORE_INDEX
 
 
 class ImageScores(NamedTuple):
@@ -18,10 +18,10 @@ class ImageScores(NamedTuple):
 
     Attributes:
         average_precision: K values, NaN for a class without a positive image.
-        mean_average_precision: Mean of the above over the classes that occur.
-        f1: Macro F1 at probability 0.5, over the classes that occur.
+        mean_average_precision: mean of the above over the classes that occur.
+        f1: macro F1 at probability 0.5, over the classes that occur.
         f1_images: F1 of each image's label set at probability 0.5, averaged over images.
-        num_images: Number of images.
+        num_images: number of images.
     """
 
     average_precision: tuple[float, ...]
@@ -32,9 +32,9 @@ class ImageScores(NamedTuple):
 
 
 def average_precision(logits: Tensor, labels: Tensor) -> Tensor:
-    """Average precision per class, sum of (R_n - R_{n-1}) P_n over distinct scores.
+    """Compute average precision per class, the sum of (R_n - R_{n-1}) P_n over distinct scores.
 
-    Images of equal score enter together, so the result does not depend on their order (and
+    Images of equal score count together, so the result does not depend on their order (and
     hence not on how ranks shared them).
 
     Args:
@@ -61,7 +61,7 @@ def average_precision(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def f1_per_axis(predicted: Tensor, labels: Tensor, dim: int) -> Tensor:
-    """F1 along one axis, 2 TP / (2 TP + FP + FN); NaN where nothing is labelled along it.
+    """Compute F1 along one axis, 2 TP / (2 TP + FP + FN); NaN where nothing is labelled along it.
 
     Args:
         predicted: (M, K) bool.
@@ -80,7 +80,7 @@ class ImageLevelScores(Metric):
     """Collects class logits and image labels; computes mAP and F1 over the whole data set.
 
     Args:
-        num_classes: Number of foreground classes K.
+        num_classes: number of foreground classes K.
     """
 
     full_state_update = False
@@ -95,7 +95,7 @@ class ImageLevelScores(Metric):
         self.reset()
 
     def reset(self) -> None:
-        """Empties the metric."""
+        """Empty the metric."""
         super().reset()
         # A rank without images must still contribute (0, K): torchmetrics would send a
         # one-dimensional empty tensor, which does not gather with the other ranks' matrices.
@@ -104,14 +104,14 @@ class ImageLevelScores(Metric):
         self.labels.append(empty.bool())
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Adds a batch.
+        """Add a batch.
 
         Args:
             logits: (B, K) class logits.
             labels: (B, K) multi-hot.
 
         Raises:
-            WSSSError: If the shapes are not (B, K).
+            WSSSError: the shapes are not (B, K).
         """
         if logits.shape != labels.shape or logits.shape[1] != self.num_classes:
             raise WSSSError(
@@ -122,7 +122,7 @@ class ImageLevelScores(Metric):
         self.labels.append(labels.to(self.device) > 0.5)
 
     def compute(self) -> ImageScores:
-        """Returns the scores over all images of all ranks."""
+        """Give the scores over all images of all ranks."""
         logits = dim_zero_cat(self.logits).cpu()
         labels = dim_zero_cat(self.labels).cpu()
         ap = average_precision(logits, labels)
@@ -143,7 +143,7 @@ class PixelAveragePrecision(Metric):
     enter together. Two histograms a class hold all there is to know, so maps are read once.
 
     Args:
-        num_classes: Number of foreground classes K.
+        num_classes: number of foreground classes K.
     """
 
     LEVELS = 1000
@@ -158,7 +158,7 @@ class PixelAveragePrecision(Metric):
         self.add_state("histogram", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, cam: Tensor, active: Tensor, target: Tensor) -> None:
-        """Counts a batch.
+        """Count a batch.
 
         Args:
             cam: (B, K, H, W) values in [0, 1]; maps that are not active are zero.
@@ -180,7 +180,7 @@ class PixelAveragePrecision(Metric):
                 self.histogram[k] += counts.view(2, steps).to(self.device)
 
     def compute(self) -> Tensor:
-        """Returns (K,) float64; NaN for a class that the ground truth never shows."""
+        """Give (K,) float64; NaN for a class that the ground truth never shows."""
         # descending scores; the formula of `average_precision` on groups of equal score
         histogram = self.histogram.cpu().flip(-1)
         gained = histogram[:, 1].double()

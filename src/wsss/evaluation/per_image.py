@@ -28,19 +28,19 @@ class PerImage:
 
 
 def _split(cells: Cells, num_classes: int) -> tuple[NDArray[np.int64], ...]:
-    """Images, their numbers 0..N-1 in each row, truth, prediction (C: 255) and pixels."""
+    """Give images, their numbers 0..N-1 in each row, truth, prediction (C: 255) and pixels."""
     images, row = np.unique(cells[:, 0], return_inverse=True)
     truth, guess = np.divmod(cells[:, 1], num_classes + 1)
     return images, row, truth, guess, cells[:, 2]
 
 
 def per_image_counts(cells: Cells, *, num_classes: int, exclude_ignored: bool = False) -> PerImage:
-    """Hits, truth and predictions of each image.
+    """Count hits, truth and predictions of each image.
 
     Args:
         cells: (n, 3) rows (image, truth * (C + 1) + prediction, pixels).
         num_classes: C, with the background.
-        exclude_ignored: Leave out predictions of 255, instead of counting them as background.
+        exclude_ignored: leave out predictions of 255, instead of counting them as background.
     """
     images, row, truth, guess, pixels = _split(cells, num_classes)
     if exclude_ignored:
@@ -57,7 +57,7 @@ def per_image_counts(cells: Cells, *, num_classes: int, exclude_ignored: bool = 
 
 
 def mean_iou(counts: NDArray[np.float64] | NDArray[np.int64]) -> NDArray[np.float64]:
-    """(..., C, 3) hits, truth, predictions -> (...) mean IoU over the classes in the truth."""
+    """Average the IoU of (..., C, 3) hits, truth, predictions over the classes in the truth."""
     hit, truth, predicted = np.moveaxis(np.asarray(counts, np.float64), -1, 0)
     occurs = truth > 0
     iou = np.divide(hit, truth + predicted - hit, where=occurs, out=np.zeros_like(hit))
@@ -75,7 +75,7 @@ class CoOccurrence:
     Attributes:
         shares: (C, C) float64; [r, c] is the share of class r's pixels that is called c, over the
             images whose ground truth holds both; NaN where there are none, and on the diagonal.
-        hallucinated: Share of all foreground predictions whose class the image does not hold.
+        hallucinated: share of all foreground predictions whose class the image does not hold.
     """
 
     shares: NDArray[np.float64]
@@ -83,10 +83,10 @@ class CoOccurrence:
 
 
 def co_occurrence(cells: Cells, *, num_classes: int) -> CoOccurrence:
-    """Confusion among classes of the same image; 255 counts as background.
+    """Count the confusion among classes of the same image; 255 counts as background.
 
     Args:
-        cells: As in :func:`per_image_counts`.
+        cells: as in :func:`per_image_counts`.
         num_classes: C, with the background.
     """
     images, row, truth, guess, pixels = _split(cells, num_classes)

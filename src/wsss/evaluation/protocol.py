@@ -16,38 +16,38 @@ class Protocol:
     """How a trained module is turned into numbers.
 
     Attributes:
-        resize: Side of the square to which images are squashed before multi-scale segmentation;
+        resize: side of the square to which images are squashed before multi-scale segmentation;
             None keeps the native size. Scores are always taken at the mask's size.
-        single_resize: The same for the single-scale forward pass, whose image-level scores count;
+        single_resize: the same for the single-scale forward pass, whose image-level scores count;
             ToCo's logged single-scale numbers are of images squashed to 448, its multi-scale ones
             of native size (toco.md section 5).
-        cam_resize: The same for CAMs.
-        seg_scales: Scales of multi-scale segmentation.
-        seg_sizes: Instead of scales, sides of squares to which the 8-bit pixels are squashed for
+        cam_resize: the same for CAMs.
+        seg_scales: scales of multi-scale segmentation.
+        seg_sizes: instead of scales, sides of squares to which the 8-bit pixels are squashed for
             multi-scale segmentation (GETAM: 256, 320, 480); None: ``seg_scales`` count.
-        flip: Whether multi-scale segmentation adds the mirror image.
-        flip_merge: How logits of an image and its mirror are merged.
-        scale_merge: How logits of the scales or sizes are merged.
-        merge_of: What the scales merge: ``logits``, or ``probabilities``, whose logarithm then
+        flip: whether multi-scale segmentation adds the mirror image.
+        flip_merge: how logits of an image and its mirror are merged.
+        scale_merge: how logits of the scales or sizes are merged.
+        merge_of: what the scales merge: ``logits``, or ``probabilities``, whose logarithm then
             stands for the logits (clustercam.md section 5). Image and mirror merge as logits.
-        align_corners: Whether images are resized to a scale with aligned corners.
-        crf: Name of a dense CRF preset, or None for no CRF.
-        crf_prune: Let only background and the image's labelled classes into the CRF. It uses
+        align_corners: whether images are resized to a scale with aligned corners.
+        crf: name of a dense CRF preset, or None for no CRF.
+        crf_prune: let only background and the image's labelled classes into the CRF. It uses
             image labels, so it is refused unless ``use_image_labels`` is set.
         crf_backend: ``pydensecrf``, in worker processes on the CPU, or ``torch``, our own on the
             evaluation's device (`wsss.maps.refine.mean_field`); ``wsss benchmark part=crf``
             compares them.
-        cam_threshold: Declared background threshold of CAM seeds.
-        cam_high: Pseudo labels are foreground above it; None: no pseudo labels are scored.
-        cam_low: Pseudo labels are background up to it; 255 lies between.
-        refine: Refinement of pseudo labels: ``par`` (ToCo's, of scores against backgrounds),
+        cam_threshold: declared background threshold of CAM seeds.
+        cam_high: pseudo labels are foreground above it; None: no pseudo labels are scored.
+        cam_low: pseudo labels are background up to it; 255 lies between.
+        refine: refinement of pseudo labels: ``par`` (ToCo's, of scores against backgrounds),
             ``pamr`` (GETAM's, of the maps before they are thresholded) or None.
         use_image_labels: CAM seeds get the image's true classes (GT-known); otherwise those that
             the module itself predicts.
-        oracle_thresholds: Thresholds of the curve whose best value is the oracle.
-        holdout_per_class: Images a class of a holdout of the training data, whose masks choose a
+        oracle_thresholds: thresholds of the curve whose best value is the oracle.
+        holdout_per_class: images a class of a holdout of the training data, whose masks choose a
             further CAM threshold; 0: none is chosen. Masks are then read: a declared budget.
-        holdout_split: List that the holdout is taken from; None: the training list.
+        holdout_split: list that the holdout is taken from; None: the training list.
     """
 
     resize: int | None = None
@@ -144,7 +144,7 @@ class Protocol:
         return tuple(sorted({*self.oracle_thresholds, self.cam_threshold}))
 
     def during_training(self) -> Self:
-        """The cheap form for validation in training: one scale, no flip, no CRF, no pseudo labels.
+        """Give the cheap form for validation: one scale, no flip, no CRF, no pseudo labels.
 
         Numbers under it are for watching a run and are not results.
         """

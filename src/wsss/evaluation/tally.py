@@ -15,7 +15,6 @@ from torchmetrics import Metric
 from wsss.core.errors import WSSSError
 from wsss.core.stopwatch import Stopwatch
 from wsss.evaluation.confusion import (
-    IGNORE_INDEX,
     ThresholdConfusion,
     check_target,
     coverage,
@@ -35,6 +34,7 @@ from wsss.evaluation.inference import (
 from wsss.evaluation.label_maps import LabelMapCounts, Regions, label_map_scores
 from wsss.evaluation.metrics import ImageLevelScores, PixelAveragePrecision
 from wsss.evaluation.protocol import Protocol
+from wsss.maps.pixels import IGNORE_INDEX
 from wsss.maps.pseudo_labels import cam_to_label
 
 NO_SEGMENTATION = "no segmentation head: segmentation is not scored"
@@ -58,8 +58,8 @@ class Truth:
     Attributes:
         mask: (B, H, W) class ids and 255.
         rgb: (B, H, W, 3) uint8.
-        regions: Of each mask.
-        indices: Numbers of the images in their split.
+        regions: of each mask.
+        indices: numbers of the images in their split.
     """
 
     mask: Tensor
@@ -69,10 +69,10 @@ class Truth:
 
     @classmethod
     def of(cls, batch: Batch, num_classes: int) -> Self:
-        """The ground truth of an evaluation batch.
+        """Take the ground truth of an evaluation batch.
 
         Raises:
-            WSSSError: If a mask holds ids outside 0..``num_classes`` - 1 and 255.
+            WSSSError: a mask holds ids outside 0..``num_classes`` - 1 and 255.
         """
         check_target(batch["mask"], num_classes)
         regions = [Regions.of(mask, num_classes) for mask in batch["mask"]]
@@ -83,9 +83,9 @@ class Tally(nn.Module):
     """All counts of one evaluation under one protocol.
 
     Args:
-        protocol: What is measured.
-        class_names: The K foreground classes.
-        full: Also score seeds with the module's own labels, beside those with true labels.
+        protocol: what is measured.
+        class_names: the K foreground classes.
+        full: also score seeds with the module's own labels, beside those with true labels.
     """
 
     def __init__(
@@ -120,23 +120,23 @@ class Tally(nn.Module):
         return self.seed.device
 
     def reset(self) -> None:
-        """Forgets all counts."""
+        """Forget all counts."""
         self.watch = Stopwatch(self.device)
         for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()
 
     def update(self, module: ModuleLike, batch: Batch, crf: CRFQueue | None) -> None:
-        """Counts one batch.
+        """Count one batch.
 
         Args:
-            module: The method, in eval mode, without gradients.
+            module: the method, in eval mode, without gradients.
             batch: ``image`` (B, 3, H, W) normalised, ``rgb`` (B, H, W, 3) uint8, ``mask``
                 (B, H, W), ``labels`` (B, K), ``index`` (B,).
-            crf: Where images go for the dense CRF, or None.
+            crf: where images go for the dense CRF, or None.
 
         Raises:
-            WSSSError: If the module's classes do not match the data's.
+            WSSSError: the module's classes do not match the data's.
         """
         images = batch["image"].to(self.device)
         target, labels = batch["mask"].to(self.device), batch["labels"].to(self.device)
@@ -170,13 +170,13 @@ class Tally(nn.Module):
         return len(self.class_names) + 1
 
     def count_cams(self, cams: Tensor, allowed: Tensor, labels: Tensor, truth: Truth) -> None:
-        """Counts class maps: the threshold curve, pixel AP, seeds and pseudo labels.
+        """Count class maps: the threshold curve, pixel AP, seeds and pseudo labels.
 
         Args:
             cams: (B, K, H, W) in [0, 1] at mask size.
             allowed: (B, K), classes that seeds may show.
             labels: (B, K) image labels, by which pseudo labels are made.
-            truth: Of the same images.
+            truth: of the same images.
         """
         target = truth.mask.to(cams.device)
         with self.watch("counting"):
@@ -193,7 +193,7 @@ class Tally(nn.Module):
         self.count_labels("pseudo_label", pseudo, truth)
 
     def count_labels(self, name: str, pred: Tensor, truth: Truth) -> None:
-        """Counts label maps (B, H, W) under one of the names ``LABEL_MAPS``."""
+        """Count label maps (B, H, W) under one of the names ``LABEL_MAPS``."""
         with self.watch("counting"):
             for b, one in enumerate(pred.cpu()):
                 self.counts(name).update(one, truth.regions[b], truth.indices[b])
@@ -201,7 +201,7 @@ class Tally(nn.Module):
     def count_segmentation(
         self, prediction: Prediction, truth: Truth, labels: Tensor, crf: CRFQueue | None
     ) -> None:
-        """Counts segmentations, and queues them for the CRF."""
+        """Count segmentations, and queue them for the CRF."""
         for name, logits in (("seg", prediction.single), ("seg_ms", prediction.merged)):
             if logits is None:
                 continue
@@ -218,13 +218,13 @@ class Tally(nn.Module):
                     crf.submit(logits, truth.rgb, truth.regions, truth.indices, prune, counts)
 
     def counts(self, name: str) -> LabelMapCounts:
-        """The counts of one kind of label map."""
+        """Give the counts of one kind of label map."""
         counts = self.maps[name]
         assert isinstance(counts, LabelMapCounts)
         return counts
 
     def compute(self) -> dict[str, Any]:
-        """All numbers, summed over ranks where several run.
+        """Compute all numbers, summed over ranks where several run.
 
         Returns:
             Flat metrics (fractions, None where a number does not exist), ``seed_curve``, ``maps``
@@ -293,7 +293,7 @@ class Tally(nn.Module):
         result["per_class"]["seed_pixel_ap"] = [math.nan, *pixel_ap.tolist()]
 
     def _label_maps(self, name: str, result: dict[str, Any]) -> None:
-        """Numbers of one kind of label map; None where there is none."""
+        """Compute the numbers of one kind of label map; None where there is none."""
         totals = self.counts(name).compute()
         abstains = name == "pseudo_label"
         result[LABEL_MAPS[name]] = None

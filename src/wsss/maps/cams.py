@@ -29,7 +29,7 @@ def normalise_cam(cam: Tensor, eps: float = 1e-5) -> Tensor:
 
     Args:
         cam: (B, K, H, W) activations.
-        eps: Keeps a constant map at zero instead of dividing by zero.
+        eps: keeps a constant map at zero instead of dividing by zero.
 
     Returns:
         (B, K, H, W) normalised maps.
@@ -39,14 +39,14 @@ def normalise_cam(cam: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def normalise_maximum(maps: Tensor, eps: float = 1e-5) -> Tensor:
-    """Each map (..., H, W) over its maximum plus ``eps``; no minimum is subtracted."""
+    """Divide each map (..., H, W) by its maximum plus ``eps``; no minimum is subtracted."""
     return maps / (maps.amax((-2, -1), keepdim=True) + eps)
 
 
 def _upsampled_maximum(
     plain: Sequence[Tensor], mirrored: Sequence[Tensor], size: tuple[int, int], cut_negative: bool
 ) -> list[Tensor]:
-    """The maximum of each map and its un-mirrored twin, both resized to ``size``."""
+    """Take the maximum of each map and its un-mirrored twin, both resized to ``size``."""
     merged = []
     for cam, flip in zip(plain, mirrored, strict=True):
         # At least float32: under autocast the raw maps are bfloat16, too coarse for thresholds.
@@ -78,10 +78,10 @@ def multiscale_cam(
     and the scales are summed.
 
     Args:
-        raw_cams: Returns one raw map (b, K, h', w') per head for images (b, 3, H', W').
+        raw_cams: returns one raw map (b, K, h', w') per head for images (b, 3, H', W').
         images: (B, 3, H, W) network input.
-        scales: Factors of the image size; scaled sizes are truncated to integers.
-        scale_one: Raw maps of the unscaled, unmirrored images, one per head, where the caller
+        scales: factors of the image size; scaled sizes are truncated to integers.
+        scale_one: raw maps of the unscaled, unmirrored images, one per head, where the caller
             already has them (training shares its forward pass); then only the mirror image is run
             at scale 1.
         cut_negative: False keeps negative values, as ClusterCAM does.
@@ -90,7 +90,7 @@ def multiscale_cam(
         One (B, K, H, W) normalised map per head.
 
     Raises:
-        WSSSError: A scale is so small that no pixel is left.
+        WSSSError: a scale is so small that no pixel is left.
     """
     batch, _, height, width = images.shape
     total: list[Tensor] = []

@@ -37,7 +37,7 @@ def _elevate(features: Tensor) -> Tensor:
 
 
 def _enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Nearest remainder-0 vertex, rank of each coordinate's offset, and barycentric weights.
+    """Find the nearest remainder-0 vertex, each offset's rank, and barycentric weights.
 
     Args:
         elevated: (P, d + 1) coordinates that sum to zero.
@@ -91,7 +91,7 @@ class PermutohedralLattice:
                 deviations. Batch entries do not see each other.
 
         Raises:
-            WSSSError: Features are not finite or spread over too many lattice cells for 64-bit
+            WSSSError: features are not finite or spread over too many lattice cells for 64-bit
                 keys.
         """
         self._batched = features.ndim == 3
@@ -151,7 +151,7 @@ class PermutohedralLattice:
 
     @staticmethod
     def _neighbours_along(unique: Tensor, strides: list[int], axis: int) -> Tensor:
-        """Rows of the two blur neighbours of every vertex, (2, M); M stands for "not there"."""
+        """Find the rows of every vertex's two blur neighbours, (2, M); M stands for "not there"."""
         d = len(strides)
         step = -sum(strides) + ((d + 1) * strides[axis] if axis < d else 0)
         found = []

@@ -11,7 +11,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def squash_pixels(images: Tensor, side: int) -> Tensor:
-    """Squashes normalised images (B, 3, H, W) to a square, on their 8-bit pixels, with OpenCV.
+    """Squash normalised images (B, 3, H, W) to a square, on their 8-bit pixels, with OpenCV.
 
     The resized pixels are rounded, as when a stored image is resized before it is normalised.
     """
@@ -23,14 +23,14 @@ def squash_pixels(images: Tensor, side: int) -> Tensor:
 
 
 def normalise(rgb: NDArray[np.uint8]) -> Tensor:
-    """Turns uint8 RGB (H, W, 3) into a float32 tensor (3, H, W) with ImageNet mean and std."""
+    """Turn uint8 RGB (H, W, 3) into a float32 tensor (3, H, W) with ImageNet mean and std."""
     planes = torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1)))
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return planes.float().div_(255).sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
 
 
 def denormalise(images: Tensor) -> Tensor:
-    """Inverts `normalise`: (..., 3, H, W) to floats in 0..255, neither rounded nor clipped.
+    """Invert `normalise`: (..., 3, H, W) to floats in 0..255, neither rounded nor clipped.
 
     The factors are multiplied by 255 before the image is, which is the arithmetic that decides
     *which* pixels ToCo's truncation lowers by one (golden ``i_train_step``).

@@ -7,6 +7,8 @@ not above a threshold of 0.7.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +16,12 @@ from torch import Tensor
 from wsss.core.errors import WSSSError
 from wsss.maps.refine.par import PAR
 
+#: how :func:`refine_cam_to_label` gets the best slots; arguments as of :func:`best_slots`
+RefineSlots = Callable[[PAR, Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
+
 
 def _best_class(cam: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Highest score over the labelled classes and its class id: (B, H, W) float and int64."""
+    """Find the highest score over the labelled classes and its id: (B, H, W) float, int64."""
     value, index = (cam * labels[:, :, None, None].to(cam.dtype)).max(dim=1)
     return value, index + 1
 
@@ -27,7 +32,7 @@ def cam_to_label(cam: Tensor, labels: Tensor, *, bg_threshold: float) -> Tensor:
     Args:
         cam: (B, K, H, W) scores in [0, 1].
         labels: (B, K) image-level labels, 0 or 1.
-        bg_threshold: Scores at or below it are background.
+        bg_threshold: scores at or below it are background.
 
     Returns:
         (B, H, W) int64 class ids.
@@ -39,14 +44,14 @@ def cam_to_label(cam: Tensor, labels: Tensor, *, bg_threshold: float) -> Tensor:
 def cam_to_label_with_ignore(
     cam: Tensor, labels: Tensor, *, high: float, low: float, ignore_index: int = 255
 ) -> Tensor:
-    """Like :func:`cam_to_label` with two thresholds and an undecided range between them.
+    """Label as :func:`cam_to_label` does, with an undecided range between two thresholds.
 
     Args:
         cam: (B, K, H, W) scores in [0, 1].
         labels: (B, K) image-level labels, 0 or 1.
-        high: Scores above it are foreground.
-        low: Scores at or below it are background.
-        ignore_index: Written where the score is in ``(low, high]``.
+        high: scores above it are foreground.
+        low: scores at or below it are background.
+        ignore_index: written where the score is in ``(low, high]``.
 
     Returns:
         (B, H, W) int64 class ids.
@@ -57,7 +62,7 @@ def cam_to_label_with_ignore(
 
 
 def cam_probabilities(cam: Tensor, labels: Tensor, *, bg_threshold: float) -> Tensor:
-    """Probabilities of background and labelled classes whose argmax is :func:`cam_to_label`.
+    """Make background and labelled classes' probabilities with argmax :func:`cam_to_label`.
 
     A score s stands for the odds s / (1 - s), and the background for those of its threshold. From
     TKP-PCL's maps and a threshold of 0.5 that is ViT-PCM's merged label map (tkp_pcl.md 3.2).
@@ -65,7 +70,7 @@ def cam_probabilities(cam: Tensor, labels: Tensor, *, bg_threshold: float) -> Te
     Args:
         cam: (B, K, H, W) scores in [0, 1].
         labels: (B, K) image-level labels, 0 or 1; other classes get 0.
-        bg_threshold: Scores at or below it are background.
+        bg_threshold: scores at or below it are background.
 
     Returns:
         (B, K+1, H, W), background first, adding up to 1.
@@ -85,8 +90,8 @@ def roi_mask(cam: Tensor, labels: Tensor, *, high: float, low: float) -> Tensor:
     Args:
         cam: (B, K, H, W) scores in [0, 1].
         labels: (B, K) image-level labels, 0 or 1.
-        high: Scores at or above it are foreground.
-        low: Scores at or below it are background.
+        high: scores at or above it are foreground.
+        low: scores at or below it are background.
 
     Returns:
         (B, H, W) int64 mask.
@@ -101,8 +106,8 @@ def inside_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
 
     Args:
         boxes: (B, 4) integers: row start, row end, column start, column end, ends excluded.
-        height: Rows of the mask.
-        width: Columns of the mask.
+        height: rows of the mask.
+        width: columns of the mask.
 
     Returns:
         (B, height, width) boolean mask, true inside.
@@ -122,7 +127,7 @@ def ignore_outside_boxes(label: Tensor, boxes: Tensor, ignore_index: int = 255) 
         label: (B, H, W) label maps.
         boxes: (B, 4) integers: row start, row end, column start, column end, ends excluded, in
             pixels of ``label``.
-        ignore_index: Label written outside.
+        ignore_index: label written outside.
 
     Returns:
         (B, H, W) label maps; the input is left alone.
@@ -132,7 +137,7 @@ def ignore_outside_boxes(label: Tensor, boxes: Tensor, ignore_index: int = 255) 
 
 
 def present_slots(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Background and the present classes of every image, packed to the left in ascending order.
+    """Pack background and the present classes of every image to the left, ascending.
 
     Keeping the ascending order keeps argmax ties as they are with all classes in place.
 
@@ -153,7 +158,7 @@ def packed_scores(
     size: tuple[int, int],
     backgrounds: tuple[float, ...],
 ) -> Tensor:
-    """Reduced scores (B, T, M, h, w) of the slots, once for each of T background scores."""
+    """Reduce the slots' scores, (B, T, M, h, w): once for each of T background scores."""
     chosen = (ids - 1).clamp_min(0)[:, :, None, None].expand(-1, -1, *cam.shape[-2:])
     packed = (cam * labels[:, :, None, None].to(cam.dtype)).gather(1, chosen)
     packed = F.interpolate(packed, size=size, mode="bilinear", align_corners=False)
@@ -163,10 +168,10 @@ def packed_scores(
 
 
 def refined_scores(par: PAR, images: Tensor, scores: Tensor, valid: Tensor) -> Tensor:
-    """Softmax over the valid slots, then propagate.
+    """Take the softmax over the valid slots, then propagate.
 
     Args:
-        par: The refinement module.
+        par: the refinement module.
         images: (B, 3, h, w) reduced images.
         scores: (B, T, M, h, w) raw scores for T background scores.
         valid: (B, M) which slots are classes of the image.
@@ -178,35 +183,15 @@ def refined_scores(par: PAR, images: Tensor, scores: Tensor, valid: Tensor) -> T
     return par(images, prob.flatten(1, 2)).unflatten(1, prob.shape[1:3])
 
 
-def _refined_maps(
+def best_slots(
     par: PAR, images: Tensor, scores: Tensor, valid: Tensor, size: tuple[int, int]
 ) -> Tensor:
-    """Slot of the highest refined score at full size, (B, T, H, W); see :func:`refined_scores`."""
+    """Find the slot of the highest refined score, (B, T, H, W); see :func:`refined_scores`."""
     refined = refined_scores(par, images, scores, valid)
     full = F.interpolate(refined.flatten(1, 2), size=size, mode="bilinear", align_corners=False)
     full = full.unflatten(1, refined.shape[1:3])
     # a tenth of argmax's time on a CPU, where the dimension is not the last; ties alike
     return full.masked_fill_(~valid[:, None, :, None, None], -1.0).max(dim=2).indices
-
-
-def _refined_maps_one_by_one(
-    par: PAR, images: Tensor, scores: Tensor, valid: Tensor, size: tuple[int, int]
-) -> Tensor:
-    """The same as :func:`_refined_maps`, one image and one background score at a time."""
-    return torch.cat(
-        [
-            torch.cat(
-                [
-                    _refined_maps(par, image, one[:, :, : int(kept.sum())], kept[:, kept[0]], size)
-                    for one in score.split(1, dim=1)
-                ],
-                dim=1,
-            )
-            for image, score, kept in zip(
-                images.split(1), scores.split(1), valid.split(1), strict=True
-            )
-        ]
-    )
 
 
 @torch.no_grad()
@@ -221,7 +206,7 @@ def refine_cam_to_label(
     low: float,
     down_scale: int = 2,
     ignore_index: int = 255,
-    share_affinity: bool = True,
+    refine: RefineSlots = best_slots,
 ) -> Tensor:
     """Make segmentation pseudo-labels from CAMs with PAR (toco.md section 3, "Refined label").
 
@@ -234,24 +219,24 @@ def refine_cam_to_label(
     result equals that of one image after the other.
 
     Args:
-        par: Pixel-adaptive refinement.
+        par: pixel-adaptive refinement.
         images: (B, 3, H, W) in [0, 1].
         cam: (B, K, H, W) scores in [0, 1].
         labels: (B, K) image-level labels, 0 or 1.
         boxes: (B, 4) real pixels (row start, row end, column start, column end, ends excluded), or
             None for whole images.
-        high: Background score that foreground must beat.
-        low: Background score below which only background is left.
-        down_scale: The refinement runs at 1/down_scale of the image size.
-        ignore_index: Written where undecided and outside the boxes.
-        share_affinity: False recomputes the affinity for each image and background score, as the
-            official code does; the labels are the same. Only the benchmark asks for that.
+        high: background score that foreground must beat.
+        low: background score below which only background is left.
+        down_scale: the refinement runs at 1/down_scale of the image size.
+        ignore_index: written where undecided and outside the boxes.
+        refine: gives the slot of the highest refined score; the same labels can be had in other
+            ways.
 
     Returns:
         (B, H, W) int64 labels.
 
     Raises:
-        WSSSError: Images and CAMs differ in size, or the reduced size is empty.
+        WSSSError: images and CAMs differ in size, or the reduced size is empty.
     """
     height, width = images.shape[-2:]
     if cam.shape[-2:] != images.shape[-2:]:
@@ -265,7 +250,6 @@ def refine_cam_to_label(
     reduced = F.interpolate(images, size=small, mode="bilinear", align_corners=False)
     ids, valid = present_slots(labels)
     scores = packed_scores(cam, labels, ids, small, (high, low))
-    refine = _refined_maps if share_affinity else _refined_maps_one_by_one
     slots = refine(par, reduced, scores, valid, (height, width))
     against_high, against_low = (
         ids.gather(1, slots[:, t].flatten(1)).view(-1, height, width) for t in range(2)

@@ -1,9 +1,9 @@
-"""What every method is: a LightningModule that gives logits, localisation maps and a loss."""
+"""What every method is: a LightningModule that gives logits, localisation maps and losses."""
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from wsss.core.errors import WSSSError
+from wsss.methods.settings import Settings
 from wsss.models.backbone import Backbone
 
 Batch = dict[str, Any]
@@ -30,37 +31,58 @@ class Outputs(NamedTuple):
     seg_logits: Tensor | None
 
 
+class Step(NamedTuple):
+    """What a method says about one batch.
+
+    Attributes:
+        losses: named terms without their weights, in the paper's order; logged as ``train/NAME``.
+        total: the weighted sum that is minimised, a scalar.
+        outputs: of the forward pass; ``seg_logits`` is None where the step needed none.
+        seen: the targets behind the losses, by name, for whoever wants to look at them.
+        scalars: further numbers worth a curve; logged as ``train/NAME``.
+    """
+
+    losses: dict[str, Tensor]
+    total: Tensor
+    outputs: Outputs
+    seen: Mapping[str, Any] = MappingProxyType({})
+    scalars: Mapping[str, Tensor] = MappingProxyType({})
+
+
 class WSSSModule(LightningModule):
     """Base of all methods: one optimiser recipe, one way of logging, no training logic.
 
-    A method writes out its own ``training_step``; an evaluator uses only :meth:`forward` and
-    :meth:`cams`. Everything a method needs is a keyword-only, typed constructor argument, since
-    Hydra checks configurations against it.
+    A method writes :meth:`losses`; the bookkeeping around it stands here, once. An evaluator uses
+    only :meth:`forward` and :meth:`cams`.
 
-    Several processes average their gradients. What a loss divides by, and
-    the batch that a batch norm sees, are those of one forward pass: ``global_batch_size`` over
-    processes times ``accumulate_grad_batches``. Where that quotient stays, a run is the same on any
-    number of processes, random draws included (:meth:`own_draws`); each method says below
-    *Several processes* for which losses it is also the same for any quotient.
+    Several processes average their gradients. A loss divides by what one forward pass holds, and a
+    batch norm sees the batch of one forward pass: ``global_batch_size`` over processes times
+    ``accumulate_grad_batches``. A run is the same on any number of processes for which that
+    quotient is the same, random draws included (:meth:`own_draws`). Each method says below
+    *Several processes* which of its losses are the same for any quotient.
 
     Args:
         backbone: the shared encoder.
         num_classes: K, foreground classes.
-        max_steps: optimiser steps of the whole run, the length of every schedule.
+        settings: the method's own, checked already.
     """
 
     #: Opens a named phase of the step; the benchmark puts a stopwatch here.
     phase: Callable[[str], AbstractContextManager[Any]] = staticmethod(record_function)
+    #: False: training steps draw from the global random generators (a quirk of official codes)
+    draws_apart = True
+    #: False: a loss that is not finite does not stop the run (a quirk of official codes)
+    stops_unless_finite = True
+    #: whether the batch is the first of its optimiser step, as ``training_step`` found it
+    first_of_step = True
 
-    def __init__(self, *, backbone: Backbone, num_classes: int, max_steps: int) -> None:
+    def __init__(self, *, backbone: Backbone, num_classes: int, settings: Settings) -> None:
         super().__init__()
-        if num_classes < 1 or max_steps < 1:
-            raise WSSSError(
-                f"method: num_classes={num_classes} and max_steps={max_steps} must be at least 1"
-            )
+        if num_classes < 1:
+            raise WSSSError(f"num_classes={num_classes}: expected at least 1 class")
         self.backbone = backbone
         self.num_classes = num_classes
-        self.max_steps = max_steps
+        self.settings = settings
         #: resolved configuration, saved as a plain dictionary inside every checkpoint
         self.run_config: dict[str, Any] = {}
 
@@ -69,13 +91,15 @@ class WSSSModule(LightningModule):
         """The method's name as its field writes it, for tables and reports; here the class's."""
         return type(self).__name__
 
+    # ---- what a method is ----------------------------------------------------------------------
+
     @abstractmethod
     def forward(self, images: Tensor) -> Outputs:
-        """Logits for normalised images (B, 3, H, W) of any size."""
+        """Give logits for normalised images (B, 3, H, W) of any size."""
 
     @abstractmethod
     def cams(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The method's localisation maps, (B, K, H, W) in [0, 1].
+        """Give the method's localisation maps, (B, K, H, W) in [0, 1].
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -83,8 +107,29 @@ class WSSSModule(LightningModule):
                 map of a class does not depend on which others are asked for.
         """
 
+    @abstractmethod
+    def losses(self, batch: Batch, step: int) -> Step:
+        """Compute all losses of a batch at a 0-based optimiser step.
+
+        Args:
+            batch: what the method's training transform gives, with ``labels`` (B, K) and ``name``.
+            step: decides which terms are in force.
+        """
+
+    @abstractmethod
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Give the optimiser groups: each with ``name``, ``params`` and ``lr``."""
+
+    @abstractmethod
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Make the method's optimiser over its groups."""
+
+    @abstractmethod
+    def lr_multiplier(self, step: int) -> float:
+        """Give the factor on every group's learning rate at a 0-based optimiser step."""
+
     def gallery_maps(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Further maps worth looking at: name -> (B, H, W) in [0, 1]; none by default.
+        """Give further maps worth looking at: name -> (B, H, W) in [0, 1]; none by default.
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -93,23 +138,26 @@ class WSSSModule(LightningModule):
         return {}
 
     def compiled_parts(self) -> list[nn.Module]:
-        """What ``trainer.compile`` compiles: parts whose graph is the same at every step."""
+        """Give what ``trainer.compile`` compiles: parts whose graph is the same at every step."""
         return list(self.backbone.vit.blocks)
 
-    @abstractmethod
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups: each with ``name``, ``params`` and ``lr``."""
+    # ---- the bookkeeping around a step -----------------------------------------------------------
 
-    @abstractmethod
-    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The method's optimiser over its groups."""
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute the total loss of a batch; log it with its terms."""
+        self.first_of_step = batch_idx % self.trainer.accumulate_grad_batches == 0
+        with self.own_draws(batch_idx, enabled=self.draws_apart):
+            step = self.losses(batch, self.global_step)
+        if self.stops_unless_finite:
+            self.require_finite(step, batch)
+        self.log_step(step, len(batch["image"]))
+        return step.total
 
-    @abstractmethod
-    def lr_multiplier(self, step: int) -> float:
-        """Factor on every group's learning rate at a 0-based optimiser step."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Do nothing: the evaluator callback reads :meth:`forward` and :meth:`cams` itself."""
 
     def configure_optimizers(self) -> Any:
-        """The method's optimiser with its learning rate set anew at each step."""
+        """Make the optimiser, with its learning rate set anew at each step."""
         optimizer = self.optimizer(self.param_groups())
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_multiplier)
         return {
@@ -117,16 +165,13 @@ class WSSSModule(LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Nothing: the evaluator callback reads :meth:`forward` and :meth:`cams` itself."""
-
     def on_fit_start(self) -> None:
         """Remember the run's seed for :meth:`own_draws`."""
         self._seed = torch.initial_seed()
 
     @contextmanager
     def own_draws(self, batch_idx: int, *, enabled: bool) -> Iterator[None]:
-        """Random draws that depend on seed, step and place within the global batch alone.
+        """Make random draws depend on seed, step and place within the global batch alone.
 
         So a resumed run draws the same, and so do two processes and one that accumulates.
 
@@ -142,28 +187,30 @@ class WSSSModule(LightningModule):
                 torch.manual_seed(hash((self._seed, place, self.global_step, batch)) % 2**63)
             yield
 
-    def require_finite(self, losses: Mapping[str, Tensor], total: Tensor, batch: Batch) -> None:
+    def require_finite(self, step: Step, batch: Batch) -> None:
         """Stop a run that has gone astray, before the weights are spoilt.
 
         Raises:
             WSSSError: the total is not finite; names the losses and images.
         """
-        if bool(torch.isfinite(total)):
+        if bool(torch.isfinite(step.total)):
             return
-        terms = ", ".join(f"{name} {loss.item():.3g}" for name, loss in losses.items())
+        terms = ", ".join(f"{name} {loss.item():.3g}" for name, loss in step.losses.items())
         raise WSSSError(
             f"step {self.global_step}: the loss is not finite ({terms}; images "
             f"{', '.join(batch['name'])}); lower method.lr, or look at these images"
         )
 
-    def log_losses(self, losses: Mapping[str, Tensor], total: Tensor, batch_size: int) -> None:
-        """Log named losses, the total and every learning rate under ``train/``.
+    def log_step(self, step: Step, batch_size: int) -> None:
+        """Log losses, their total, scalars and every learning rate under ``train/``.
 
         ``lr`` is the first parameter group's rate, ``lr_NAME`` that of each further one.
         """
-        for name, loss in losses.items():
+        for name, loss in step.losses.items():
             self.log(f"train/{name}", loss.detach(), prog_bar=True, batch_size=batch_size)
-        self.log("train/loss", total.detach(), prog_bar=True, batch_size=batch_size)
+        self.log("train/loss", step.total.detach(), prog_bar=True, batch_size=batch_size)
+        for name, scalar in step.scalars.items():
+            self.log(f"train/{name}", scalar.detach(), batch_size=batch_size)
         first, *further = self.trainer.optimizers[0].param_groups
         self.log("train/lr", first["lr"], batch_size=batch_size)
         for group in further:
@@ -176,26 +223,3 @@ class WSSSModule(LightningModule):
             "config": self.run_config,
             "backbone": self.backbone.weights_info.as_dict(),
         }
-
-
-def check_positive(**settings: float | Sequence[float]) -> None:
-    """Raise WSSSError unless settings, given by their keys, are finite numbers above zero."""
-    for name, value in settings.items():
-        numbers = list(value) if isinstance(value, Sequence) else [value]
-        if not all(0 < number < math.inf for number in numbers):
-            raise WSSSError(f"method.{name}={value}: expected finite numbers above zero")
-
-
-def check_not_negative(**settings: float) -> None:
-    """Raise WSSSError unless settings, given by their keys, are finite and not below zero."""
-    for name, value in settings.items():
-        if not 0 <= value < math.inf:
-            raise WSSSError(f"method.{name}={value}: expected a finite number, 0 or more")
-
-
-def check_thresholds(*, low: float, high: float) -> None:
-    """Raise WSSSError unless the two thresholds of pseudo labels are 0 <= low <= high <= 1."""
-    if not 0 <= low <= high <= 1:
-        raise WSSSError(
-            f"method: expected 0 <= low_threshold <= high_threshold <= 1, got {low} and {high}"
-        )

@@ -5,27 +5,29 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from wsss.core.errors import WSSSError
-from wsss.methods.clustercam.official import clustercam_name, clustercam_official_name
-from wsss.methods.getam.official import getam_name, getam_official_name
-from wsss.methods.toco.official import toco_name, toco_official_name
+from wsss.methods.clustercam import official as clustercam
+from wsss.methods.getam import official as getam
+from wsss.methods.toco import official as toco
 from wsss.models.weights import fit_positions, load_state_dict_strictly
 
+#: method -> our name of an official parameter; None where the method never uses it
 CONVERTERS: dict[str, Callable[[str], str | None]] = {
-    "toco": toco_name,
-    "clustercam": clustercam_name,
-    "getam": getam_name,
+    "toco": toco.our_name,
+    "clustercam": clustercam.our_name,
+    "getam": getam.our_name,
 }
+#: method -> the official name of a parameter of ours
 OFFICIAL_NAMES: dict[str, Callable[[str], str]] = {
-    "toco": toco_official_name,
-    "clustercam": clustercam_official_name,
-    "getam": getam_official_name,
+    "toco": toco.official_name,
+    "clustercam": clustercam.official_name,
+    "getam": getam.official_name,
 }
 
 
 def convert_official(
     method: str, state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """An official state dict under our names, and a map from our names back to theirs.
+    """Give an official state dict under our names, and a map from our names back to theirs.
 
     Raises:
         WSSSError: no converter is known for the method.

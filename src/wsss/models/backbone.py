@@ -58,7 +58,7 @@ class Features:
     stem_maps: tuple[Tensor, ...] = ()
 
     def as_map(self, tokens: Tensor) -> Tensor:
-        """Patch tokens (B, N, D) as a feature map (B, D, h, w)."""
+        """Lay patch tokens (B, N, D) out as a feature map (B, D, h, w)."""
         return token_map(tokens, self.grid)
 
     @property
@@ -68,7 +68,7 @@ class Features:
 
 
 def token_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patch tokens (B, N, D) on a grid of (h, w) as a contiguous feature map (B, D, h, w).
+    """Lay patch tokens (B, N, D) on a grid of (h, w): a contiguous map (B, D, h, w).
 
     A transposed view would pass for channels-last, and so would all that convolutions make of it:
     their backward pass then takes three times as long on a CPU. Where channels-last helps, the
@@ -96,7 +96,7 @@ class WeightsInfo:
     state_sha256: str
 
     def as_dict(self) -> dict[str, str | None]:
-        """A plain dictionary for ``results.json`` and hyperparameters."""
+        """Give a plain dictionary for ``results.json`` and hyperparameters."""
         return asdict(self)
 
 
@@ -211,11 +211,11 @@ class Backbone(nn.Module):
         return Features(prefix, patches, grid, intermediates, maps, prefixes, kept, stem_maps)
 
     def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Prefix tokens (B, P, D) and patch tokens (B, N, D)."""
+        """Split into prefix tokens (B, P, D) and patch tokens (B, N, D)."""
         return tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
 
     def _stem_maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of a hybrid's ResNet stages, see :class:`Features`; none of a plain ViT."""
+        """Collect the outputs of a hybrid's ResNet stages (:class:`Features`); a ViT has none."""
         if not isinstance(self.vit.patch_embed, HybridEmbed):
             return ()
         stem = self.vit.patch_embed.backbone
@@ -225,7 +225,7 @@ class Backbone(nn.Module):
         return (*maps[1:-1], stem.norm(maps[-1]))
 
     def _whole_patches(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) without the rows and columns beyond the last whole patch."""
+        """Cut images (B, 3, H, W) after the last whole patch of rows and columns."""
         height, width = (side // self.patch_size * self.patch_size for side in images.shape[-2:])
         if min(height, width) == 0:
             raise WSSSError(
@@ -237,7 +237,7 @@ class Backbone(nn.Module):
     def embed(
         self, images: Tensor, stem_maps: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, tuple[int, int]]:
-        """Input of the first block, (B, P+N, D): patches and prefix with positions; and the grid.
+        """Make the first block's input (B, P+N, D): prefix, patches, positions; and the grid.
 
         Args:
             images: (B, 3, H, W), normalised.

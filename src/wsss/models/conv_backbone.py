@@ -58,7 +58,7 @@ class ConvBackbone(nn.Module):
         )
 
     def _encoder_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A file's encoder under our names; its heads are left out."""
+        """Take a file's encoder under our names; its heads are left out."""
         # files older than torch 1.0 lack the counters, which nothing here reads
         counters = {k: v for k, v in self.body.state_dict().items() if k.endswith("_tracked")}
         kept = {k: v for k, v in state.items() if not k.startswith(HEADS)}
@@ -67,12 +67,12 @@ class ConvBackbone(nn.Module):
         }
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, D, H / stride, W / stride) of normalised images (B, 3, H, W)."""
+        """Compute features (B, D, H / stride, W / stride) of normalised images (B, 3, H, W)."""
         return self.body(images)
 
 
 def _dilated(name: str) -> nn.Sequential:
-    """The layers before pooling and classifier, under torchvision's names, random weights."""
+    """Make the layers before pooling and classifier: torchvision's names, random weights."""
     build = torchvision.models.get_model_builder(name)
     if name.startswith("resnet"):
         layers = build(weights=None, replace_stride_with_dilation=[False, True, True])
@@ -86,7 +86,7 @@ def _dilated(name: str) -> nn.Sequential:
 
 
 def _read(weights: str) -> tuple[dict[str, Tensor], str, str | None]:
-    """Parameters, where they came from, and the hash of a local file."""
+    """Read parameters, where they came from, and the hash of a local file."""
     path = Path(weights).expanduser()
     if path.suffix in (".pth", ".pt", ".safetensors"):
         state = {k.removeprefix("module."): v for k, v in read_state_dict(path).items()}

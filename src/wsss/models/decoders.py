@@ -36,7 +36,7 @@ class LargeFOV(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits (B, K+1, h, w) from features (B, D, h, w)."""
+        """Compute logits (B, K+1, h, w) from features (B, D, h, w)."""
         return self.conv8(self.relu(self.conv7(self.relu(self.conv6(features)))))
 
 
@@ -65,12 +65,12 @@ class Reassemble(nn.Module):
             self.resize = nn.Conv2d(channels, channels, 3, stride=round(1 / factor), padding=1)
 
     def read(self, patches: Tensor, cls_token: Tensor) -> Tensor:
-        """Patch tokens (B, N, D) that have seen the class token (B, D): (B, N, D)."""
+        """Let patch tokens (B, N, D) see the class token (B, D): (B, N, D)."""
         joined = torch.cat([patches, cls_token[:, None].expand_as(patches)], dim=2)
         return F.gelu(self.readout(joined))
 
     def forward(self, patches: Tensor, cls_token: Tensor, grid: tuple[int, int]) -> Tensor:
-        """A map (B, channels, h * factor, w * factor) of patch tokens on a grid of (h, w)."""
+        """Make a map (B, channels, h * factor, w * factor) of patch tokens on a grid of (h, w)."""
         tokens = token_map(self.read(patches, cls_token), grid)
         return self.resize(self.narrow(tokens))
 
@@ -105,7 +105,7 @@ class Fusion(nn.Module):
         self.out_conv = nn.Conv2d(channels, channels, 1)
 
     def forward(self, path: Tensor, skip: Tensor | None, size: Sequence[int]) -> Tensor:
-        """(B, C, *size) of the path (B, C, h, w) and the skip of its size."""
+        """Fuse the path (B, C, h, w) and the skip of its size into (B, C, *size)."""
         if self.skip_unit is not None:
             path = path + self.skip_unit(skip)
         path = F.interpolate(self.unit(path), size=tuple(size), mode="bilinear", align_corners=True)
@@ -176,7 +176,7 @@ class DPTDecoder(nn.Module):
         )
 
     def paths(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The fused maps, coarsest level first, each of the next finer level's size.
+        """Fuse the maps, coarsest level first, each of the next finer level's size.
 
         Args:
             maps: finest first, (B, C_i, h_i, w_i).
@@ -191,7 +191,7 @@ class DPTDecoder(nn.Module):
         return found
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """Logits (B, K+1, *size) from four maps, finest first."""
+        """Compute logits (B, K+1, *size) from four maps, finest first."""
         logits = self.head(self.squeeze(self.paths(maps)[-1]))
         return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
 
@@ -221,5 +221,5 @@ class ASPPSum(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits (B, K+1, h, w) from features (B, D, h, w)."""
+        """Compute logits (B, K+1, h, w) from features (B, D, h, w)."""
         return torch.stack([branch(features) for branch in self.branches]).sum(0)

@@ -44,7 +44,7 @@ def resize_positions(
     offset: float | None = None,
     square: bool = True,
 ) -> Tensor:
-    """Positions (1, P+n*n, D) for a grid of (h, w): no antialias, prefix untouched.
+    """Resize positions (1, P+n*n, D) to a grid of (h, w): no antialias, prefix untouched.
 
     Args:
         positions: as stored.
@@ -70,19 +70,19 @@ def resize_positions(
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, each (B, heads, T, D / heads), of a projection (B, T, 3 D)."""
+    """Split a projection (B, T, 3 D) into queries, keys, values, each (B, heads, T, D / heads)."""
     batch, count, _ = qkv.shape
     queries, keys, values = qkv.reshape(batch, count, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
     return queries, keys, values
 
 
 def merge_heads(mixed: Tensor) -> Tensor:
-    """Heads (B, heads, T, D / heads) side by side again, (B, T, D)."""
+    """Lay heads (B, heads, T, D / heads) side by side again, (B, T, D)."""
     return mixed.transpose(1, 2).flatten(2)
 
 
 def block_with_attention(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """One pre-norm block with its softmax attention, (B, heads, N, N), kept in the graph."""
+    """Run one pre-norm block; its softmax attention (B, heads, N, N) stays in the graph."""
     queries, keys, values = _queries_keys_values(block, tokens)
     attention = (queries @ keys.transpose(-2, -1)).softmax(dim=-1)
     mixed = block.attn.attn_drop(attention) @ values
@@ -90,7 +90,7 @@ def block_with_attention(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def block_with_parts(block: Any, tokens: Tensor) -> tuple[Tensor, AttentionParts]:
-    """One pre-norm block on fused attention, with what its attention was made of."""
+    """Run one pre-norm block on fused attention; give also what its attention is made of."""
     queries, keys, values = _queries_keys_values(block, tokens)
     dropout = block.attn.attn_drop.p if block.training else 0.0
     mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, scale=1.0)
@@ -98,14 +98,14 @@ def block_with_parts(block: Any, tokens: Tensor) -> tuple[Tensor, AttentionParts
 
 
 def _queries_keys_values(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a block's attention, each (B, heads, N, D / heads); queries are scaled already."""
+    """Give queries, keys and values, each (B, heads, N, D / heads); queries are scaled already."""
     attn = block.attn
     queries, keys, values = split_heads(attn.qkv(block.norm1(tokens)), attn.num_heads)
     return attn.q_norm(queries) * attn.scale, attn.k_norm(keys), values
 
 
 def _after_attention(block: Any, tokens: Tensor, mixed: Tensor) -> Tensor:
-    """The rest of a block, from attention times values (B, heads, N, D / heads)."""
+    """Run the rest of a block, from attention times values (B, heads, N, D / heads)."""
     attn = block.attn
     mixed = merge_heads(mixed)
     mixed = attn.proj_drop(attn.proj(attn.norm(mixed)))
@@ -120,7 +120,7 @@ class StandardisedConv(StdConv2dSame):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Filters (B, C, H, W)."""
+        """Filter (B, C, H, W)."""
         std, mean = torch.std_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
         weight = (self.weight - mean) / (std + 1e-5)
         if self.same_pad:
@@ -129,7 +129,7 @@ class StandardisedConv(StdConv2dSame):
 
 
 def _hybrid_embed(**arguments: Any) -> HybridEmbed:
-    """The ResNet-50 stem of three stages with :class:`StandardisedConv`."""
+    """Make the ResNet-50 stem of three stages with :class:`StandardisedConv`."""
     stem = ResNetV2(
         layers=(3, 4, 9),
         num_classes=0,
@@ -142,7 +142,7 @@ def _hybrid_embed(**arguments: Any) -> HybridEmbed:
 
 
 def create_vit(name: str, *, pretrained: bool, overrides: dict[str, Any]) -> VisionTransformer:
-    """A plain timm ViT without classification head."""
+    """Make a plain timm ViT without classification head."""
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)

@@ -20,7 +20,7 @@ from wsss.core.places import PACKAGE
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The parameters in a ``.safetensors`` file or a torch checkpoint.
+    """Read the parameters in a ``.safetensors`` file or a torch checkpoint.
 
     Torch files may hold the parameters directly or under ``state_dict`` or ``model``.
 
@@ -60,7 +60,7 @@ def save_atomically(checkpoint: Mapping[str, Any], target: Path) -> None:
     try:
         with whole_file(target) as temporary:
             torch.save(checkpoint, temporary)
-    except (OSError, RuntimeError) as error:  # torch tells a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where the disk is full
         raise WSSSError(
             f"{target}: cannot be written ({first_line(error)}); a previous file is untouched"
         ) from error
@@ -83,19 +83,20 @@ def load_state_dict_strictly(
     Raises:
         WSSSError: one line with the missing, extra and misshapen keys.
     """
-    own = module.state_dict()
+    expected = module.state_dict()
     shown = rename or {}
     faults = [
         (label, [shown.get(key, key) for key in keys])
         for label, keys in (
-            ("missing", sorted(own.keys() - state.keys())),
-            ("extra", sorted(state.keys() - own.keys())),
+            ("missing", sorted(expected.keys() - state.keys())),
+            ("extra", sorted(state.keys() - expected.keys())),
         )
     ]
     misshapen = [
-        f"{shown.get(key, key)} (expected {tuple(own[key].shape)}, got {tuple(state[key].shape)})"
-        for key in sorted(own.keys() & state.keys())
-        if own[key].shape != state[key].shape
+        f"{shown.get(key, key)} (expected {tuple(expected[key].shape)}, "
+        f"got {tuple(state[key].shape)})"
+        for key in sorted(expected.keys() & state.keys())
+        if expected[key].shape != state[key].shape
     ]
     faults.append(("misshapen", misshapen))
     lines = [f"{label} {len(keys)}: {_some(keys)}" for label, keys in faults if keys]
@@ -126,7 +127,7 @@ def _some(names: list[str], most: int = 8) -> str:
 
 
 def renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    """A name with the first prefix that it begins with replaced."""
+    """Replace the first prefix that a name begins with."""
     for theirs, ours in prefixes.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
@@ -158,7 +159,7 @@ def _plain_key(key: str) -> str:
 
 
 def weights_path(weights: str) -> Path:
-    """The file that ``backbone.weights`` names.
+    """Find the file that ``backbone.weights`` names.
 
     Raises:
         WSSSError: there is no such file.
@@ -175,7 +176,7 @@ def weights_path(weights: str) -> Path:
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over sorted names, shapes and float32 values of a state dict."""
+    """Hash sorted names, shapes and float32 values of a state dict with SHA-256."""
     digest = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().to("cpu", torch.float32).contiguous()

@@ -1,4 +1,4 @@
-"""What one looks at: sheets of image, CAM, pseudo label, prediction and truth, drawn with PIL.
+"""Sheets to look at: image, CAM, pseudo label, prediction and truth, drawn with PIL.
 
 Every panel is computed by the functions that the evaluator scores with
 (`wsss.evaluation.inference`), so a sheet shows exactly what the numbers are about.
@@ -19,9 +19,9 @@ from torch.utils.data import Dataset, default_collate
 
 from wsss.core.modes import evaluating
 from wsss.data.images import voc_palette
-from wsss.evaluation.confusion import IGNORE_INDEX
 from wsss.evaluation.inference import localise, predict, pseudo_label, refinement, resized
 from wsss.evaluation.protocol import Protocol
+from wsss.maps.pixels import IGNORE_INDEX
 from wsss.maps.pseudo_labels import cam_to_label
 from wsss.maps.refine.pamr import PAMR
 from wsss.maps.refine.par import PAR
@@ -43,10 +43,10 @@ class Panel:
     """One picture of a row.
 
     Attributes:
-        heading: Title of its column.
+        heading: title of its column.
         pixels: (H, W, 3) uint8, enlarged to panel size when drawn.
-        caption: Line below it.
-        mask: The (H, W) class ids behind it, where it shows a label map of the image's size.
+        caption: line below it.
+        mask: the (H, W) class ids behind it, where it shows a label map of the image's size.
     """
 
     heading: str
@@ -60,9 +60,9 @@ class Gallery:
     """What was drawn.
 
     Attributes:
-        sheets: The files.
+        sheets: the files.
         rows: (image name, panels) of every image, without the method's further maps.
-        class_names: The K foreground classes.
+        class_names: the K foreground classes.
     """
 
     sheets: list[Path]
@@ -73,13 +73,13 @@ class Gallery:
 def overlay(
     rgb: Pixels, mask: NDArray[Any], palette: Sequence[int] | None = None, alpha: float = 0.7
 ) -> Pixels:
-    """Colours a label map over its faded image; regions are outlined, 255 is hatched.
+    """Colour a label map over its faded image; regions are outlined, 255 is hatched.
 
     Args:
         rgb: (H, W, 3) uint8.
         mask: (H, W) class ids, 255 where undecided.
         palette: 3 values a class in one list, as PIL takes it; VOC's colours by default.
-        alpha: Opacity of the classes.
+        alpha: opacity of the classes.
 
     Returns:
         (H, W, 3) uint8.
@@ -103,7 +103,7 @@ def overlay(
 
 
 def _outline(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(H, W) mask of the class pixels that touch another label on a side."""
+    """Mark the class pixels (H, W) that touch another label on a side."""
     edge = np.zeros(ids.shape, dtype=bool)
     down, right = ids[1:] != ids[:-1], ids[:, 1:] != ids[:, :-1]
     edge[1:] |= down
@@ -114,7 +114,7 @@ def _outline(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def heat(rgb: Pixels, values: NDArray[np.float32]) -> Pixels:
-    """Lays a jet-like heat map over an image.
+    """Lay a jet-like heat map over an image.
 
     Args:
         rgb: (H, W, 3) uint8.
@@ -131,11 +131,11 @@ def heat(rgb: Pixels, values: NDArray[np.float32]) -> Pixels:
 
 
 def choose_images(labels: NDArray[np.float32], n: int) -> list[int]:
-    """Indices of images to show: evenly spaced, then swapped in until every class is seen.
+    """Choose images to show, by index: evenly spaced, then swapped in until all classes show.
 
     Args:
         labels: (M, K) image-level labels.
-        n: How many.
+        n: how many.
 
     Returns:
         At most ``n`` ascending indices; the same for the same labels.
@@ -163,16 +163,16 @@ def write_gallery(
     n: int = 16,
     protocol: Protocol,
 ) -> Gallery:
-    """Draws sheets of what a module sees.
+    """Draw sheets of what a module sees.
 
     Args:
-        module: A method (``forward`` and ``cams``), used where its parameters are.
-        dataset: An evaluation split with ``labels`` (M, K), as `VOCDataset` has.
-        out_dir: Folder of ``sheet_00.png``, ``sheet_01.png``, ..., and of ``sheet_00_maps.png``,
+        module: a method (``forward`` and ``cams``), used where its parameters are.
+        dataset: an evaluation split with ``labels`` (M, K), as `VOCDataset` has.
+        out_dir: folder of ``sheet_00.png``, ``sheet_01.png``, ..., and of ``sheet_00_maps.png``,
             ... with the method's further maps where it has any; older sheets there go.
-        class_names: The K foreground classes.
-        n: How many images.
-        protocol: Scales and thresholds; CRF is left out.
+        class_names: the K foreground classes.
+        n: how many images.
+        protocol: scales and thresholds; CRF is left out.
 
     Returns:
         The sheets and what is on them.
@@ -211,7 +211,7 @@ def _panels(
     protocol: Protocol,
     refine: PAR | PAMR | None,
 ) -> list[Panel]:
-    """The row of one image: image, CAM, pseudo label, prediction (where there is one), truth."""
+    """Make the row of one image: image, CAM, pseudo label, prediction (if any), truth."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     images, labels = batch["image"].to(device), batch["labels"].to(device)
     rgb = batch["rgb"][0].numpy()
@@ -239,7 +239,7 @@ def _panels(
 def _further_panels(
     module: nn.Module, batch: Mapping[str, Any], class_names: Sequence[str]
 ) -> list[Panel]:
-    """The image, and over it every further map that the method offers."""
+    """Show the image, and over it every further map that the method offers."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     rgb, labels = batch["rgb"][0].numpy(), batch["labels"]
     maps = module.gallery_maps(batch["image"].to(device), labels.to(device))  # type: ignore[operator]
@@ -255,7 +255,7 @@ def _names(ids: NDArray[Any], class_names: Sequence[str]) -> str:
 
 
 def _mask_panel(heading: str, rgb: Pixels, mask: Tensor) -> Panel:
-    """A label map over its image, enlarged before it is painted so that edges stay crisp."""
+    """Paint a label map over its image, enlarged first so that edges stay crisp."""
     ids = mask.cpu().numpy().astype(np.uint8)
     size = _panel_size(*ids.shape)
     large = np.asarray(Image.fromarray(ids).resize(size, Image.Resampling.NEAREST))
@@ -263,7 +263,7 @@ def _mask_panel(heading: str, rgb: Pixels, mask: Tensor) -> Panel:
 
 
 def _panel_size(height: int, width: int) -> tuple[int, int]:
-    """(width, height) of a panel: the longest side is ``PANEL``."""
+    """Give (width, height) of a panel: the longest side is ``PANEL``."""
     scale = PANEL / max(height, width)
     return max(1, round(width * scale)), max(1, round(height * scale))
 
@@ -276,11 +276,11 @@ def _enlarged(rgb: Pixels) -> Pixels:
 def draw_sheet(
     rows: Sequence[tuple[str, Sequence[Panel]]], class_names: Sequence[str]
 ) -> Image.Image:
-    """Puts rows of panels on one sheet with column headings and a legend of the classes.
+    """Put rows of panels on one sheet with column headings and a legend of the classes.
 
     Args:
         rows: (image name, panels) of each row, all with the same columns.
-        class_names: The K foreground classes, for the legend.
+        class_names: the K foreground classes, for the legend.
 
     Returns:
         An RGB image, ``sheet_size`` large.
@@ -310,21 +310,21 @@ def draw_sheet(
 
 
 def sheet_size(rows: int, columns: int, legend_lines: int) -> tuple[int, int]:
-    """(width, height) of a sheet in pixels."""
+    """Give (width, height) of a sheet in pixels."""
     width = 2 * MARGIN + columns * PANEL + (columns - 1) * GAP
     height = 2 * MARGIN + legend_lines * LEGEND_LINE + GAP + HEADING
     return width, height + rows * (PANEL + CAPTION + GAP) - GAP
 
 
 def _legend_rows(class_names: Sequence[str], columns: int) -> list[list[tuple[int, str]]]:
-    """(class id, name) of the legend, broken into lines; 255 is undecided or unlabelled."""
+    """Give (class id, name) of the legend in lines; 255 is undecided or unlabelled."""
     entries = [*enumerate(class_names, start=1), (IGNORE_INDEX, "undecided / void")]
     per_line = max(1, (columns * (PANEL + GAP)) // LEGEND_ENTRY)
     return [entries[i : i + per_line] for i in range(0, len(entries), per_line)]
 
 
 def _draw_legend(sheet: Image.Image, lines: Sequence[Sequence[tuple[int, str]]]) -> None:
-    """Draws the legend with each class as it looks over a mid-grey image."""
+    """Draw the legend with each class as it looks over a mid-grey image."""
     draw = ImageDraw.Draw(sheet)
     side = 16
     grey = np.full((side, side, 3), 128, np.uint8)
@@ -338,7 +338,7 @@ def _draw_legend(sheet: Image.Image, lines: Sequence[Sequence[tuple[int, str]]])
 
 
 def _shortened(draw: ImageDraw.ImageDraw, text: str, width: int, size: int = 12) -> str:
-    """The text, cut with an ellipsis where it is wider than ``width`` pixels."""
+    """Cut the text with an ellipsis where it is wider than ``width`` pixels."""
     font = _font(size)
     if draw.textlength(text, font=font) <= width:
         return text

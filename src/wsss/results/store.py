@@ -103,11 +103,11 @@ CLASS_COLUMNS = (
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Writes results so that a reader sees the old file or the new one, never a part.
+    """Write results so that a reader sees the old file or the new one, never a part.
 
     Args:
-        path: Target, usually ``run folder / RESULTS_FILE``; its folder is created.
-        results: Content of the schema above. ``schema`` is added; NaN becomes null; tensors,
+        path: target, usually ``run folder / RESULTS_FILE``; its folder is created.
+        results: content of the schema above. ``schema`` is added; NaN becomes null; tensors,
             NumPy values, tuples and paths become plain values.
     """
     text = _compact_lists(
@@ -117,10 +117,10 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def write_cells(path: Path, cells: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes the confusion cells of every image (`wsss.evaluation.per_image`), compressed.
+    """Write the confusion cells of every image (`wsss.evaluation.per_image`), compressed.
 
     Args:
-        path: Target, usually ``run folder / CELLS_FILE``.
+        path: target, usually ``run folder / CELLS_FILE``.
         cells: split -> ``names`` (list of all image names) and kind of label map -> (n, 3) cells.
     """
     arrays: dict[str, Any] = {}
@@ -135,10 +135,10 @@ def write_cells(path: Path, cells: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def read_cells(path: Path, split: str) -> dict[str, Any]:
-    """Reads what :func:`write_cells` wrote for one split: ``names`` and kind -> int64 cells.
+    """Read what :func:`write_cells` wrote for one split: ``names`` and kind -> int64 cells.
 
     Raises:
-        WSSSError: If the file is missing or damaged.
+        WSSSError: the file is missing or damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as content:
@@ -155,10 +155,10 @@ def read_cells(path: Path, split: str) -> dict[str, Any]:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Reads what :func:`write_results` wrote.
+    """Read what :func:`write_results` wrote.
 
     Raises:
-        WSSSError: If the file is missing, is no JSON or has another schema.
+        WSSSError: the file is missing, is no JSON or has another schema.
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -179,12 +179,12 @@ def read_results(path: Path) -> dict[str, Any]:
 def print_table(
     results: Mapping[str, Any], *, console: Console | None = None, per_class: bool = False
 ) -> None:
-    """Prints metrics as rows and splits as columns.
+    """Print metrics as rows and splits as columns.
 
     Args:
-        results: Content of the schema above.
-        console: Where to print; standard output by default.
-        per_class: Also print the table of IoUs per class of every split.
+        results: content of the schema above.
+        console: where to print; standard output by default.
+        per_class: also print the table of IoUs per class of every split.
     """
     console = console or Console()
     splits: Mapping[str, Mapping[str, Any]] = results["splits"]
@@ -208,11 +208,11 @@ def print_table(
 
 
 def maps_table(maps: Mapping[str, Mapping[str, Any]], *, title: str | None = None) -> Table:
-    """What kinds of label maps are worth beside their mIoU, one kind a column.
+    """Make a table of the label maps' scores beside mIoU, one kind a column.
 
     Args:
         maps: ``maps`` of one entry of ``splits``.
-        title: Heading.
+        title: heading.
     """
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -225,7 +225,7 @@ def maps_table(maps: Mapping[str, Mapping[str, Any]], *, title: str | None = Non
 
 
 def look_up(values: Mapping[str, Any], path: Sequence[str]) -> Any:
-    """The value at a path of nested mappings, None where a step is missing."""
+    """Give the value at a path of nested mappings, None where a step is missing."""
     found: Any = values
     for step in path:
         found = found.get(step) if isinstance(found, Mapping) else None
@@ -233,11 +233,11 @@ def look_up(values: Mapping[str, Any], path: Sequence[str]) -> Any:
 
 
 def per_class_table(metrics: Mapping[str, Any], *, title: str | None = None) -> Table:
-    """The per-class scores of one split as a table, one class a row.
+    """Make a table of one split's per-class scores, one class a row.
 
     Args:
-        metrics: One entry of ``splits``.
-        title: Heading.
+        metrics: one entry of ``splits``.
+        title: heading.
     """
     columns: Mapping[str, list[Any]] = metrics["per_class"]
     table = Table(title=title, title_justify="left")
@@ -257,7 +257,7 @@ def _cell(value: float | None, percent: bool) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Nested plain values; floats that JSON cannot express become null."""
+    """Make nested values plain; floats that JSON cannot express become null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -272,7 +272,7 @@ def _plain(value: Any) -> Any:
 
 
 def _compact_lists(text: str) -> str:
-    """Puts each innermost list of numbers on one line; a confusion matrix stays readable.
+    """Put each innermost list of numbers on one line; a confusion matrix stays readable.
 
     Only line breaks go, and JSON has none inside strings, so no value can change.
     """

@@ -1,4 +1,4 @@
-"""Compose configurations with Hydra; tell its errors in one line."""
+"""Compose configurations with Hydra; report its errors in one line."""
 
 import itertools
 import re
@@ -40,13 +40,13 @@ def compose_config(overrides: Sequence[str], config_name: str = "train") -> Dict
 
 
 def _refuse_bare_sweeps(overrides: Sequence[str]) -> None:
-    """Refuse an overlay that is nothing but a sweep over overlays, where none of them is chosen."""
+    """Refuse an overlay that only sweeps over other overlays, unless one of them is chosen."""
     if any(override.startswith(f"{OVERLAY}=") for override in overrides):
         return
     for override in overrides:
         key, _, name = override.partition("=")
         file = config_root() / "experiments" / f"{name}.yaml"
-        if key != "+experiments" or not file.is_file():  # which composing tells
+        if key != "+experiments" or not file.is_file():  # composing reports it
             continue
         swept = OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params")
         if OVERLAY in (swept or {}):
@@ -82,7 +82,7 @@ class SweepJobs:
 
 
 def sweep_jobs(overrides: Sequence[str]) -> SweepJobs:
-    """The jobs that ``-m`` makes of comma-separated values and of ``hydra.sweeper.params``.
+    """List the jobs that ``-m`` makes of comma-separated values and of ``hydra.sweeper.params``.
 
     Raises:
         WSSSError: an override that does not parse, or no such sweeper.
@@ -109,7 +109,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def _choices(override: Override) -> list[str]:
-    """What one override of a sweep stands for; of an interval, its ends."""
+    """List what one override of a sweep stands for; of an interval, its ends."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     key, value = override.get_key_element(), override.value()
@@ -119,20 +119,20 @@ def _choices(override: Override) -> list[str]:
 
 
 def quoted(value: str) -> str:
-    """A text as Hydra reads it back from an override, whatever it holds."""
+    """Quote a text so that Hydra reads it back from an override, whatever it holds."""
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 
 
 def with_search_path(overrides: Sequence[str]) -> list[str]:
-    """Overrides that also let ``+experiments=toco/voc`` find the folder beside ``conf/``."""
+    """Add where ``+experiments=toco/voc`` is looked for: the folder beside ``conf/``."""
     if any(override.startswith("hydra.searchpath=") for override in overrides):
         return list(overrides)
     return [*overrides, f"hydra.searchpath=[file://{config_root()}]"]
 
 
 def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
-    """A Hydra error as one line, with the nearest valid key where a key was mistyped."""
+    """Put a Hydra error into one line, with the nearest valid key where a key was mistyped."""
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
         # what the others give: another method has other keys; the defaults where an overlay errs
@@ -156,5 +156,5 @@ def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
 
 
 def compose_run(overrides: list[str]) -> dict[str, Any]:
-    """The resolved configuration of ``wsss train`` with these overrides."""
+    """Compose the resolved configuration of ``wsss train`` with these overrides."""
     return plain(compose_config(overrides))

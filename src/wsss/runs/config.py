@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wsss.core.errors import WSSSError
 from wsss.core.schema import (
     SUPPLIED,
+    arguments_of,
     check_finite,
     check_node,
     nearest,
@@ -143,7 +144,7 @@ class TrainConfig:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as plain dictionaries, lists and numbers.
+    """Give the resolved configuration as plain dictionaries, lists and numbers.
 
     Raises:
         WSSSError: a mandatory value (``???``) is missing, or an interpolation does not resolve.
@@ -160,7 +161,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Eight hex digits over what makes a run another run.
+    """Hash, to eight hex digits, what makes a run another run.
 
     Left out are where things lie and how they are watched, so that moved data does not orphan an
     interrupted run; a second stage is a run of its own. The evaluation protocol is in: ``wsss
@@ -175,6 +176,8 @@ def config_hash(config: Mapping[str, Any]) -> str:
     }
     if masks := relevant["data"].get("train_masks"):  # a first stage's: named inside runs_dir
         relevant["data"]["train_masks"] = str(masks).removeprefix(str(config["runs_dir"]))
+    if not config["method"].get("quirks"):  # none is what it is without the key
+        relevant["method"] = {k: v for k, v in config["method"].items() if k != "quirks"}
     relevant["trainer"] = {
         key: value
         for key, value in config["trainer"].items()
@@ -189,7 +192,7 @@ SECOND_STAGE = ("source", "method", "backbone", "data", "eval", "budget", "train
 
 
 def second_stage_config(config: Mapping[str, Any], train_masks: str) -> dict[str, Any]:
-    """The resolved configuration of the run that follows on a run's pseudo labels.
+    """Make the resolved configuration of the run that follows on a run's pseudo labels.
 
     Args:
         config: resolved configuration with a ``second_stage``: its method, encoder and protocol
@@ -228,16 +231,16 @@ def check_config(config: DictConfig) -> None:
     content = plain(config)
     check_finite(content)
     check_node(content, parameters_of(TrainConfig), "", supplied=set())
-    for field in fields(TrainConfig):
-        schema = {"eval": Protocol, "logger": LoggerConfig, "budget": Budget}.get(field.name)
-        if schema is not None:
-            check_node(content[field.name], parameters_of(schema), field.name, supplied=set())
-            schema(**content[field.name])  # its own checks of values
+    _check_group(content["budget"], Budget, "budget")  # before what refers to it
     for path, node in targets(content):
-        parameters = parameters_of(target_class(node["_target_"], path))
+        target = target_class(node["_target_"], path)
+        parameters = parameters_of(target)
         if path == "trainer":
             parameters |= parameters_of(Acceleration)
         check_node(node, parameters, path, supplied=SUPPLIED)
+        arguments_of(target, node)  # what settings say of each other
+    _check_group(content["eval"], Protocol, "eval")
+    _check_group(content["logger"], LoggerConfig, "logger")
     if not 0 <= content["seed"] < 2**32:
         raise WSSSError(f"seed={content['seed']}: expected 0 to 2**32 - 1")
     if content["gallery"] < 0:
@@ -246,8 +249,14 @@ def check_config(config: DictConfig) -> None:
         check_config(OmegaConf.create(second_stage_config(content, "written by the first stage")))
 
 
+def _check_group(node: Any, schema: type, path: str) -> None:
+    """Check a group without a target against the dataclass that takes it."""
+    check_node(node, parameters_of(schema), path, supplied=set())
+    schema(**node)  # its own checks of values
+
+
 def override_config(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A stored configuration with ``key=value`` changes, checked like a fresh one.
+    """Apply ``key=value`` changes to a stored configuration, checked like a fresh one.
 
     Raises:
         WSSSError: unknown key, wrong type.

@@ -11,7 +11,7 @@ from wsss.core.stopwatch import device_name, peak_memory
 
 
 class CostMeter(Callback):
-    """Hours and peak memory of training, kept in every checkpoint and added up over resumptions.
+    """Measure hours and peak memory of training; checkpoints keep them, resumptions add to them.
 
     Steps that a run lost when it was killed between two checkpoints are not counted.
     """
@@ -52,18 +52,18 @@ class CostMeter(Callback):
         self.peak = max(self.peak, peak)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Give what a checkpoint keeps."""
         self._tick()
         names = ("seconds", "peak", "kind", "where", "devices", "sessions")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where an interrupted run stood."""
+        """Go on where an interrupted run stood."""
         self.__dict__.update(state_dict)
 
 
 def training_cost(state: dict[str, Any]) -> dict[str, Any]:
-    """The cost entry of ``results.json`` from the state of a :class:`CostMeter`.
+    """Make the cost entry of ``results.json`` from the state of a :class:`CostMeter`.
 
     Returns:
         Wall hours, device hours (GPU hours where ``kind`` is GPU memory), peak memory of the first

@@ -1,9 +1,9 @@
-"""Runs on disk: where they lie, how a module is built from one, how it is read back."""
+"""The value Run: where it lies, how its parts are built, how it is read back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from hydra.errors import InstantiationException
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import first_line, write_atomically
+from wsss.core.schema import arguments_of, target_class
 from wsss.data.datamodule import TRAINING_LIST, ImageDataModule
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
@@ -27,20 +28,20 @@ LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
 def method_name(config: Mapping[str, Any]) -> str:
-    """Short name of a resolved configuration's method: its class in lower case."""
+    """Give the short name of a resolved configuration's method: its class in lower case."""
     name: str = config["method"]["_target_"].rpartition(".")[2].lower()
     return name
 
 
 def run_folder(config: dict[str, Any]) -> Path:
-    """``runs_dir/study/METHOD-DATA-sSEED-HASH`` of a resolved configuration."""
+    """Give ``runs_dir/study/METHOD-DATA-sSEED-HASH`` of a resolved configuration."""
     method = method_name(config)
     name = f"{method}-{config['data']['name']}-s{config['seed']}-{config_hash(config)}"
     return Path(config["runs_dir"]) / config["study"] / name
 
 
 def build(node: dict[str, Any], **supplied: Any) -> Any:
-    """The object that a node with a ``_target_`` describes.
+    """Make the object that a node with a ``_target_`` describes.
 
     Raises:
         WSSSError: the constructor refused its arguments; in its own words where it was ours.
@@ -55,15 +56,30 @@ def build(node: dict[str, Any], **supplied: Any) -> Any:
 
 
 def build_data(config: dict[str, Any]) -> ImageDataModule:
-    """The DataModule of a resolved configuration."""
+    """Make the DataModule of a resolved configuration."""
     data: ImageDataModule = build(config["data"])
     return data
+
+
+def build_method(node: Mapping[str, Any], backbone: Backbone, num_classes: int) -> WSSSModule:
+    """Make the method that a node describes: its keys become the settings of its constructor.
+
+    Raises:
+        WSSSError: settings out of range, or a backbone that the method cannot use.
+    """
+    target = target_class(node["_target_"], "method")
+    try:
+        arguments = arguments_of(target, node)
+        module: WSSSModule = target(backbone=backbone, num_classes=num_classes, **arguments)
+    except TypeError as error:
+        raise WSSSError(f"{node['_target_']}: {first_line(error)}") from error
+    return module
 
 
 def build_module(
     config: dict[str, Any], num_classes: int, *, with_weights: bool = True
 ) -> WSSSModule:
-    """The method of a resolved configuration on its backbone.
+    """Make the method of a resolved configuration on its backbone.
 
     Args:
         config: resolved configuration.
@@ -74,78 +90,114 @@ def build_module(
         dict(config["backbone"]) if with_weights else {**config["backbone"], "weights": "random"}
     )
     backbone: Backbone = build(settings)
-    module: WSSSModule = build(config["method"], backbone=backbone, num_classes=num_classes)
+    module = build_method(config["method"], backbone, num_classes)
     module.run_config = config
     return module
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained module with all it was trained under.
+    """A module with all it is, or was, trained under: what fitting, scoring and predicting take.
+
+    It is made by :func:`wsss.runs.prepare.prepare` from a configuration, untrained, and by
+    :func:`load_run` from what a training left.
 
     Attributes:
-        module: on the CPU, in eval mode.
+        module: the method on its backbone.
         data: its DataModule.
         protocol: how it is evaluated.
         config: resolved configuration.
-        folder: where results belong.
-        step: optimiser steps of the checkpoint.
-        cost: what training it cost, where the checkpoint says so.
-        train_list: SHA-256 of the list that it was trained on, where the checkpoint says so.
+        path: its run folder, or the checkpoint file that it was read from.
+        overrides: changes to the stored configuration; other results than the run's own follow.
+        step: optimiser steps behind the weights.
+        cost: what training it cost, where that is known.
+        train_list: SHA-256 of the list that it was trained on, where that is known.
     """
 
     module: WSSSModule
     data: ImageDataModule
     protocol: Protocol
     config: dict[str, Any]
-    folder: Path
-    step: int
+    path: Path
+    overrides: tuple[str, ...] = ()
+    step: int = 0
     cost: dict[str, Any] | None = None
     train_list: str | None = None
 
+    @property
+    def folder(self) -> Path:
+        """Where results belong."""
+        return self.path.with_suffix("") if self.path.is_file() else self.path
 
-def load_run(run: Path, overrides: list[str]) -> Run:
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint file, which a run that has not begun lacks."""
+        return self.path if self.path.is_file() else self.path / LAST_CHECKPOINT
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return next(self.module.parameters()).device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the module; give this same run back."""
+        self.module.to(device)
+        return self
+
+
+def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     """Read a run folder's last checkpoint, or a checkpoint file.
 
     Args:
-        run: folder or ``.ckpt`` file.
+        path: folder or ``.ckpt`` file.
         overrides: ``eval.*``, ``data.*`` and other keys to change, as ``key=value``.
+
+    Returns:
+        The run; its module is on the CPU, in eval mode.
 
     Raises:
         WSSSError: missing or truncated checkpoint, one that is not ours, unknown keys.
     """
-    path = run / LAST_CHECKPOINT if run.is_dir() else run
-    if not path.is_file():
-        raise WSSSError(f"{path}: no such checkpoint; run= takes a run folder or a .ckpt file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        meta, state = checkpoint["wsss"], checkpoint["state_dict"]
-    except Exception as error:  # zip, pickle and key errors share no base class
-        raise WSSSError(
-            f"{path}: not a wsss checkpoint ({str(error).splitlines()[0][:100]}); an official one "
-            "must go through `wsss convert` first"
-        ) from error
-    config = override_config(with_current_targets(meta["config"]), overrides)
+    path = Path(path)
+    file = path / LAST_CHECKPOINT if path.is_dir() else path
+    checkpoint = _read_checkpoint(file)
+    meta = checkpoint["wsss"]
+    config = override_config(with_current_targets(meta["config"]), list(overrides))
     data = build_data(config)
     module = build_module(config, data.num_classes, with_weights=False)
-    restore_state(module, state, str(path))
+    restore_state(module, checkpoint["state_dict"], str(file))
     module.backbone.weights_info = WeightsInfo(**meta["backbone"])
-    folder = run if run.is_dir() else run.with_suffix("")
     meter = checkpoint.get("callbacks", {}).get(CostMeter.state_key)
     return Run(
         module.eval(),
         data,
         Protocol(**config["eval"]),
         config,
-        folder,
-        int(checkpoint.get("global_step", 0)),
-        training_cost(meter) if meter else None,
-        _training_list(checkpoint, data),
+        path,
+        overrides=tuple(overrides),
+        step=int(checkpoint.get("global_step", 0)),
+        cost=training_cost(meter) if meter else None,
+        train_list=_training_list(checkpoint, data),
     )
 
 
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a file that holds our own ``wsss`` entry and a state dict."""
+    if not path.is_file():
+        raise WSSSError(f"{path}: no such checkpoint; run= takes a run folder or a .ckpt file")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        _ = checkpoint["wsss"], checkpoint["state_dict"]
+    except Exception as error:  # zip, pickle and key errors share no base class
+        raise WSSSError(
+            f"{path}: not a wsss checkpoint ({str(error).splitlines()[0][:100]}); an official one "
+            "must go through `wsss convert` first"
+        ) from error
+    return checkpoint
+
+
 def _training_list(checkpoint: dict[str, Any], data: ImageDataModule) -> str | None:
-    """From what the data module left in a checkpoint to resume by."""
+    """Read the hash from what the data module left in a checkpoint to resume by."""
     order = checkpoint.get(type(data).__qualname__, {}).get("order", {})
     found: str | None = order.get(TRAINING_LIST)
     return found

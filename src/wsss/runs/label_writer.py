@@ -31,60 +31,58 @@ from wsss.evaluation.crf_queue import crf_pool
 from wsss.evaluation.inference import localise, predict, pseudo_label, refinement
 from wsss.maps.pseudo_labels import cam_probabilities
 from wsss.runs.config import config_hash
-from wsss.runs.folder import LAST_CHECKPOINT, Run, load_run
-from wsss.runs.scoring import league
+from wsss.runs.folder import Run
+from wsss.runs.scoring import supervision_of_run
 
 Labels = NDArray[np.uint8]
 FOLDER = "pseudo_labels"  # inside a run folder
+SOURCES = ("cam", "seg")
 
 
 def write_pseudo_labels(
-    path: Path,
-    overrides: list[str],
+    run: Run,
     *,
-    split: str | None,
-    source: str,
-    out: Path | None,
-    device: torch.device,
+    split: str | None = None,
+    source: str = "cam",
+    out: Path | str | None = None,
     crf_jobs: int | None = None,
 ) -> Path:
     """Label every image of a list, going on where an earlier call stopped.
 
-    Where ``torch.distributed`` is initialised, each rank labels its share of the images.
+    It runs where the run's module is. Where ``torch.distributed`` is initialised, each rank labels
+    its share of the images.
 
     Args:
-        path: run folder or checkpoint.
-        overrides: ``eval.*`` and ``data.*`` keys to change.
+        run: a trained run, with its checkpoint.
         split: list to label; None: the training list.
         source: ``cam`` or ``seg``.
         out: folder; None: one inside the run folder, named after all that decides the labels.
-        device: where to run.
         crf_jobs: processes of the dense CRF.
 
     Returns:
         The folder: one NAME.png an image and ``pseudo_labels.json``.
 
     Raises:
-        WSSSError: unknown source, no such run, or ``out`` holds labels made in another way.
+        WSSSError: unknown source, or ``out`` holds labels made in another way.
     """
-    if source not in ("cam", "seg"):
-        raise WSSSError(f"source={source}: expected cam or seg")
-    run = load_run(path, overrides)
+    check_source(source)
     split = split or run.data.train_split
-    identity = _identity(run, path, split, source)
+    identity = _identity(run, split, source)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    folder = out or run.folder / FOLDER / f"{Path(split).stem}-{digest[:8]}"
+    inside = run.folder / FOLDER / f"{Path(split).stem}-{digest[:8]}"
+    folder = Path(out) if out else inside
     if _is_finished(folder, identity):
         print(f"{folder} is finished")
         return folder
-    card = {"made_from": identity, "supervision": league(run.module, run.data), **_origin(run)}
+    supervision = supervision_of_run(run.module, run.data)
+    card = {"made_from": identity, "supervision": supervision, **_origin(run)}
     first = rank_and_count()[0] == 0
     _barrier()
     if first:
         make_writable(folder)
         _write_card(folder, card | {"status": "begun"})
     _barrier()
-    _label_all(run, split, source, folder, device, crf_jobs)
+    _label_all(run, split, source, folder, crf_jobs)
     _barrier()
     if first:
         _write_card(folder, card | {"status": "finished"})
@@ -92,8 +90,14 @@ def write_pseudo_labels(
     return folder
 
 
+def check_source(source: str) -> None:
+    """Raise WSSSError unless labels can be made from ``source``."""
+    if source not in SOURCES:
+        raise WSSSError(f"source={source}: expected {' or '.join(SOURCES)}")
+
+
 def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
-    """Whether these labels are all there; False where they are begun or not.
+    """Tell whether these labels are all there; False where they are begun or not.
 
     Raises:
         WSSSError: the folder holds something else.
@@ -113,11 +117,10 @@ def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
     return bool(card.get("status") == "finished")
 
 
-def _identity(run: Run, path: Path, split: str, source: str) -> dict[str, Any]:
-    """All that decides the labels, as JSON would give it back."""
-    checkpoint = path / LAST_CHECKPOINT if path.is_dir() else path
+def _identity(run: Run, split: str, source: str) -> dict[str, Any]:
+    """Gather all that decides the labels, as JSON would give it back."""
     identity = {
-        "checkpoint_sha256": file_sha256(checkpoint),
+        "checkpoint_sha256": file_sha256(run.checkpoint),
         "split": split,
         "list_sha256": run.data.list_hash(split),
         "label_source": run.data.label_source,
@@ -128,7 +131,7 @@ def _identity(run: Run, path: Path, split: str, source: str) -> dict[str, Any]:
 
 
 def _origin(run: Run) -> dict[str, Any]:
-    """Where the labels come from, for whoever reads a second stage's results."""
+    """Say where the labels come from, for whoever reads a second stage's results."""
     return {
         "method": run.module.title,
         "run": run.folder.name,
@@ -142,33 +145,26 @@ def _origin(run: Run) -> dict[str, Any]:
     }
 
 
-def _label_all(
-    run: Run,
-    split: str,
-    source: str,
-    folder: Path,
-    device: torch.device,
-    crf_jobs: int | None,
-) -> None:
+def _label_all(run: Run, split: str, source: str, folder: Path, crf_jobs: int | None) -> None:
     """Label this rank's images that have no file yet."""
     started = time.perf_counter()
     dataset = run.data.unmasked_dataset(split)
     rank, ranks = rank_and_count()
     own = range(rank, len(dataset), ranks)  # whatever is done, or ranks would disagree
     todo = [i for i in own if not (folder / f"{dataset.names[i]}.png").is_file()]
-    labeller = Labeller(run, source, device)
-    pool = crf_pool(run.protocol, device, crf_jobs) if labeller.smooths else nullcontext(None)
+    labeller = Labeller(run, source)
+    pool = crf_pool(run.protocol, run.device, crf_jobs) if labeller.smooths else nullcontext(None)
     waiting: deque[Waiting] = deque()
-    with evaluating(run.module), pool as entered:
+    with evaluating(run.module), pool as crf:
         bar = track(todo, description=f"labelling {split}", disable=rank > 0)
         for item in (dataset[index] for index in bar):
             result = labeller(item)
-            if entered is None or isinstance(result, np.ndarray):
+            if crf is None or isinstance(result, np.ndarray):
                 write_mask(_hard(result), folder / f"{item['name']}.png")
                 continue
-            future = entered.submit(item["rgb"], result.probabilities)
+            future = crf.submit(item["rgb"], result.probabilities)
             waiting.append(Waiting(item["name"], future, result.ids))
-            while len(waiting) > 2 * entered.jobs:
+            while len(waiting) > 2 * crf.jobs:
                 waiting.popleft().save(folder)
         while waiting:
             waiting.popleft().save(folder)
@@ -209,7 +205,7 @@ def _hard(result: Soft | Labels) -> Labels:
 
 
 class Labeller:
-    """From an image to its label map, or to probabilities that a CRF is still to smooth.
+    """Make an image's label map, or probabilities that a CRF is still to smooth.
 
     ``source="cam"`` with two thresholds (``eval.cam_high``) gives the pseudo labels that the
     evaluator scores, 255 where undecided; with one the odds of :func:`cam_probabilities`.
@@ -217,16 +213,15 @@ class Labeller:
     the image's labels are possible.
 
     Args:
-        run: the loaded run.
+        run: a trained run.
         source: ``cam`` or ``seg``.
-        device: where to run.
     """
 
-    def __init__(self, run: Run, source: str, device: torch.device) -> None:
-        self.module, self.protocol, self.source = run.module.to(device), run.protocol, source
-        self.device = device
+    def __init__(self, run: Run, source: str) -> None:
+        self.module, self.protocol, self.source = run.module, run.protocol, source
+        self.device = run.device
         refine = refinement(run.protocol)
-        self.refine = None if refine is None else refine.to(device)
+        self.refine = None if refine is None else refine.to(self.device)
         #: whether a CRF may follow
         self.smooths = source == "seg" or run.protocol.cam_high is None
 
@@ -255,7 +250,7 @@ class Labeller:
 
 
 def _kept(probabilities: Tensor, labels: Tensor) -> Soft:
-    """Background and labelled classes of one image, renormalised."""
+    """Keep background and labelled classes of one image, renormalised."""
     ids = torch.cat([labels.new_ones(1), labels[0]]).nonzero().flatten()
     kept = probabilities[0, ids]
     kept = kept / kept.sum(0, keepdim=True).clamp_min(1e-12)

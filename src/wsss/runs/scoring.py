@@ -1,10 +1,11 @@
-"""What a run leaves behind: ``results.json``, the table, the gallery, the same on W&B."""
+"""Score a run: ``results.json``, the table, the gallery, the same on W&B."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from lightning.pytorch.loggers import WandbLogger
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import make_writable
@@ -16,120 +17,176 @@ from wsss.evaluation.card import protocol_card
 from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.holdout import HOLDOUT, Holdout, choose_threshold
 from wsss.evaluation.ledger import record_reading
-from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
-from wsss.results.gallery import write_gallery
+from wsss.results.gallery import Gallery, write_gallery
 from wsss.results.store import CELLS_FILE, RESULTS_FILE, print_table, write_cells, write_results
 from wsss.runs.config import config_hash
+from wsss.runs.folder import Run
 from wsss.runs.wandb import log_results
 
+GALLERY = "gallery"  # inside the folder of results
 
-def evaluate_and_report(
-    module: WSSSModule,
-    data: ImageDataModule,
-    protocol: Protocol,
+
+def score(
+    run: Run,
+    splits: Sequence[str] | None = None,
     *,
-    config: dict[str, Any],
-    folder: Path,
-    splits: Sequence[str],
-    step: int,
-    device: torch.device,
-    logger: Any = None,
-    cost: dict[str, Any] | None = None,
-    run: Path | None = None,
-    train_list: str | None = None,
+    out: Path | str | None = None,
     purpose: str = "report",
+    logger: WandbLogger | None = None,
 ) -> dict[str, Any]:
     """Evaluate on every split, store numbers with their protocol, print and draw.
 
+    It runs where the run's module is. Readings of ground truth are recorded in the ledger of the
+    run folder, wherever their numbers go.
+
     Args:
-        module: trained module.
-        data: its data.
-        protocol: how numbers are taken.
-        config: resolved configuration of the run.
-        folder: where ``results.json``, ``images.npz`` and ``gallery/`` go.
-        splits: lists to evaluate; ``holdout`` is the declared holdout of the training data.
-        step: optimiser steps behind the weights.
-        device: where to run.
-        logger: W&B logger that gets tables and gallery too, or None.
-        cost: what training cost (:func:`wsss.runs.costs.training_cost`), where that is known.
-        run: run folder or checkpoint that is evaluated; default ``folder``. Readings are entered in
-            the ledger of a run folder, wherever their numbers go.
-        train_list: SHA-256 of the list that the module was trained on, where that is known.
+        run: a trained run.
+        splits: lists to evaluate; ``holdout`` is the declared holdout of the training data; None:
+            those of the data's configuration.
+        out: where ``results.json``, ``images.npz`` and ``gallery/`` go; None: the run folder, or
+            ``eval/HASH`` inside it where splits or the configuration are not the run's own.
         purpose: of these readings.
+        logger: W&B logger that gets tables and gallery too, or None.
 
     Returns:
         The content of ``results.json``.
+
+    Raises:
+        WSSSError: the data is not there, or the holdout is named and not declared.
     """
-    results = results_header(module.title, data, config)
-    results |= {"run": str(run or folder), "cost": cost}
+    folder = Path(out) if out else _results_folder(run, splits)
+    results = results_header(run.module.title, run.data, run.config)
+    results |= {"run": str(run.path), "cost": run.cost}
     cells: dict[str, dict[str, Any]] = {}
-    ledger = run if run and run.is_dir() else folder
+    ledger = run.path if run.path.is_dir() else folder
     first = is_first_process()
     if first:
         make_writable(folder)
-    holdout = Holdout(data, protocol) if protocol.holdout_per_class else None
-    chosen = choose_threshold(module, holdout, protocol, device=device) if holdout else None
-    if first and chosen:
-        record_reading(ledger, split=HOLDOUT, purpose="choosing a threshold", step=step)
-    for split in splits:
-        dataset, loader, list_hash = _split(split, data, holdout)
-        metrics = evaluate(
-            module,
-            loader,
-            protocol,
-            data.class_names,
-            device=device,
-            description=f"evaluating {split}" if first else None,
-        )
-        cells[split] = {"names": dataset.names, **metrics.pop("cells")}
-        metrics["protocol"] = protocol_card(
-            protocol=protocol,
-            split=split,
-            list_hash=list_hash,
-            num_images=int(metrics["num_images"]),
-            backbone=module.backbone.weights_info.as_dict(),
-            crop_size=config["budget"]["crop_size"],
-            iterations=step,
-            global_batch_size=config["budget"]["global_batch_size"],
-            seed=config["seed"],
-            supervision=league(module, data),
-        ) | {
-            "label_source": data.label_source,
-            "train_list_sha256": train_list,
-            "train_masks": read_card(data.train_masks),
-        }
-        if split != HOLDOUT:
-            metrics["data_sha256"] = data_hashes(data, split)
+    holdout = Holdout(run.data, run.protocol) if run.protocol.holdout_per_class else None
+    chosen = _choose_threshold(run, holdout, ledger)
+    names = splits or [run.data.val_split, *run.data.test_splits]
+    for name in names:
+        split = _open_split(name, run.data, holdout)
+        metrics = _measure(run, split)
+        cells[name] = {"names": split.dataset.names, **metrics.pop("cells")}
         if chosen:
             apply_threshold(metrics, chosen)
         if first:
             metrics["readings"] = record_reading(
-                ledger, split=split, purpose=purpose, step=step, list_sha256=list_hash
+                ledger, split=name, purpose=purpose, step=run.step, list_sha256=split.list_hash
             )
-        results["splits"][split] = metrics
+        results["splits"][name] = metrics
     if not first:
         return results
-    gallery = None
-    if config["gallery"] > 0:
-        gallery = write_gallery(
-            module,
-            _split(splits[0], data, holdout)[0],
-            folder / "gallery",
-            data.class_names,
-            n=config["gallery"],
-            protocol=protocol,
-        )
+    gallery = _draw(run, _open_split(names[0], run.data, holdout), folder)
     store_and_show(results, cells, folder)
-    if config["gallery"] > 0:
-        print(f"{folder / 'gallery'}")
+    if gallery is not None:
+        print(f"{folder / GALLERY}")
     if logger is not None:
         log_results(logger, results, gallery)
     return results
 
 
+def _results_folder(run: Run, splits: Sequence[str] | None) -> Path:
+    """Choose a place where other numbers than the run's own do not take their place."""
+    if not (run.overrides or splits):
+        return run.folder
+    listed = None if splits is None else list(splits)
+    return run.folder / "eval" / config_hash({**run.config, "splits": listed})
+
+
+def _choose_threshold(run: Run, holdout: Holdout | None, ledger: Path) -> dict[str, Any] | None:
+    """Choose a CAM threshold on the holdout, where there is one, and record that reading."""
+    if holdout is None:
+        return None
+    chosen = choose_threshold(run.module, holdout, run.protocol, device=run.device)
+    if is_first_process():
+        record_reading(ledger, split=HOLDOUT, purpose="choosing a threshold", step=run.step)
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A split, or the holdout under its name.
+
+    Attributes:
+        name: of the list.
+        dataset: with masks.
+        loader: of evaluation batches.
+        list_hash: SHA-256 of the names.
+    """
+
+    name: str
+    dataset: Any
+    loader: Iterable[dict[str, Any]]
+    list_hash: str
+
+
+def _open_split(name: str, data: ImageDataModule, holdout: Holdout | None) -> _Split:
+    """Open a split by its name.
+
+    Raises:
+        WSSSError: the holdout is named and not declared.
+    """
+    if name != HOLDOUT:
+        hashed = data.list_hash(name)
+        return _Split(name, data.eval_dataset(name), data.eval_dataloader(name), hashed)
+    if holdout is None:
+        raise WSSSError(
+            "splits=[holdout]: no holdout is declared; give eval.holdout_per_class=5 (and "
+            "eval.holdout_split where the training list has no masks)"
+        )
+    return _Split(name, holdout, holdout.loader(), holdout.list_hash)
+
+
+def _measure(run: Run, split: _Split) -> dict[str, Any]:
+    """Evaluate one split; give its numbers with their protocol, and ``cells``."""
+    metrics = evaluate(
+        run.module,
+        split.loader,
+        run.protocol,
+        run.data.class_names,
+        device=run.device,
+        description=f"evaluating {split.name}" if is_first_process() else None,
+    )
+    metrics["protocol"] = protocol_card(
+        protocol=run.protocol,
+        split=split.name,
+        list_hash=split.list_hash,
+        num_images=int(metrics["num_images"]),
+        backbone=run.module.backbone.weights_info.as_dict(),
+        crop_size=run.config["budget"]["crop_size"],
+        iterations=run.step,
+        global_batch_size=run.config["budget"]["global_batch_size"],
+        seed=run.config["seed"],
+        supervision=supervision_of_run(run.module, run.data),
+    ) | {
+        "label_source": run.data.label_source,
+        "train_list_sha256": run.train_list,
+        "train_masks": read_card(run.data.train_masks),
+    }
+    if split.name != HOLDOUT:
+        metrics["data_sha256"] = data_hashes(run.data, split.name)
+    return metrics
+
+
+def _draw(run: Run, split: _Split, folder: Path) -> Gallery | None:
+    """Draw the gallery, where the configuration wants one."""
+    if run.config["gallery"] <= 0:
+        return None
+    return write_gallery(
+        run.module,
+        split.dataset,
+        folder / GALLERY,
+        run.data.class_names,
+        n=run.config["gallery"],
+        protocol=run.protocol,
+    )
+
+
 def results_header(method: str, data: ImageDataModule, config: dict[str, Any]) -> dict[str, Any]:
-    """What ``results.json`` says before its splits."""
+    """Give what ``results.json`` says before its splits."""
     return {
         "method": method,
         "data": data.name,
@@ -143,7 +200,7 @@ def results_header(method: str, data: ImageDataModule, config: dict[str, Any]) -
 
 
 def data_hashes(data: ImageDataModule, split: str) -> dict[str, str | None]:
-    """What tells that two results are of the same labels and masks."""
+    """Hash what two results must share to be of the same labels and masks."""
     dataset = data.eval_dataset(split)
     return {"labels": dataset.label_sha256(), "masks": dataset.mask_sha256()}
 
@@ -156,34 +213,16 @@ def store_and_show(results: dict[str, Any], cells: dict[str, dict[str, Any]], fo
     print(f"{folder / RESULTS_FILE}")
 
 
-def _split(
-    name: str, data: ImageDataModule, holdout: Holdout | None
-) -> tuple[Any, Iterable[dict[str, Any]], str]:
-    """Data set, loader and list hash of a split, or of the holdout under its name.
-
-    Raises:
-        WSSSError: the holdout is asked for and not declared.
-    """
-    if name != HOLDOUT:
-        return data.eval_dataset(name), data.eval_dataloader(name), data.list_hash(name)
-    if holdout is None:
-        raise WSSSError(
-            "splits=[holdout]: no holdout is declared; give eval.holdout_per_class=5 (and "
-            "eval.holdout_split where the training list has no masks)"
-        )
-    return holdout, holdout.loader(), holdout.list_hash
-
-
 def apply_threshold(metrics: dict[str, Any], chosen: dict[str, Any]) -> None:
-    """Add the seed score at a threshold that a holdout chose; the curve holds it already."""
+    """Add the seed score at a threshold that a holdout chose; the curve has it already."""
     position = metrics["seed_curve"]["thresholds"].index(chosen["threshold"])
     metrics["seed_miou_holdout"] = metrics["seed_curve"]["miou"][position]
     metrics["seed_threshold_holdout"] = chosen["threshold"]
     metrics["protocol"]["holdout"] = {k: v for k, v in chosen.items() if k != "curve"}
 
 
-def league(module: WSSSModule, data: ImageDataModule) -> str:
-    """The supervision league: what training sees, and what the encoder was trained with."""
+def supervision_of_run(module: WSSSModule, data: ImageDataModule) -> str:
+    """Name the supervision: what training sees, and what the encoder was trained with."""
     if PIXEL_MASKS in module.backbone.weights_info.pretraining:
         return PIXEL_MASKS
     info = module.backbone.weights_info.as_dict()

@@ -19,21 +19,58 @@ from rich.progress import track
 
 from wsss.core.devices import choose_device
 from wsss.core.errors import WSSSError
-from wsss.core.files import file_sha256, whole_file, write_atomically
-from wsss.core.modes import evaluating
-from wsss.data.dataset import Sample
+from wsss.core.files import file_sha256, make_writable, whole_file, write_atomically
+from wsss.data.dataset import Sample, check_files
 from wsss.data.images import image_size, mask_png, read_rgb
-from wsss.data.voc import VOC_CLASSES
-from wsss.maps.pixels import normalise
+from wsss.data.voc import VOC_CLASSES, find_voc_root, list_path, voc_samples
 from wsss.runs.folder import Run
 from wsss.runs.masks import predict_mask
 
 ORIGIN_FILE = "made_from.json"  # beside the archive, not in it
 
 
-def _settle_origin(out: Path, checkpoint: Path, run: Run) -> None:
-    """Writes down whose masks lie in a folder, so that those of two runs cannot mix."""
-    origin = {"checkpoint_sha256": file_sha256(checkpoint), "protocol": asdict(run.protocol)}
+def submit(
+    run: Run, *, split: str, competition: str, out: Path | None = None, device: str = "auto"
+) -> Path:
+    """Predict VOC's test images and pack them as the server takes them.
+
+    A stopped call goes on where it was.
+
+    Args:
+        run: of VOC's 20 classes.
+        split: list of the images.
+        competition: ``comp5`` or ``comp6``.
+        out: folder; None: ``submission`` in the run folder.
+        device: where to predict, if anything is left to predict.
+
+    Returns:
+        The archive.
+
+    Raises:
+        WSSSError: other classes, missing data, ``out`` belongs to another run or protocol.
+    """
+    if run.data.class_names != VOC_CLASSES:
+        raise WSSSError(
+            f"{run.path}: its classes are not VOC's 20 in their order; the server scores only those"
+        )
+    root = find_voc_root(run.data.root)
+    samples = voc_samples(root, split, "")[: run.data.limit]
+    check_files("image", [sample.image for sample in samples], list_path(root, split))
+    out = out or run.folder / "submission"
+    make_writable(out)
+    inner = PurePosixPath("results/VOC2012/Segmentation") / f"{competition}_test_cls"
+    _settle_origin(out, run)
+    _predict_all(run, samples, out / inner, device)
+    archive = out / f"{competition}_test_cls.tar.gz"
+    write_archive(archive, out, [inner / f"{sample.name}.png" for sample in samples])
+    validate_archive(archive, inner, samples)
+    print(f"{archive}: {len(samples)} masks, valid")
+    return archive
+
+
+def _settle_origin(out: Path, run: Run) -> None:
+    """Write down whose masks lie in a folder, so that those of two runs cannot mix."""
+    origin = {"checkpoint_sha256": file_sha256(run.checkpoint), "protocol": asdict(run.protocol)}
     text = json.dumps(origin, indent=2) + "\n"
     path = out / ORIGIN_FILE
     if path.is_file() and path.read_text() != text:
@@ -42,21 +79,18 @@ def _settle_origin(out: Path, checkpoint: Path, run: Run) -> None:
 
 
 def _predict_all(run: Run, samples: Sequence[Sample], folder: Path, device: str) -> None:
-    """Predicts what is not there yet; a stopped call goes on where it was."""
+    """Predict what is not there yet; a stopped call goes on where it was."""
     todo = [sample for sample in samples if not (folder / f"{sample.name}.png").is_file()]
     if not todo:
         return
-    where = choose_device(device)
-    run.module.to(where)
-    with evaluating(run.module):
-        for sample in track(todo, description="predicting"):
-            rgb = read_rgb(sample.image)
-            mask = predict_mask(run, normalise(rgb).to(where), rgb)
-            write_atomically(folder / f"{sample.name}.png", mask_png(mask))
+    run.to(choose_device(device))
+    for sample in track(todo, description="predicting"):
+        mask = predict_mask(run, read_rgb(sample.image))
+        write_atomically(folder / f"{sample.name}.png", mask_png(mask))
 
 
 def write_archive(archive: Path, base: Path, members: Sequence[PurePosixPath]) -> None:
-    """Packs files; the same masks give the same bytes."""
+    """Pack files; the same masks give the same bytes."""
     with (
         whole_file(archive) as temporary,
         temporary.open("wb") as stream,
@@ -71,7 +105,7 @@ def write_archive(archive: Path, base: Path, members: Sequence[PurePosixPath]) -
 
 
 def validate_archive(archive: Path, inner: PurePosixPath, samples: Sequence[Sample]) -> None:
-    """Reads an archive back as the server would.
+    """Read an archive back as the server would.
 
     Args:
         archive: the tar.gz.

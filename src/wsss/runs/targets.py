@@ -23,12 +23,12 @@ FORMER = {new: old for old, new in MOVED.items()}
 
 
 def with_current_targets(node: Any) -> Any:
-    """A stored configuration with every ``_target_`` as it is called today."""
+    """Give a stored configuration with every ``_target_`` as it is called today."""
     return _renamed(node, MOVED)
 
 
 def with_former_targets(node: Any) -> Any:
-    """A configuration with every ``_target_`` as the first version called it, for hashes."""
+    """Give a configuration with every ``_target_`` as the first version called it, for hashes."""
     return _renamed(node, FORMER)
 
 

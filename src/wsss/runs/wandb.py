@@ -31,7 +31,7 @@ CONFUSION_COLUMNS = ("Actual", "Predicted", "nPredictions")
 
 
 def has_key() -> bool:
-    """Whether W&B could log in: ``WANDB_API_KEY`` or an entry for its host in ``.netrc``."""
+    """Tell whether W&B could log in: ``WANDB_API_KEY`` or an entry for its host in ``.netrc``."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -42,7 +42,7 @@ def has_key() -> bool:
 
 
 def run_id(folder: Path) -> str:
-    """The W&B id of a run folder, made at the first call and kept in it.
+    """Give the W&B id of a run folder, made at the first call and kept in it.
 
     An interrupted run that resumes in the same folder goes on in the same W&B run.
     """
@@ -56,7 +56,7 @@ def run_id(folder: Path) -> str:
 
 
 def import_wandb() -> None:
-    """Raises WSSSError unless W&B is installed."""
+    """Raise WSSSError unless W&B is installed."""
     try:
         import wandb  # noqa: F401
     except ImportError as error:
@@ -66,21 +66,21 @@ def import_wandb() -> None:
 
 
 def make_wandb_logger(config: Mapping[str, Any], folder: Path) -> WandbLogger:
-    """The W&B logger of a run.
+    """Make the W&B logger of a run.
 
     Without a key it works offline; ``wsss sync`` uploads the folder later. ``WANDB_MODE`` of the
     environment has the last word.
 
     Args:
-        config: Resolved configuration; its ``logger`` names project, name, group, job type and
+        config: resolved configuration; its ``logger`` names project, name, group, job type and
             tags (:class:`wsss.runs.config.LoggerConfig`), and all of it is stored with the run.
-        folder: The run folder.
+        folder: the run folder.
 
     Returns:
         A Lightning logger.
 
     Raises:
-        WSSSError: If wandb is not installed.
+        WSSSError: wandb is not installed.
     """
     import_wandb()
     mode = os.environ.get("WANDB_MODE")
@@ -105,14 +105,14 @@ def make_wandb_logger(config: Mapping[str, Any], folder: Path) -> WandbLogger:
 
 @contextlib.contextmanager
 def wandb_run(config: Mapping[str, Any], folder: Path) -> Iterator[WandbLogger]:
-    """The W&B run of a run folder: code and configuration go in first, the checkpoint last.
+    """Open the W&B run of a run folder: code and configuration go in first, the checkpoint last.
 
     It is finished on leaving, so that another run of the same process (a second stage) does not go
     on in it; marked as failed where an error is on its way.
 
     Args:
-        config: Resolved configuration, as of :func:`make_wandb_logger`.
-        folder: The run folder, which holds the configuration.
+        config: resolved configuration, as of :func:`make_wandb_logger`.
+        folder: the run folder, which holds the configuration.
     """
     logger = make_wandb_logger(config, folder)
     run = logger.experiment  # in further processes of a DDP run something that does nothing
@@ -140,12 +140,12 @@ def _log_file(run: Any, name: str, kind: str, path: Path) -> None:
 
 
 def log_results(logger: WandbLogger, results: Mapping[str, Any], gallery: Gallery | None) -> None:
-    """Sends final numbers, tables, curves, confusion matrices and the gallery to W&B.
+    """Send final numbers, tables, curves, confusion matrices and the gallery to W&B.
 
     Args:
-        logger: From :func:`make_wandb_logger`.
-        results: Content of ``results.json``.
-        gallery: What was drawn, or None.
+        logger: from :func:`make_wandb_logger`.
+        results: content of ``results.json``.
+        gallery: what was drawn, or None.
     """
     run = logger.experiment
     run.summary.update({f"final/{key}": value for key, value in numbers(results["splits"])})
@@ -160,7 +160,7 @@ def log_results(logger: WandbLogger, results: Mapping[str, Any], gallery: Galler
 
 
 def numbers(tree: Mapping[str, Any] | None) -> Iterator[tuple[str, float]]:
-    """(path, value) of every number in nested mappings, but for those of protocols."""
+    """Give (path, value) of every number in nested mappings, but for those of protocols."""
     for key, value in (tree or {}).items():
         if isinstance(value, Mapping) and key != "protocol":
             yield from ((f"{key}/{rest}", number) for rest, number in numbers(value))
@@ -169,7 +169,7 @@ def numbers(tree: Mapping[str, Any] | None) -> Iterator[tuple[str, float]]:
 
 
 def _tables(split: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Per-class scores, and a confusion matrix of every kind of label map."""
+    """Make tables of per-class scores, and a confusion matrix of every kind of label map."""
     import wandb
 
     columns = metrics["per_class"]
@@ -197,7 +197,7 @@ def _tables(split: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _log_curve(run: Any, split: str, curve: Mapping[str, Sequence[float]] | None) -> None:
-    """Seed scores over the threshold, one history row each, so that W&B averages over runs."""
+    """Log seed scores over the threshold, one history row each, so that W&B averages over runs."""
     if curve is None:
         return
     axis = f"curve/{split}/threshold"
@@ -209,7 +209,7 @@ def _log_curve(run: Any, split: str, curve: Mapping[str, Sequence[float]] | None
 
 
 def _pictures(gallery: Gallery) -> dict[str, Any]:
-    """The gallery's sheets, and its images with their label maps as overlays to switch on."""
+    """Give the gallery's sheets, and its images with their label maps as overlays to switch on."""
     import wandb
 
     classes = dict(enumerate(["background", *gallery.class_names])) | {255: "undecided"}
@@ -226,7 +226,7 @@ def _pictures(gallery: Gallery) -> dict[str, Any]:
 
 
 def offline_runs(folders: Iterable[Path]) -> list[Path]:
-    """W&B's folders of offline sessions below run or study folders, but for those uploaded.
+    """Find W&B's folders of offline sessions below run or study folders, but for those uploaded.
 
     Raises:
         WSSSError: a folder is missing.

@@ -19,7 +19,7 @@ from wsss.training.parallel import GradientAveraging
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames, so that the previous checkpoint survives a full disk.
+    """Write beside the target and renames, so that the previous checkpoint survives a full disk.
 
     Lightning's own way goes through the system's temporary folder, whence a move may be a copy.
     """
@@ -36,7 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class SaveOnStop(Callback):
-    """A checkpoint whenever training stops: at the end, on Ctrl-C or SIGTERM, on an error.
+    """Save a checkpoint whenever training stops: at the end, on Ctrl-C or SIGTERM, on an error.
 
     A signal waits for the step in progress, so that what is saved stands between two steps; a
     second one stops at once and leaves the previous checkpoint. All processes of a run stop after
@@ -46,12 +46,12 @@ class SaveOnStop(Callback):
         path: the checkpoint to write.
 
     Attributes:
-        asked: the signal that came, if one did.
+        stop_signal: the signal that came, if one did.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.asked: signal.Signals | None = None
+        self.stop_signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._stepping = False  # weights and optimiser are being changed
         self._between_steps = False  # it is here that training stopped
@@ -71,45 +71,45 @@ class SaveOnStop(Callback):
         """
         if threading.current_thread() is threading.main_thread():
             for number in self._before:
-                signal.signal(number, self._ask)
+                signal.signal(number, self._stop)
 
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = signal.Signals(number)
+    def _stop(self, number: int, frame: Any) -> None:
+        self.stop_signal = signal.Signals(number)
         for each, before in self._before.items():
             signal.signal(each, before)
-        again = "Ctrl-C" if number == signal.SIGINT else self.asked.name
+        again = "Ctrl-C" if number == signal.SIGINT else self.stop_signal.name
         # not print: the interrupted code may be printing
         os.write(2, f"\nstopping after this step ({again} again: at once)\n".encode())
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        """From here to the end of the batch there is no state to save."""
+        """Note that from here to the end of the batch there is no state to save."""
         self._stepping = True
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        """Stop here if asked to, unless gradients of a step are being accumulated."""
+        """Stop here after a signal, unless gradients of a step are being accumulated."""
         if not self._stepping:
             return
         self._stepping = False
-        if trainer.strategy.reduce_boolean_decision(bool(self.asked), all=False):
+        if trainer.strategy.reduce_boolean_decision(bool(self.stop_signal), all=False):
             self._between_steps = True
             raise KeyboardInterrupt
 
     def on_validation_batch_end(
         self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        """Stop here if asked to; several processes, whose shares differ, go on to the end.
+        """Stop here after a signal; several processes, whose shares differ, go on to the end.
 
         The checkpoint from before the validation stays: resuming never begins in the middle of one.
         """
-        if self.asked and trainer.world_size == 1:
+        if self.stop_signal and trainer.world_size == 1:
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
-        """The last iterate is the result; nothing is selected on a validation split."""
+        """Save the last iterate: it is the result, nothing is selected on a validation split."""
         trainer.save_checkpoint(self.path)
 
     def on_exception(
@@ -124,17 +124,17 @@ class SaveOnStop(Callback):
         if trainer.global_step > 0 and finite and not cut:
             try:
                 trainer.save_checkpoint(self.path)
-            except WSSSError as error:  # what ended the run is told, not this
+            except WSSSError as error:  # what ended the run is reported, not this
                 print(f"wsss train: {error}", file=sys.stderr)
 
 
 class NamedLosses(TQDMProgressBar):
-    """Progress bar with the named losses, without Lightning's version number."""
+    """Show the named losses in the progress bar, without Lightning's version number."""
 
     def get_metrics(
         self, trainer: lightning.Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Losses without their ``train/`` prefix."""
+        """Give losses without their ``train/`` prefix."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return {

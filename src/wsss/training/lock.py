@@ -17,14 +17,14 @@ SECONDS_OF_WORKERS = 15  # after which processes that load data have noticed tha
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process; the system lets go when the process ends.
+    """Lock a run folder for this process; the system unlocks it when the process ends.
 
-    Workers that load data hold it too, and outlive a killed process by seconds: these are waited.
+    Workers that load data have it too, and outlive a killed process by seconds: it waits for them.
 
     Raises:
         WSSSError: another process trains there.
     """
-    if not is_first_process():  # which holds it for all
+    if not is_first_process():  # which locks it for all
         yield
         return
     with (folder / ".lock").open("a+") as lock:

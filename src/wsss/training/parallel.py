@@ -4,7 +4,7 @@
 method decides what learns: decoders have no gradient before segmentation starts, encoders none
 during a warm-up. Searching each step's graph (``find_unused_parameters``) finds that out at a
 price, a static graph forbids it, and a term of weight zero is skipped, since ``0 * NaN`` is NaN.
-So nothing is wrapped: after the backward pass the processes tell each other which parameters have
+So nothing is wrapped: after the backward pass the processes exchange which parameters have
 a gradient, and average those. A parameter that has none anywhere keeps ``None`` and is left alone
 by the optimiser, as in a single process. Communication does not overlap with the backward pass.
 
@@ -37,13 +37,13 @@ GRACE = 15.0  # seconds in which the main thread may find out by itself, and sav
 
 
 def choose_strategy(settings: Mapping[str, Any]) -> "str | GradientAveraging":
-    """Lightning's strategy for one device, ours for several.
+    """Choose Lightning's strategy for one device, ours for several.
 
     Args:
         settings: the trainer's configuration.
 
     Raises:
-        WSSSError: another strategy is asked for, no such device, or batch norms that shall be
+        WSSSError: another strategy is named, no such device, or batch norms that shall be
             synchronised on CPUs.
     """
     if settings.get("strategy", "auto") != "auto":
@@ -100,7 +100,7 @@ class GradientAveraging(DDPStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Backward passes in here only add to the gradients of this process."""
+        """Let backward passes in here only add to the gradients of this process."""
         self._accumulating = True
         try:
             yield
@@ -157,7 +157,7 @@ def average_gradients(module: nn.Module, device: torch.device) -> None:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one kind, in an order that is the same everywhere, up to BUCKET numbers."""
+    """Give tensors of one kind, in an order that is the same everywhere, up to BUCKET numbers."""
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
         bucket: list[Tensor] = []
         for tensor in tensors:
@@ -171,7 +171,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class Watch(threading.Thread):
-    """Ends this process when another one of the run on this machine has died.
+    """End this process when another one of the run on this machine has died.
 
     The main thread usually notices first, by a broken connection, and leaves by itself. Where it
     computes, or waits in a way that cannot break, this thread ends the process after GRACE seconds.
@@ -197,7 +197,7 @@ class Watch(threading.Thread):
             cls.current.start()
 
     def lost(self) -> str | None:
-        """Who has died, in words; None while all live or have ended well."""
+        """Say who has died; None while all live or have ended well."""
         for rank, child in enumerate(self.children, start=1):
             status = child.poll()
             if status:

@@ -19,13 +19,13 @@ from pathlib import Path
 from types import FrameType
 
 from wsss.core.errors import WSSSError
+from wsss.core.failures import JOB_STEM
 from wsss.core.files import write_atomically
 from wsss.core.processes import end_with
-from wsss.core.telling import JOB_STEM
 
 #: in the environment of a job: the process that started it, with which it ends
 PARENT = "WSSS_PARENT"
-#: exit statuses of a job that was told to stop and resumes with the same command
+#: exit statuses of a job that was stopped and resumes with the same command
 STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
 #: seconds that processes of a job may go on after its first one has ended
 GRACE = 10
@@ -51,13 +51,13 @@ class Outcome:
 
 
 def new_folder(runs_dir: Path) -> Path:
-    """The folder of a sweep that begins; made when something is written."""
+    """Name the folder of a sweep that begins; made when something is written."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return (runs_dir / "sweeps" / f"{stamp}-{os.getpid()}").absolute()
 
 
 def job_stem(folder: Path, number: int) -> Path:
-    """The files of a job without their suffix."""
+    """Name the files of a job without their suffix."""
     return folder / f"{number:03d}"
 
 
@@ -70,21 +70,21 @@ def record(stem: Path, overrides: Sequence[str], status: int, log: Path | None =
     """Write ``N.json`` from what a job left behind, and give it back."""
     error, value = stem.with_suffix(".error"), stem.with_suffix(".value")
     if status == 0:
-        told = ""
+        reason = ""
     elif status in STOPPED:
-        told = "stopped"
+        reason = "stopped"
     elif error.is_file():
-        told = (error.read_text().splitlines() or [""])[0]
+        reason = (error.read_text().splitlines() or [""])[0]
     elif status < 0:
-        told = f"ended by {signal.Signals(-status).name}"
+        reason = f"ended by {signal.Signals(-status).name}"
         if status == -signal.SIGKILL:
-            told += " (out of memory?)"
+            reason += " (out of memory?)"
     else:
-        told = f"exit status {status}"
+        reason = f"exit status {status}"
     outcome = Outcome(
         list(overrides),
         status,
-        told,
+        reason,
         json.loads(value.read_text()) if status == 0 and value.is_file() else None,
         str(log) if log else None,
     )
@@ -95,18 +95,18 @@ def record(stem: Path, overrides: Sequence[str], status: int, log: Path | None =
 
 
 def outcomes(folder: Path) -> list[Outcome]:
-    """All jobs of a sweep that ended, in their order."""
+    """Read all jobs of a sweep that ended, in their order."""
     found = sorted(folder.glob("*.json"), key=lambda path: (len(path.stem), path.stem))
     return [Outcome(**json.loads(path.read_text())) for path in found]
 
 
 def repeat(overrides: Sequence[str]) -> str:
-    """The command that repeats a job."""
+    """Give the command that repeats a job."""
     return f"wsss train {shlex.join(overrides)}"
 
 
 def summary(ended: Sequence[Outcome], *, begun_of: int) -> list[str]:
-    """What the user is told at the end of a sweep; nothing where all went well.
+    """Give the lines that end a sweep for its user; none where all went well.
 
     Args:
         ended: jobs that ended.
@@ -130,19 +130,19 @@ def summary(ended: Sequence[Outcome], *, begun_of: int) -> list[str]:
 
 
 def exit_status(ended: Sequence[Outcome]) -> int:
-    """That of a sweep: the largest of its jobs', as a shell counts those ended by a signal."""
+    """Give a sweep's exit status: the largest of its jobs'; a shell counts signals like this."""
     return max((o.status if o.status >= 0 else 128 - o.status for o in ended), default=0)
 
 
 def end_with_sweep() -> None:
-    """In a job: stop, with a checkpoint, when the process that runs the sweep is gone."""
+    """Stop this job, with a checkpoint, when the process that runs the sweep is gone."""
     parent = os.environ.pop(PARENT, None)  # further processes of the job have other parents
     if parent:
         end_with(int(parent), signal.SIGTERM)
 
 
 def share_devices(devices: Sequence[str], slots: int) -> list[list[str]]:
-    """Which GPUs each of the jobs that run at a time gets; more jobs than GPUs take turns."""
+    """Say which GPUs each of the jobs that run at a time gets; more jobs than GPUs take turns."""
     if not devices:
         return [[] for _ in range(slots)]
     each = max(len(devices) // slots, 1)
@@ -152,7 +152,7 @@ def share_devices(devices: Sequence[str], slots: int) -> list[list[str]]:
 
 
 def _environments(slots: int) -> list[dict[str, str]]:
-    """What jobs that run at a time are given of the machine; one alone has all of it."""
+    """Give what jobs that run at a time have of the machine; one alone has all of it."""
     base = {**os.environ, PARENT: str(os.getpid())}
     if slots == 1:
         return [base]
@@ -206,7 +206,7 @@ class _Process:
             )
 
     def outcome(self) -> Outcome | None:
-        """What became of it, once it has ended and all its processes with it."""
+        """Say what became of it, once it has ended and all its processes with it."""
         status = self.process.poll()
         if status is None:
             return None
@@ -257,10 +257,10 @@ def run_jobs(
     running: dict[int, tuple[int, _Process]] = {}
     ended: dict[int, Outcome] = {}
     waiting = list(range(len(jobs)))
-    with _handing_on(running) as told:
-        while running or (waiting and not told):
+    with _handing_on(running) as signals:
+        while running or (waiting and not signals):
             for slot in range(slots):
-                if slot not in running and waiting and not told:
+                if slot not in running and waiting and not signals:
                     number = waiting.pop(0)
                     print(f"[{first + number + 1}] {repeat(jobs[number])}", flush=True)
                     process = _Process(
@@ -271,37 +271,43 @@ def run_jobs(
                         quiet=slots > 1,
                     )
                     running[slot] = (number, process)
-                    if told:  # while it was being started
-                        process.process.send_signal(told[-1])
+                    if signals:  # while it was being started
+                        process.process.send_signal(signals[-1])
                     if process.log:
                         print(f"    {process.log}", flush=True)
             time.sleep(0.1)
-            for slot, (number, process) in list(running.items()):
-                outcome = process.outcome()
-                if outcome is not None:
-                    ended[number] = outcome
-                    del running[slot]
-                    how = outcome.error or "finished"
-                    print(f"[{first + number + 1}] {how}", flush=True)
-    if told:
-        raise SystemExit(128 + told[0])
+            ended |= _take_ended(running, first)
+    if signals:
+        raise SystemExit(128 + signals[0])
     return [ended[number] for number in range(len(jobs))]
+
+
+def _take_ended(running: dict[int, tuple[int, _Process]], first: int) -> dict[int, Outcome]:
+    """Take the jobs that have ended out of ``running``; give what became of each by its number."""
+    ended = {}
+    for slot, (number, process) in list(running.items()):
+        outcome = process.outcome()
+        if outcome is not None:
+            ended[number] = outcome
+            del running[slot]
+            print(f"[{first + number + 1}] {outcome.error or 'finished'}", flush=True)
+    return ended
 
 
 @contextmanager
 def _handing_on(running: Mapping[int, tuple[int, _Process]]) -> Iterator[list[int]]:
-    """Hand signals on to what runs; gives the list of those that came."""
-    told: list[int] = []
+    """Hand signals on to what runs; give the list of those that came."""
+    signals: list[int] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
-        told.append(number)
+        signals.append(number)
         for _, process in list(running.values()):
             process.process.send_signal(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, hand_on) for number in numbers}
     try:
-        yield told
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,8 +1,10 @@
-"""The Lightning Trainer of a configuration."""
+"""The Lightning Trainer of a run, and fitting with it."""
 
+import signal
+import sys
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import lightning
 import torch
@@ -10,25 +12,25 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from wsss.core.errors import WSSSError
-from wsss.data.datamodule import ImageDataModule
+from wsss.core.ranks import is_first_process
 from wsss.evaluation.evaluator import Evaluator
-from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
 from wsss.runs.config import ACCELERATION
-from wsss.runs.costs import CostMeter
-from wsss.runs.folder import LAST_CHECKPOINT, build
+from wsss.runs.costs import CostMeter, training_cost
+from wsss.runs.folder import LAST_CHECKPOINT, Run, build
 from wsss.training.callbacks import AtomicCheckpointIO, NamedLosses, SaveOnStop
 from wsss.training.parallel import choose_strategy
 
+C = TypeVar("C", bound=Callback)
 
-def build_trainer(
-    config: dict[str, Any], folder: Path, data: ImageDataModule, protocol: Protocol
-) -> lightning.Trainer:
-    """The Trainer of a configuration with the callbacks that every run has.
+
+def build_trainer(run: Run) -> lightning.Trainer:
+    """Make the Trainer of a run with the callbacks that every run has.
 
     Raises:
-        WSSSError: a GPU is asked for where torch sees none, or settings that do not go together.
+        WSSSError: a GPU is required where torch sees none, or settings that do not go together.
     """
+    config, folder = run.config, run.folder
     accelerator = config["trainer"].get("accelerator")
     if accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
         raise WSSSError(
@@ -46,9 +48,9 @@ def build_trainer(
             enable_version_counter=False,
         ),
         Evaluator(
-            protocol=protocol,
-            class_names=data.class_names,
-            split=data.val_split,
+            protocol=run.protocol,
+            class_names=run.data.class_names,
+            split=run.data.val_split,
             ledger=folder,
         ),
         CostMeter(),
@@ -73,6 +75,8 @@ def build_trainer(
         profiler = trainer.profiler  # type: ignore[attr-defined]
         # without a file it would report through a logger that is silent here
         profiler.dirpath, profiler.filename = folder / "profile", "profile"
+    run.data.trainer = trainer  # whose accumulation has its share in a batch
+    run.data.per_device_batch_size()
     return trainer
 
 
@@ -96,3 +100,57 @@ def accelerate(module: WSSSModule, settings: Mapping[str, Any]) -> None:
         raise WSSSError(f"trainer.compile={backend}: expected null or one of {', '.join(backends)}")
     for part in module.compiled_parts():
         part.compile(backend=backend)
+
+
+def fit(run: Run, trainer: lightning.Trainer) -> Run:
+    """Train a run from its last checkpoint, if there is one.
+
+    Args:
+        run: from :func:`wsss.runs.prepare.prepare`.
+        trainer: from :func:`build_trainer`.
+
+    Returns:
+        The trained run, with its steps, its cost and the hash of its training list.
+
+    Raises:
+        WSSSError: see the method; where a checkpoint is left, it says that the run resumes.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with a checkpoint that resumes.
+    """
+    resumed = run.checkpoint.is_file()
+    if resumed and is_first_process():
+        print(f"resuming from {run.checkpoint}")
+    stopped = False
+    try:
+        trainer.fit(
+            run.module,
+            datamodule=run.data,
+            ckpt_path=str(run.checkpoint) if resumed else None,
+            weights_only=True,
+        )
+    except SystemExit:  # how Lightning ends after Ctrl-C
+        stopped = True
+    except WSSSError as error:
+        if not run.checkpoint.is_file():
+            raise
+        raise WSSSError(f"{error}; once mended, the same command resumes") from error
+    number = _callback(trainer, SaveOnStop).stop_signal
+    # a signal may also have come after the last step; all processes leave then, or none
+    if stopped or trainer.strategy.reduce_boolean_decision(bool(number), all=False):
+        if is_first_process():
+            text = f"stopped at step {trainer.global_step}; the same command resumes"
+            print(text, file=sys.stderr)
+        if number == signal.SIGUSR2:
+            signal.raise_signal(number)  # submitit queues the job again
+        raise SystemExit(128 + (number or signal.SIGINT))
+    meter = _callback(trainer, CostMeter)
+    return replace(
+        run,
+        step=trainer.global_step,
+        cost=training_cost(meter.state_dict()) if meter.sessions else None,
+        train_list=run.data.list_hash(run.data.train_split),
+    )
+
+
+def _callback(trainer: lightning.Trainer, kind: type[C]) -> C:
+    """Find one of the callbacks of :func:`build_trainer`."""
+    return next(c for c in trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]

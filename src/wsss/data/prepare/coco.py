@@ -106,7 +106,7 @@ class Instances(NamedTuple):
 def prepare_coco(
     root: Path, files: list[Path], *, overlap: str, crowd: str, jobs: int | None
 ) -> int:
-    """Paints the masks that are missing, then writes the table of all images.
+    """Paint the masks that are missing, then write the table of all images.
 
     Args:
         root: folder of the data.
@@ -140,12 +140,12 @@ def prepare_coco(
             raise WSSSError(f"{path} has other categories than {files[0]}; expected the same")
         class_names = content.class_names
         split = split_of(_subset(path))
-        made, own = _prepare_subset(root, content, split, overlap, crowd, jobs)
-        rows += own
+        made, subset_rows = _prepare_subset(root, content, split, overlap, crowd, jobs)
+        rows += subset_rows
         official = OFFICIAL.get(_subset(path))
         note = "-" if official is None else f"{official:,}"
-        note += "" if official in (None, len(own)) else " (differs)"
-        table.add_row(path.name, f"{content.total:,}", f"{len(own):,}", note, f"{made:,}")
+        note += "" if official in (None, len(subset_rows)) else " (differs)"
+        table.add_row(path.name, f"{content.total:,}", f"{len(subset_rows):,}", note, f"{made:,}")
     if any(row.split for row in rows) and not all(row.split for row in rows):
         raise WSSSError(f"{files[0].parent} mixes lists with and without train/val in their names")
     state = write_table(root / FOLDER, rows, class_names)
@@ -157,7 +157,7 @@ def prepare_coco(
 
 
 def find_annotations(root: Path, given: str | None) -> list[Path]:
-    """Returns the instances files: COCO 2014's where there are any, else what an export has.
+    """Give the instances files: COCO 2014's where there are any, else what an export has.
 
     Raises:
         WSSSError: none is there.
@@ -187,7 +187,7 @@ def _subset(path: Path) -> str:
 
 
 def read_instances(path: Path) -> Instances:
-    """Reads and checks an instances file.
+    """Read and check an instances file.
 
     Raises:
         WSSSError: no JSON, another structure, doubled ids, unknown categories or images.
@@ -227,7 +227,7 @@ def read_instances(path: Path) -> Instances:
 def _group(
     path: Path, annotations: list[Any], images: dict[int, Any], class_ids: dict[int, int]
 ) -> dict[int, list[Instance]]:
-    """Instances by image id, in the order of the file."""
+    """Group instances by image id, in the order of the file."""
     by_image: dict[int, list[Instance]] = defaultdict(list)
     for entry in annotations:
         category, image = entry.get("category_id"), entry.get("image_id")
@@ -269,7 +269,7 @@ def _picture(path: Path, image: Any, instances: list[Instance]) -> Picture:
 def _prepare_subset(
     root: Path, content: Instances, split: str | None, overlap: str, crowd: str, jobs: int | None
 ) -> tuple[int, list[TableRow]]:
-    """Paints what is missing of one file; returns how many masks, and the rows."""
+    """Paint what is missing of one file; give how many masks, and the rows."""
     paths = locate_images(root, content)
     every = []
     rows = []
@@ -287,7 +287,7 @@ def _prepare_subset(
 
 
 def locate_images(root: Path, content: Instances) -> list[Path]:
-    """Returns the image files, in any of the layouts that are about (field.md, C).
+    """Give the image files, in any of the layouts that are about (field.md, C).
 
     Raises:
         WSSSError: they are in none of them, or some are missing.
@@ -333,7 +333,7 @@ def _paint_file(job: MaskJob) -> None:
 
 
 def paint(picture: Picture, *, overlap: str, crowd: str) -> NDArray[np.uint8]:
-    """Returns the class ids (H, W) of a picture's instances.
+    """Give the class ids (H, W) of a picture's instances.
 
     Args:
         picture: size and instances.
@@ -363,7 +363,7 @@ def paint(picture: Picture, *, overlap: str, crowd: str) -> NDArray[np.uint8]:
 
 
 def region(instance: Instance, height: int, width: int) -> NDArray[np.bool_]:
-    """Returns the pixels (H, W) of an instance, as pycocotools draws them.
+    """Give the pixels (H, W) of an instance, as pycocotools draws them.
 
     Raises:
         WSSSError: no segmentation, a polygon of fewer than three points, run lengths of another

@@ -40,7 +40,7 @@ class TableRow(NamedTuple):
 def run_all(
     work: Callable[[Item], Any], items: Sequence[Item], *, description: str, jobs: int | None
 ) -> None:
-    """Calls a module-level function for every item, in processes, behind a progress bar.
+    """Call a module-level function for every item, in processes, behind a progress bar.
 
     Args:
         work: must leave things as they are when it is called again.
@@ -78,7 +78,7 @@ def run_all(
 
 
 def write_text(path: Path, text: str) -> str:
-    """Writes a list or table if it is not there already, and says which."""
+    """Write a list or table if it is not there already, and say which."""
     if path.is_file() and path.read_bytes() == text.encode():
         return "as it was"
     try:
@@ -91,7 +91,7 @@ def write_text(path: Path, text: str) -> str:
 
 
 def write_table(folder: Path, rows: Iterable[TableRow], class_names: Sequence[str]) -> str:
-    """Writes ``labels.csv`` and ``classes.txt`` into a folder, without columns that nobody fills.
+    """Write ``labels.csv`` and ``classes.txt`` into a folder, without columns that nobody fills.
 
     Raises:
         WSSSError: a class name holds a separator, there is no row, or two images share a name.
@@ -116,7 +116,7 @@ def write_table(folder: Path, rows: Iterable[TableRow], class_names: Sequence[st
 
 
 def table_text(rows: Sequence[TableRow]) -> str:
-    """Returns rows as CSV."""
+    """Give rows as CSV."""
     columns = [name for name in COLUMNS if any(getattr(row, name) for row in rows)]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -128,7 +128,7 @@ def table_text(rows: Sequence[TableRow]) -> str:
 
 
 def settle_rules(folder: Path, rules: dict[str, Any]) -> None:
-    """Writes down by which rules a folder of masks is made, before the first of them.
+    """Write down by which rules a folder of masks is made, before the first of them.
 
     Raises:
         WSSSError: it was begun by other rules, so that two kinds of masks would mix.
@@ -155,7 +155,7 @@ def settle_rules(folder: Path, rules: dict[str, Any]) -> None:
 
 
 def split_of(name: str) -> str | None:
-    """Returns train, val or test for the name of a list (``train2014``, ``Validation``)."""
+    """Give train, val or test for the name of a list (``train2014``, ``Validation``)."""
     plain = name.lower().rstrip("0123456789")
     plain = {"validation": "val", "valid": "val"}.get(plain, plain)
     return plain if plain in ("train", "val", "test") else None

@@ -38,12 +38,12 @@ class ColourJob(NamedTuple):
 
 
 def is_export(root: Path) -> bool:
-    """Whether a folder in the VOC layout was written by labelme or CVAT."""
+    """Say whether a folder in the VOC layout was written by labelme or CVAT."""
     return any((root / name).is_file() for name in (LABELME_CLASSES, CVAT_CLASSES))
 
 
 def prepare_export(root: Path, *, jobs: int | None = None) -> int:
-    """Writes ``wsss/labels.csv``, ``wsss/classes.txt`` and index masks where they were colours.
+    """Write ``wsss/labels.csv``, ``wsss/classes.txt`` and index masks where they were colours.
 
     Returns:
         The exit status, 0.
@@ -77,7 +77,7 @@ def prepare_export(root: Path, *, jobs: int | None = None) -> int:
 def read_export_classes(
     root: Path,
 ) -> tuple[tuple[str, ...], tuple[tuple[tuple[int, int, int], int], ...]]:
-    """Returns the foreground classes, and for CVAT the id of each colour.
+    """Give the foreground classes, and for CVAT the id of each colour.
 
     Raises:
         WSSSError: a line of ``labelmap.txt`` is not ``name:r,g,b:...``.
@@ -107,7 +107,7 @@ def read_export_classes(
 def ids_of_colours(
     path: Path, colours: Sequence[tuple[tuple[int, int, int], int]]
 ) -> NDArray[np.uint8]:
-    """Reads a mask in colours as ids (H, W).
+    """Read a mask in colours as ids (H, W).
 
     Raises:
         WSSSError: a colour that is in no line of the label map.
@@ -130,10 +130,10 @@ def ids_of_colours(
 
 
 def _by_name(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
-    """Files of a folder and those below it, by their names without suffix.
+    """Map names without suffix to the files of a folder and those below it.
 
     Raises:
-        WSSSError: two share a name, so that nobody could tell which mask is whose.
+        WSSSError: two share a name, so that a mask could be either's.
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
@@ -152,7 +152,7 @@ def _masks(
     colours: tuple[tuple[tuple[int, int, int], int], ...],
     jobs: int | None,
 ) -> dict[str, Path]:
-    """Index masks by image name; empty where the export has none."""
+    """Give index masks by image name; empty where the export has none."""
     older = root / "SegmentationClassPNG"
     sources = _by_name(older if older.is_dir() else root / "SegmentationClass", {".png"})
     if not colours:
@@ -171,7 +171,7 @@ def _convert(job: ColourJob) -> None:
 
 
 def _splits(root: Path) -> dict[str, str] | None:
-    """Train, val or test of every image where the export has such lists."""
+    """Read train, val or test of every image where the export has such lists."""
     found = {}
     for kind in ("Segmentation", "Main"):
         for path in sorted((root / "ImageSets" / kind).glob("*.txt")):

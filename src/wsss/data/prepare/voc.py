@@ -49,7 +49,7 @@ class MaskJob(NamedTuple):
 def prepare_voc(
     root: Path, *, sbd: str | None = None, labels: LabelSource = "xml", jobs: int | None = None
 ) -> int:
-    """Makes masks, list and labels that are missing; what is there already stays.
+    """Make masks, list and labels that are missing; what is there already stays.
 
     Args:
         root: folder with ``JPEGImages``.
@@ -85,7 +85,7 @@ def prepare_voc(
 
 
 def find_sbd(root: Path, given: str | None) -> Path | None:
-    """Returns the folder with SBD's ``cls`` and lists, or None where there is none.
+    """Give the folder with SBD's ``cls`` and lists, or None where there is none.
 
     Raises:
         WSSSError: `given` holds no SBD.
@@ -107,7 +107,7 @@ def find_sbd(root: Path, given: str | None) -> Path | None:
 
 
 def _sbd_names(root: Path, given: str | None) -> tuple[set[str], Path | None]:
-    """Names of SBD, from its lists or from a folder of masks that somebody made before."""
+    """Read the names of SBD, from its lists or from a folder of masks that somebody made before."""
     if given is not None and given.lower() == "none":
         return set(), None
     folder = find_sbd(root, given)
@@ -124,12 +124,12 @@ def _sbd_names(root: Path, given: str | None) -> tuple[set[str], Path | None]:
 
 
 def _make_masks(root: Path, lists: dict[str, list[str]], sbd: Path | None, jobs: int | None) -> int:
-    """Fills ``SegmentationClassAug``; returns how many were missing."""
-    own = {*lists["train"], *lists["val"]}
+    """Fill ``SegmentationClassAug``, and give how many were missing."""
+    from_voc = {*lists["train"], *lists["val"]}
     todo = []
     for name in sorted({*lists["train_aug"], *lists["val"]}):
         target = root / AUG / f"{name}.png"
-        if name in own:
+        if name in from_voc:
             source = root / "SegmentationClass" / f"{name}.png"
         else:
             source = sbd / "cls" / f"{name}.mat" if sbd else target
@@ -162,7 +162,7 @@ def _make_mask(job: MaskJob) -> None:
 
 
 def read_sbd_mask(path: Path) -> NDArray[np.uint8]:
-    """Reads the class ids of one of SBD's ``cls/*.mat`` (``GTcls.Segmentation``).
+    """Read the class ids of one of SBD's ``cls/*.mat`` (``GTcls.Segmentation``).
 
     Returns:
         uint8 (H, W), 0..20; SBD marks no void.
@@ -202,7 +202,7 @@ def _check_disjoint(lists: dict[str, list[str]]) -> None:
 
 
 def _write_list(root: Path, names: list[str]) -> str:
-    """Writes train_aug.txt, or checks the one that is there (in whatever order)."""
+    """Write train_aug.txt, or check the one that is there (in whatever order)."""
     path = list_path(root, "train_aug")
     if not path.is_file():
         return write_text(path, "".join(f"{name}\n" for name in names))
@@ -218,7 +218,7 @@ def _write_list(root: Path, names: list[str]) -> str:
 def _write_labels(
     root: Path, lists: dict[str, list[str]], source: LabelSource, masks: str
 ) -> tuple[Path, str]:
-    """Writes the table of image-level labels of everything but test."""
+    """Write the table of image-level labels of everything but test."""
     names = sorted({name for split in lists if split != "test" for name in lists[split]})
 
     def row(name: str) -> TableRow:

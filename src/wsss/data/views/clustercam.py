@@ -27,9 +27,9 @@ ERASED_LOG_RATIO = (np.log(0.3), np.log(1 / 0.3))
 
 
 class ClusterCAMView:
-    """Makes the one view of a ClusterCAM training sample (clustercam.md section 4).
+    """Make the one view of a ClusterCAM training sample (clustercam.md section 4).
 
-    Random resized crop (area 0.08-1 unless told otherwise, ratio 3/4-4/3, bicubic), flip with
+    Random resized crop (area 0.08-1 by default, ratio 3/4-4/3, bicubic), flip with
     p = 0.5, RandAugment ``rand-m9-mstd0.5-inc1`` (two of timm's operations, each with p = 0.5),
     normalisation, random erasing with p = 0.25 (one box of 2-33 % filled with N(0, 1) values).
 
@@ -51,7 +51,7 @@ class ClusterCAMView:
         self.rand_augment = increasing_rand_augment()
 
     def __call__(self, rgb: NDArray[np.uint8], rng: np.random.Generator) -> dict[str, Tensor]:
-        """Draws the view of one image.
+        """Draw the view of one image.
 
         Args:
             rgb: uint8 (H, W, 3) of any size.
@@ -71,7 +71,7 @@ class ClusterCAMView:
 
 
 def increasing_rand_augment() -> RandAugment:
-    """Timm's ``rand-m9-mstd0.5-inc1`` on Pillow images, filling with ImageNet's mean colour."""
+    """Make timm's ``rand-m9-mstd0.5-inc1`` on Pillow images, filled with ImageNet's mean colour."""
     mean = tuple(round(255 * value) for value in IMAGENET_MEAN)
     augment = rand_augment_transform(
         "rand-m9-mstd0.5-inc1", {"img_mean": mean, "interpolation": Image.Resampling.BICUBIC}
@@ -83,12 +83,12 @@ def increasing_rand_augment() -> RandAugment:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """As timm does; its strongest level keeps no bit, black until Pillow 13 refused it."""
+    """Posterise as timm does; its strongest level keeps no bit: black until Pillow 13 refused."""
     return posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def erase_box(image: Tensor, rng: np.random.Generator, probability: float = 0.25) -> Tensor:
-    """Fills a random box of a normalised image (3, H, W) with N(0, 1) values, in place.
+    """Fill a random box of a normalised image (3, H, W) with N(0, 1) values, in place.
 
     Source: timm's RandomErasing in ``pixel`` mode with one box.
     """
@@ -109,7 +109,7 @@ def erase_box(image: Tensor, rng: np.random.Generator, probability: float = 0.25
 
 @contextmanager
 def _own_random(rng: np.random.Generator) -> Iterator[None]:
-    """Lets code that draws from Python's global generator draw from ours instead."""
+    """Let code that draws from Python's global generator draw from ours instead."""
     before = random.getstate()
     random.seed(int(rng.integers(2**63)))
     try:

@@ -1,10 +1,17 @@
-"""Draws that several methods share: mirrors, places, random resized crops."""
+"""Draws that several methods share: mirrors, places, random resized crops, colour steps."""
 
-from typing import Any, Protocol
+import random
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
+
+from wsss.maps.pixels import normalise
+
+if TYPE_CHECKING:  # slow to import, and not every method needs it
+    import albumentations as A
 
 LOG_RATIO = (np.log(3 / 4), np.log(4 / 3))  # of random resized crops
 
@@ -13,10 +20,10 @@ class Draws(Protocol):
     """Where random decisions come from; numpy's Generator is one."""
 
     def random(self) -> float:
-        """Uniform in [0, 1)."""
+        """Draw uniformly from [0, 1)."""
 
     def integers(self, low: int, high: int) -> Any:
-        """Uniform integer in [low, high)."""
+        """Draw an integer uniformly from [low, high)."""
 
 
 def mirror(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -25,7 +32,7 @@ def mirror(view: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def place_on_axis(scaled: int, size: int, rng: Draws) -> tuple[int, int, int]:
-    """Pads or crops along one axis of the scaled picture.
+    """Pad or crop along one axis of the scaled picture.
 
     Returns:
         Start and end of the real pixels in the crop, and the scaled picture's first shown pixel.
@@ -39,7 +46,7 @@ def place_on_axis(scaled: int, size: int, rng: Draws) -> tuple[int, int, int]:
 def random_resized_crop(
     picture: Image.Image, size: int, area: tuple[float, float], rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """A part of the picture as a square (size, size, 3), bicubic, mirrored with p = 0.5."""
+    """Cut a part of the picture as a square (size, size, 3), bicubic, mirrored with p = 0.5."""
     left, top, width, height = draw_area(picture.width, picture.height, area, rng)
     part = picture.crop((left, top, left + width, top + height))
     view = np.array(part.resize((size, size), Image.Resampling.BICUBIC))
@@ -49,7 +56,7 @@ def random_resized_crop(
 def draw_area(
     width: int, height: int, share: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Draws (left, top, width, height) as torchvision's RandomResizedCrop does.
+    """Draw (left, top, width, height) as torchvision's RandomResizedCrop does.
 
     Args:
         width: of the picture.
@@ -66,3 +73,12 @@ def draw_area(
     w = min(width, max(1, round(height * 4 / 3)))  # too long a picture: the largest central part
     h = min(height, max(1, round(width * 4 / 3)))
     return (width - w) // 2, (height - h) // 2, w, h
+
+
+def augment(steps: "A.Compose", view: NDArray[np.uint8], rng: np.random.Generator) -> Tensor:
+    """Apply albumentations' steps to a view (H, W, 3), and normalise it: (3, H, W)."""
+    # Not set_random_seed: it gives every step the same seed, hence the same first draw, so that
+    # for example only jittered views would ever be greyed. Sharing the generators keeps the
+    # steps independent.
+    steps.set_random_state(rng, random.Random(int(rng.integers(2**63))))
+    return normalise(steps(image=view)["image"])

@@ -36,7 +36,7 @@ class Placement(NamedTuple):
 
 
 class GETAMViews:
-    """Makes the training sample of GETAM, with the picture's saliency map where there is one.
+    """Make the training sample of GETAM, with the picture's saliency map where there is one.
 
     1. flip with p = 0.5; 2. long side to a random length, OpenCV's bilinear on floats (saliency
     nearest); 3. crop at random, or place at random on zeros (of the normalised image, so padding
@@ -62,7 +62,7 @@ class GETAMViews:
     def __call__(
         self, rgb: NDArray[np.uint8], rng: Draws, saliency: NDArray[np.uint8] | None = None
     ) -> dict[str, Tensor]:
-        """Draws the view of one image.
+        """Draw the view of one image.
 
         Args:
             rgb: uint8 (H, W, 3) of any size.
@@ -86,7 +86,7 @@ class GETAMViews:
         return sample
 
     def place(self, size: Sequence[int], rng: Draws) -> Placement:
-        """Draws flip, long side, column and row, in this order, for a picture of (H, W)."""
+        """Draw flip, long side, column and row, in this order, for a picture of (H, W)."""
         flip = rng.random() > 0.5
         long_side = int(rng.integers(self.long_side[0], self.long_side[1] + 1))
         height, width = (max(1, round(side * long_side / max(size))) for side in size)
@@ -94,7 +94,7 @@ class GETAMViews:
         return Placement(height, width, flip, place_on_axis(height, self.crop_size, rng), columns)
 
     def render(self, rgb: NDArray[np.uint8], place: Placement) -> Tensor:
-        """The normalised crop (3, C, C) of a placed picture."""
+        """Give the normalised crop (3, C, C) of a placed picture."""
         size = (place.width, place.height)
         # double precision in the official order: PAMR's guide is cut to integers afterwards
         normal = cv2.resize(rgb.astype(np.float64), size, interpolation=cv2.INTER_LINEAR)
@@ -105,7 +105,7 @@ class GETAMViews:
         return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
 
     def _placed(self, scaled: NDArray[Any], place: Placement) -> NDArray[Any]:
-        """A scaled picture (H, W, ...) mirrored if asked, cropped or on zeros: (C, C, ...)."""
+        """Mirror a scaled picture (H, W, ...) if wanted, then crop it or pad it: (C, C, ...)."""
         (r0, r1, row), (c0, c1, column) = place.rows, place.columns
         scaled = scaled[:, ::-1] if place.flip else scaled
         crop = np.zeros((self.crop_size, self.crop_size, *scaled.shape[2:]), scaled.dtype)

@@ -30,7 +30,7 @@ class LabelledCrops:
     def __call__(
         self, rgb: NDArray[np.uint8], rng: np.random.Generator, mask: NDArray[np.uint8]
     ) -> dict[str, Tensor]:
-        """Draws the crop of one image.
+        """Draw the crop of one image.
 
         Args:
             rgb: uint8 (H, W, 3) of any size.

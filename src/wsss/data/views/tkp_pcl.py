@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from wsss.core.errors import WSSSError
-from wsss.data.views.toco import _apply
+from wsss.data.views.drawing import augment
 
 PART_PROBABILITY = 0.3  # that a second view shows a part and not the whole
 PART = 3  # a part is a third of the side: 128 of 384 px
@@ -46,7 +46,7 @@ class SquareViews:
         )
 
     def __call__(self, rgb: NDArray[np.uint8], rng: np.random.Generator) -> dict[str, Tensor]:
-        """Draws the views of one image.
+        """Draw the views of one image.
 
         Args:
             rgb: uint8 (H, W, 3) of any size.
@@ -62,7 +62,7 @@ class SquareViews:
         symmetry = rng.random(3) < 0.5
         main = turned(np.asarray(square), symmetry)
         sample = {
-            "image": _apply(self.steps, main, rng),
+            "image": augment(self.steps, main, rng),
             "symmetry": torch.from_numpy(symmetry),
         }
         if self.view:
@@ -82,14 +82,14 @@ class SquareViews:
         shown = square.resize(half, Image.Resampling.BILINEAR, box=(left, top, right, bottom))
         symmetry = rng.random(3) < 0.5
         return {
-            "view": _apply(self.steps, turned(np.asarray(shown), symmetry), rng),
+            "view": augment(self.steps, turned(np.asarray(shown), symmetry), rng),
             "view_symmetry": torch.from_numpy(symmetry),
             "view_box": torch.from_numpy(box),
         }
 
 
 def turned(image: NDArray[np.uint8], symmetry: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """An image (n, n, 3) with its columns flipped, its rows flipped and transposed, as asked."""
+    """Flip the columns and the rows of an image (n, n, 3) and transpose it, each if wanted."""
     columns, rows, transpose = symmetry
     if columns:
         image = image[:, ::-1]

@@ -6,7 +6,6 @@ states. Two operations are not the same there and follow Pillow here: resampling
 filter when it shrinks) and the Gaussian blur (`PillowBlur`).
 """
 
-import random
 from typing import Any
 
 import albumentations as A
@@ -17,18 +16,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from wsss.data.views.drawing import mirror, place_on_axis, random_resized_crop
-from wsss.maps.pixels import normalise
+from wsss.data.views.drawing import augment, mirror, place_on_axis, random_resized_crop
 
 GLOBAL2_AREA = (0.4, 1.0)
 
 
 def pillow_blur_kernel(radius: float) -> NDArray[np.float64]:
-    """Returns the 1-D kernel (taps,) of Pillow's Gaussian blur: three equal box filters.
+    """Give the 1-D kernel (taps,) of Pillow's Gaussian blur: three equal box filters.
 
     A box of half-width l + a (its two outer taps weigh less) has a third of the variance
     radius^2. A sampled Gaussian hardly blurs below radius 0.5, a fifth of ToCo's draws, where this
-    kernel still has the variance asked for.
+    kernel still has the wanted variance.
     """
     variance = radius**2 / 3
     inner = int((np.sqrt(12 * variance + 1) - 1) / 2)
@@ -51,17 +49,17 @@ class PillowBlur(A.ImageOnlyTransform):
         self.radius = radius
 
     def get_params(self) -> dict[str, float]:
-        """Draws the radius from the generator that albumentations shares."""
+        """Draw the radius from the generator that albumentations shares."""
         return {"radius": self.py_random.uniform(*self.radius)}
 
     def apply(self, img: NDArray[np.uint8], radius: float, **_: Any) -> NDArray[np.uint8]:
-        """Filters rows and columns of a uint8 image (H, W, 3), repeating its border."""
+        """Filter rows and columns of a uint8 image (H, W, 3), repeating its border."""
         kernel = pillow_blur_kernel(radius)
         return cv2.sepFilter2D(img, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
 
 
-def _photometric(*, blur: float, radius: tuple[float, float], solarise: float = 0.0) -> A.Compose:
-    """J without its flip, then blur and solarisation with the given probabilities."""
+def photometric(*, blur: float, radius: tuple[float, float], solarise: float = 0.0) -> A.Compose:
+    """Apply J without its flip, then blur and solarisation with the given probabilities."""
     return A.Compose(
         [
             A.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8),
@@ -72,16 +70,8 @@ def _photometric(*, blur: float, radius: tuple[float, float], solarise: float = 
     )
 
 
-def _apply(steps: A.Compose, view: NDArray[np.uint8], rng: np.random.Generator) -> Tensor:
-    # Not set_random_seed: it gives every step the same seed, hence the same first draw, so that
-    # for example only jittered views would ever be greyed. Sharing the generators keeps the
-    # steps independent.
-    steps.set_random_state(rng, random.Random(int(rng.integers(2**63))))
-    return normalise(steps(image=view)["image"])
-
-
 class ToCoViews:
-    """Makes the three views of one ToCo training sample.
+    """Make the three views of one ToCo training sample.
 
     1. scale u ~ U(scale_range), bilinear; 2. flip with p = 0.5; 3. pad with zeros (raw pixel
     value) to the crop size at a random offset and crop at random; ``box`` is where real pixels
@@ -111,12 +101,12 @@ class ToCoViews:
         self.official_compat = official_compat
         self.scale_range = (scale_range[0], scale_range[1])
         radius = (blur_radius[0], blur_radius[1])
-        self.input_steps = _photometric(blur=1.0, radius=radius)
-        self.local_steps = _photometric(blur=0.5, radius=radius)
-        self.view2_steps = _photometric(blur=0.1, radius=radius, solarise=0.2)
+        self.input_steps = photometric(blur=1.0, radius=radius)
+        self.local_steps = photometric(blur=0.5, radius=radius)
+        self.view2_steps = photometric(blur=0.1, radius=radius, solarise=0.2)
 
     def __call__(self, rgb: NDArray[np.uint8], rng: np.random.Generator) -> dict[str, Tensor]:
-        """Draws the views of one image.
+        """Draw the views of one image.
 
         Args:
             rgb: uint8 (H, W, 3) of any size.
@@ -136,16 +126,16 @@ class ToCoViews:
         mirrored = mirror(crop)
         view2 = random_resized_crop(picture, self.crop_size, GLOBAL2_AREA, rng)
         return {
-            "image": _apply(self.input_steps, mirrored if flip_image else crop, rng),
-            "local_view": _apply(self.local_steps, mirrored if flip_local else crop, rng),
-            "view2": _apply(self.view2_steps, view2, rng),
+            "image": augment(self.input_steps, mirrored if flip_image else crop, rng),
+            "local_view": augment(self.local_steps, mirrored if flip_local else crop, rng),
+            "view2": augment(self.view2_steps, view2, rng),
             "box": torch.tensor([r0, r1, c0, c1]),
         }
 
     def _scaled_crop(
         self, picture: Image.Image, rng: np.random.Generator
     ) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
-        """Steps 1-3: scale, flip, pad, crop.
+        """Take steps 1-3: scale, flip, pad, crop.
 
         Only the part that the crop shows is resampled: Pillow's ``box`` takes the support of the
         filter from the whole picture, so the pixels are those of resizing all of it (but for

@@ -21,14 +21,14 @@ class CRFPreset:
     """Parameters of one dense CRF; the kernels are diagonal and symmetrically normalised.
 
     Attributes:
-        name: Name under which the preset is known and reported.
-        pos_xy: Width of the position kernel in pixels.
-        pos_w: Its weight.
-        bi_xy: Width of the bilateral kernel in pixels.
-        bi_rgb: Width of the bilateral kernel in grey levels.
-        bi_w: Its weight.
-        iterations: Mean-field iterations.
-        bgr: Give the image with its colour channels reversed. The kernel does not know their
+        name: name under which the preset is known and reported.
+        pos_xy: width of the position kernel in pixels.
+        pos_w: its weight.
+        bi_xy: width of the bilateral kernel in pixels.
+        bi_rgb: width of the bilateral kernel in grey levels.
+        bi_w: its weight.
+        iterations: mean-field iterations.
+        bgr: give the image with its colour channels reversed. The kernel does not know their
             order, but the lattice that computes it does: under one label in a hundred changes.
     """
 
@@ -70,7 +70,7 @@ Labels = npt.NDArray[np.uint8]
 
 
 def import_pydensecrf() -> None:
-    """Raises WSSSError unless pydensecrf is installed."""
+    """Raise WSSSError unless pydensecrf is installed."""
     try:
         import pydensecrf.densecrf  # noqa: F401
     except ImportError as error:
@@ -129,7 +129,7 @@ def dense_crf_pruned(
         image: (H, W, 3) uint8 RGB.
         prob: (C, H, W) probabilities, background first; the kept ones are renormalised per pixel.
         preset: CRF parameters.
-        present: Class ids (1 .. C-1) that the image holds; may be empty.
+        present: class ids (1 .. C-1) that the image holds; may be empty.
 
     Returns:
         (C, H, W) float32 posterior, zero for the classes left out.
@@ -141,7 +141,7 @@ def dense_crf_pruned(
 
 
 def prune(prob: Probabilities, present: Sequence[int]) -> tuple[list[int], Probabilities]:
-    """The background and the present classes of (C, H, W) probabilities, renormalised."""
+    """Keep background and present classes of (C, H, W) probabilities, renormalised."""
     kept = [0, *sorted(set(present) - {0})]
     chosen = prob[kept]
     return kept, chosen / np.maximum(chosen.sum(axis=0, keepdims=True), 1e-12)
@@ -150,13 +150,13 @@ def prune(prob: Probabilities, present: Sequence[int]) -> tuple[list[int], Proba
 def crf_label(
     image: Image, prob: Probabilities, preset: CRFPreset, present: Sequence[int] | None = None
 ) -> Labels:
-    """The (H, W) uint8 argmax of the CRF, at module level so that a worker can import it.
+    """Give the CRF's (H, W) uint8 argmax; at module level so that a worker can import it.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         prob: (C, H, W) probabilities.
         preset: CRF parameters.
-        present: Class ids to keep beside the background, or None for all classes.
+        present: class ids to keep beside the background, or None for all classes.
     """
     if present is None:
         posterior = dense_crf(image, prob, preset)
@@ -177,7 +177,7 @@ class CRFPool:
 
         Args:
             preset: CRF parameters for all images.
-            jobs: Worker processes; by default one for each core.
+            jobs: worker processes; by default one for each core.
         """
         self.preset = preset
         self.jobs = jobs or os.cpu_count() or 1
@@ -210,7 +210,7 @@ class CRFPool:
         Args:
             image: (H, W, 3) uint8 RGB.
             prob: (C, H, W) probabilities.
-            present: Class ids to keep beside the background, or None for all classes.
+            present: class ids to keep beside the background, or None for all classes.
 
         Returns:
             A future of the (H, W) uint8 label map.

@@ -36,7 +36,7 @@ class _Kernel:
         self.scale = (mass + _NORM_EPS).rsqrt()
 
     def message(self, marginals: Tensor) -> Tensor:
-        """What all pixels say to each: (..., N, C) -> (..., N, C)."""
+        """Sum what all pixels say to each: (..., N, C) -> (..., N, C)."""
         return self.lattice.filter(marginals * self.scale).mul_(self.scale * self.weight)
 
 
@@ -108,7 +108,7 @@ class MeanFieldPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Nothing is left to end."""
+        """End nothing: no process was started."""
 
     def submit(
         self, image: Image, prob: Probabilities, present: Sequence[int] | None = None
@@ -118,7 +118,7 @@ class MeanFieldPool:
         Args:
             image: (H, W, 3) uint8 RGB.
             prob: (C, H, W) probabilities.
-            present: Class ids to keep beside the background, or None for all classes.
+            present: class ids to keep beside the background, or None for all classes.
 
         Returns:
             A finished future of the (H, W) uint8 label map.

@@ -12,7 +12,7 @@ OFFSETS = tuple((dr, dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1) if (dr, dc) !
 
 
 def shifted(maps: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
-    """Views of ``maps`` (..., H, W) shifted to each neighbour, all from one padded copy.
+    """Shift ``maps`` (..., H, W) to each neighbour: views of one padded copy.
 
     Eight neighbours at every dilation; the edge is replicated.
     """
@@ -26,7 +26,7 @@ def shifted(maps: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
 
 
 def deviation(values: Tensor) -> Tensor:
-    """Unbiased standard deviation (B, 1, H, W) over the second dimension of (B, n, H, W).
+    """Take the unbiased standard deviation (B, 1, H, W) along n of (B, n, H, W).
 
     ``std`` along a dimension that is not the last takes seven times as long on a CPU.
     """
@@ -36,7 +36,7 @@ def deviation(values: Tensor) -> Tensor:
 
 
 def at_affinity_size(masks: Tensor, affinity: Tensor) -> Tensor:
-    """Masks (B, C, h, w) resized bilinearly with aligned corners to (H, W) of (B, n, H, W)."""
+    """Resize masks (B, C, h, w) bilinearly, corners aligned, to (H, W) of (B, n, H, W)."""
     size = affinity.shape[-2:]
     if masks.shape[-2:] == size:
         return masks

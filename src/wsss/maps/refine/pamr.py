@@ -22,8 +22,8 @@ class PAMR(nn.Module):
     dilation, so the centre counts once a dilation. Nothing here is differentiable.
 
     Args:
-        dilations: Distances of the neighbours in pixels.
-        num_iter: Number of diffusion steps.
+        dilations: distances of the neighbours in pixels.
+        num_iter: number of diffusion steps.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class PAMR(nn.Module):
 
     @torch.no_grad()
     def affinity(self, images: Tensor) -> Tensor:
-        """Weight of every neighbour of every pixel.
+        """Weigh every neighbour of every pixel.
 
         Args:
             images: (B, 3, H, W), any common scale of the values.

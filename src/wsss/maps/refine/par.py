@@ -23,9 +23,9 @@ class PAR(nn.Module):
     The weights of a pixel add up to 1.01 and are not renormalised.
 
     Args:
-        dilations: Distances of the neighbours in pixels.
-        num_iter: Number of diffusion steps.
-        eps: Added to standard deviations; 1e-8 in ToCo, 1e-5 in ClusterCAM.
+        dilations: distances of the neighbours in pixels.
+        num_iter: number of diffusion steps.
+        eps: added to standard deviations; 1e-8 in ToCo, 1e-5 in ClusterCAM.
     """
 
     position: Tensor  # (n,) weights by distance alone
@@ -48,7 +48,7 @@ class PAR(nn.Module):
         self.register_buffer("position", _POSITION_WEIGHT * logits.softmax(0), persistent=False)
 
     def affinity(self, images: Tensor) -> Tensor:
-        """Weight of every neighbour of every pixel.
+        """Weigh every neighbour of every pixel.
 
         Args:
             images: (B, 3, H, W), any common scale of the values.

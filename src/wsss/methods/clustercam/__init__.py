@@ -1,5 +1,5 @@
 """ClusterCAM; read method.py."""
 
-from wsss.methods.clustercam.method import ClusterCAM
+from wsss.methods.clustercam.method import ClusterCAM, ClusterCAMSettings
 
-__all__ = ["ClusterCAM"]
+__all__ = ["ClusterCAM", "ClusterCAMSettings"]

@@ -1,6 +1,10 @@
-"""The network of ClusterCAM: soft clusters, the branch that attends through them, its blocks."""
+"""The network of ClusterCAM: soft clusters, the branch that attends through them, its blocks.
 
-from collections.abc import Sequence
+The backbone stays the method's, and so do the branches: functions here take both, so that their
+parameters have the names that checkpoints know.
+"""
+
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -15,7 +19,9 @@ from wsss.models.vit import merge_heads, split_heads
 NORM_EPS = 1e-5  # of the norms in both branches
 MLP_NORM_EPS = 1e-6
 POSITION_OFFSET = 0.1
-QUERY_ROWS = 64  # of attention held at once in CAM passes
+QUERY_ROWS = 64  # of attention kept at once in CAM passes
+#: attention of all tokens; arguments and results as of :func:`attend`
+Attend = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def initial_centres(tokens: Tensor, grid: tuple[int, int], side: int = 2) -> Tensor:
@@ -140,19 +146,6 @@ def attend(
     return torch.cat(mixed, dim=2), class_rows
 
 
-def mean_of_convolution(features: Tensor, convolution: nn.Conv2d) -> Tensor:
-    """Spatial mean (B, K) of a zero-padded 3 x 3 convolution of features (B, D, h, w).
-
-    Each tap sees every position but a border row or column, so nine sums a channel are enough.
-    """
-    sums = features
-    for _ in range(2):  # rows, then columns: (B, D, h, w) -> (B, D, w, 3) -> (B, D, 3, 3)
-        total = sums.sum(dim=2)
-        sums = torch.stack([total - sums[:, :, -1], total, total - sums[:, :, 0]], dim=-1)
-    weight = convolution.weight / features[0, 0].numel()
-    return F.linear(sums.flatten(1), weight.flatten(1), convolution.bias)
-
-
 class BlockOutput(NamedTuple):
     """What a block gives."""
 
@@ -161,6 +154,46 @@ class BlockOutput(NamedTuple):
     class_rows: Tensor  # its class-to-patch attention R, (B, heads, K, N)
     clustered: BranchOutput
     class_map: Tensor  # (1 - lambda) R + lambda G, (B, heads, K, N)
+
+
+def plain_attention(
+    block: Any, tokens: Tensor, num_classes: int, affinity: Tensor | None, attend: Attend
+) -> tuple[Tensor, Tensor]:
+    """Branch A (B, K+N, D) and its class-to-patch attention R (B, heads, K, N)."""
+    attn = block.attn
+    queries, keys, values = split_heads(attn.qkv(block.norm1(tokens)), attn.num_heads)
+    mixed, class_rows = attend(queries * attn.scale, keys, values, num_classes, affinity)
+    return attn.proj(merge_heads(mixed)), class_rows
+
+
+def run_block(
+    block: Any,
+    branch: Any,
+    tokens: Tensor,
+    grid: tuple[int, int],
+    affinity: Tensor | None = None,
+    attend: Attend = attend,
+) -> BlockOutput:
+    """Run both branches, then the MLP, with three independent drop-path draws.
+
+    X' = X + DP(a) + DP(b), X'' = X' + DP(MLP(LN(X'))).
+
+    Args:
+        block: of timm; its attention is branch A.
+        branch: the :class:`ClusterBranch` beside it.
+        tokens: X, (B, K+N, D), whose patches lie on the grid.
+        grid: h, w with h w = N.
+        affinity: as of :func:`attend`.
+        attend: how branch A attends.
+    """
+    num_classes = tokens.shape[1] - grid[0] * grid[1]
+    plain, class_rows = plain_attention(block, tokens, num_classes, affinity, attend)
+    clustered = branch(tokens, grid)
+    tokens = tokens + block.drop_path1(block.ls1(plain))
+    tokens = tokens + block.drop_path1(block.ls1(clustered.update))
+    tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+    class_map = (1 - branch.mixing) * class_rows + branch.mixing * clustered.class_map
+    return BlockOutput(tokens, plain, class_rows, clustered, class_map)
 
 
 class Encoded(NamedTuple):
@@ -180,9 +213,65 @@ class Encoded(NamedTuple):
         return self.class_tokens.mean(dim=-1)
 
 
+def encode(
+    backbone: Backbone,
+    branches: nn.ModuleList,
+    images: Tensor,
+    attend: Attend = attend,
+    *,
+    with_affinity: bool = False,
+    keep: list[BlockOutput] | None = None,
+) -> Encoded:
+    """Run all blocks; the final norm is not applied.
+
+    Args:
+        backbone: of :func:`prepare_backbone`.
+        branches: a :class:`ClusterBranch` a block.
+        images: (B, 3, H, W), normalised; the remainder of a patch is dropped.
+        attend: how branch A of every block attends.
+        with_affinity: accumulate the patches' attention, for CAMs; not differentiable.
+        keep: receives what every block gives.
+    """
+    tokens, grid = backbone.embed(images)
+    count = grid[0] * grid[1]
+    affinity = images.new_zeros(len(images), count, count) if with_affinity else None
+    class_maps = []
+    for block, branch in zip(backbone.vit.blocks, branches, strict=True):
+        output = run_block(block, branch, tokens, grid, affinity, attend)
+        tokens = output.tokens
+        class_maps.append(output.class_map)
+        if keep is not None:
+            keep.append(output)
+    classes, patches = tokens[:, :-count], tokens[:, -count:].transpose(1, 2)  # (B, D, N)
+    channels = [patches, *(maps.flatten(1, 2) for maps in class_maps)]
+    activation = torch.cat(channels, dim=1).unflatten(2, grid)
+    return Encoded(classes, activation, class_maps, affinity)
+
+
 def sum_of_last(maps: Sequence[Tensor], layers: int) -> Tensor:
-    """Maps (B, heads, K, N) of all blocks: mean over heads, sum over the last ones, (B, K, N)."""
+    """Sum the head-means of the last of all blocks' maps (B, heads, K, N): (B, K, N)."""
     return torch.stack([one.mean(dim=1) for one in maps[-layers:]]).sum(dim=0)
+
+
+def mean_of_convolution(features: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """Spatial mean (B, K) of a zero-padded 3 x 3 convolution of features (B, D, h, w).
+
+    Each tap sees every position but a border row or column, so nine sums a channel are enough.
+    """
+    sums = features
+    for _ in range(2):  # rows, then columns: (B, D, h, w) -> (B, D, w, 3) -> (B, D, 3, 3)
+        total = sums.sum(dim=2)
+        sums = torch.stack([total - sums[:, :, -1], total, total - sums[:, :, 0]], dim=-1)
+    weight = convolution.weight / features[0, 0].numel()
+    return F.linear(sums.flatten(1), weight.flatten(1), convolution.bias)
+
+
+def whole_patches(images: Tensor, patch: int) -> Tensor:
+    """Images (B, 3, H, W) whose sides are multiples of the patch, enlarged where they are not."""
+    size = [-(-side // patch) * patch for side in images.shape[-2:]]
+    if size == list(images.shape[-2:]):
+        return images
+    return F.interpolate(images, size, mode="bilinear", align_corners=False)
 
 
 def prepare_backbone(

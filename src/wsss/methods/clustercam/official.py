@@ -1,16 +1,76 @@
-"""The random start of the official ClusterCAM, draw by draw, for ``official_compat``.
+"""What ClusterCAM's official code does otherwise, its random start, and its parameters' names.
 
-Which mixing scalars a seed gives depends on everything that is drawn before them (clustercam.md
-sections 1 and 7, Q7; golden ``rng_mix``), so all draws of the official constructor are repeated in
-their order, those too whose values a checkpoint replaces.
+Q1 to Q14 are the numbered quirks of clustercam.md section 7. Each departure of ours is a switch
+that takes it back; ``official_compat=true`` takes all of them back, ``+method.quirks.NAME=true`` a
+single one.
+
+Same numbers, less work (always): attention between patches is never kept, its sum over blocks is
+accumulated row by row, and only in CAM passes; CAMs are made before the training graph exists and
+of the batch's classes alone; PAR's affinity is computed once for both thresholds; patch logits come
+from nine sums a channel.
+Kept as official: positions scaled by (h + 0.1) / n; LayerNorm eps 1e-5 in both branches and 1e-6
+before the MLP (Q11); the final norm exists and is never applied; assignments lag one update behind
+the centres. Settings that the switches leave alone: ``method.token_noise`` (officially 0) and
+``method.head_lr_factor`` (officially 1).
+Nothing here corresponds to Q2 (mIoU while training), Q3 (selection on val), Q5 (label file) and Q13
+(half precision in PAR; ours stays float32). Q1: the margin that COCO's script lacks is 0.1. Q4: a
+batch of ignored pixels gives 0, where the official loop crashes. Q7: lambda stays near its random
+start, so the mixing scalars are logged.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod, sqrt
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from wsss.methods.settings import QuirkSwitches
+
+RATE_FLOOR = 1e-5  # of the official cosine, absolute
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quirks(QuirkSwitches):
+    """One boolean a quirk; True does as the official code."""
+
+    # Q6: the cosine ends at 1e-5, above the official base rate of 8.8e-6, so the rate rises; here
+    # it ends at 0.16 of the base rate, the proportion that 1e-5 had in MCTformer
+    absolute_floor: bool = False
+    # Q6: the rate stays for a whole epoch and lags one behind; here it follows the step
+    rate_by_epoch: bool = False
+    # Q8: class tokens and positions are decayed, as DataParallel hides the list of exceptions; here
+    # they are not
+    decayed_tokens: bool = False
+    # Q9: DataParallel gives unused parameters zero gradients, so AdamW decays the decoder, and
+    # counts its steps, through the whole first phase; here they are left alone
+    zero_gradients: bool = False
+    # Q10: every CAM pass of training draws its own drop paths; here CAM passes run without
+    drop_path_in_cams: bool = False
+    # Q12: the image for PAR is truncated to bytes, and levels outside 0 to 255 wrap around; here it
+    # is rounded and clipped
+    wrapped_guide: bool = False
+    # Q14: the remainder of an image that is no whole number of patches is dropped, and the maps are
+    # stretched over it; here such an image is enlarged to whole patches
+    dropped_remainder: bool = False
+    # new parts start from the draws of the official constructor; here from PyTorch's, which differ
+    # in value alone
+    official_start: bool = False
+    # drop paths are drawn from the process's global generator; here from one of seed, step, place
+    shared_draws: bool = False
+    # a loss that is not finite reaches the weights; here it ends the run
+    goes_on_after_nan: bool = False
+
+
+CORRECTED = Quirks()
+OFFICIAL = Quirks.all_on()
+
+# ---- the random start ----------------------------------------------------------------------------
+
+# Which mixing scalars a seed gives depends on everything that is drawn before them (clustercam.md
+# sections 1 and 7, Q7; golden `rng_mix`), so all draws of the official constructor are repeated in
+# their order, those too whose values a checkpoint replaces.
 
 
 class Draw(NamedTuple):
@@ -34,7 +94,7 @@ MIXING = ".mix_param"  # how the mixing scalars' official names end
 
 
 def _default_draws(name: str, *shape: int, bias: bool = True) -> Iterator[Draw]:
-    """What PyTorch draws for a new linear or convolutional layer."""
+    """Give what PyTorch draws for a new linear or convolutional layer."""
     fan = prod(shape[1:])
     bound = sqrt(3.0) * (sqrt(2.0 / (1 + sqrt(5) ** 2)) / sqrt(fan))
     replaced = name == REPLACED
@@ -107,29 +167,10 @@ def official_start(generator: torch.Generator, **sizes: int) -> dict[str, Tensor
     return start
 
 
-@torch.no_grad()
-def start_as_official(model: Any) -> None:
-    """Give the new parts the random values that the official constructor draws after the seed."""
-    vit: Any = model.backbone.vit
-    start = official_start(
-        torch.Generator().manual_seed(torch.initial_seed()),
-        dim=model.backbone.dim,
-        depth=model.backbone.depth,
-        hidden=vit.blocks[0].mlp.fc1.out_features,
-        patch_size=model.backbone.patch_size,
-        positions=vit.pos_embed.shape[1] - model.num_classes,
-        num_classes=model.num_classes,
-        features=model.patch_head.in_channels,
-        channels=model.decoder.conv6.out_channels,
-    )
-    for name, parameter in model.named_parameters():
-        official = clustercam_official_name(name)
-        if official in start:
-            parameter.copy_(start[official])
-
+# ---- names ---------------------------------------------------------------------------------------
 
 # official ClusterCAM module -> ours, inside block i (clustercam.md section 1, "Checkpoint")
-CLUSTERCAM_MODULES = {
+MODULES = {
     "st_attn.ln_pat": "backbone.vit.blocks.{}.norm1",
     "st_attn.qkv": "backbone.vit.blocks.{}.attn.qkv",
     "st_attn.proj": "backbone.vit.blocks.{}.attn.proj",
@@ -146,12 +187,12 @@ CLUSTERCAM_MODULES = {
 }
 
 
-def clustercam_name(official: str) -> str | None:
+def our_name(official: str) -> str | None:
     """Our name of an official ClusterCAM parameter; all are kept, the unused final norm too."""
     name = official.removeprefix("module.")
     parts = name.split(".")
     if parts[0] == "blocks" and len(parts) > 2:
-        for theirs, ours in CLUSTERCAM_MODULES.items():
+        for theirs, ours in MODULES.items():
             rest = name.removeprefix(f"blocks.{parts[1]}.{theirs}")
             if rest in ("", ".weight", ".bias"):
                 return ours.format(parts[1]) + rest
@@ -160,9 +201,9 @@ def clustercam_name(official: str) -> str | None:
     return name.replace("head.", "patch_head.", 1) if parts[0] == "head" else name
 
 
-def clustercam_official_name(ours: str) -> str:
-    """The official ClusterCAM name of a parameter of ours."""
-    for theirs, own in CLUSTERCAM_MODULES.items():
+def official_name(ours: str) -> str:
+    """Give the official ClusterCAM name of a parameter of ours."""
+    for theirs, own in MODULES.items():
         before, _, after = own.partition("{}")
         index, dot, rest = ours.removeprefix(before).partition(".")
         if ours.startswith(before) and (dot + rest).startswith(after) and index.isdigit():

@@ -1,5 +1,5 @@
 """GETAM; read method.py."""
 
-from wsss.methods.getam.method import GETAM
+from wsss.methods.getam.method import GETAM, GETAMSettings
 
-__all__ = ["GETAM"]
+__all__ = ["GETAM", "GETAMSettings"]

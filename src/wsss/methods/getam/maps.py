@@ -1,10 +1,13 @@
 """GETAM's maps: attention weighted with its gradient (getam.md section 2)."""
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD, denormalise
 from wsss.maps.pseudo_labels import present_slots
 from wsss.methods.losses import full_precision, widened
 from wsss.models.vit import AttentionParts
@@ -16,7 +19,7 @@ GradientForm = Literal["coupled", "product", "gradient", "attention"]
 def attention_and_slope(
     parts: AttentionParts, gradient: Tensor, rows: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Rows of one block's attention A and of the gradient G of a class logit in it.
+    """Compute rows of one block's attention A and of the gradient G of a class logit in it.
 
     With O = A V, G[q, k] = <dy/dO[q], V[k]>: attention may stay fused, and nothing of size N x N
     is kept (getam.md section 7).
@@ -38,7 +41,7 @@ def attention_and_slope(
 
 
 def attention_term(attention: Tensor, slope: Tensor, form: GradientForm = "coupled") -> Tensor:
-    """A block's share of the map: mean_h ReLU(G * A) * mean_h ReLU(G) (getam.md section 2).
+    """Compute a block's share of the map: mean_h ReLU(G * A) * mean_h ReLU(G) (getam.md section 2).
 
     It is a product of two means over heads, not a mean of products. That is ``coupled``; the other
     forms are what it is compared with: its first mean alone (``product``), its second one alone
@@ -61,7 +64,7 @@ def attention_term(attention: Tensor, slope: Tensor, form: GradientForm = "coupl
 
 
 def class_slots(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the present classes of every image, ascending, (B, S), and which are valid.
+    """Give the present classes of every image, ascending, (B, S), and which of them are valid.
 
     There is at least one slot, an empty one where no image has a label.
     """
@@ -73,14 +76,14 @@ def class_slots(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def slot_maps(
     logits: Tensor,
-    parts: dict[int, AttentionParts],
+    parts: Mapping[int, AttentionParts],
     ids: Tensor,
     valid: Tensor,
     *,
     num_prefix_tokens: int,
     form: GradientForm = "coupled",
 ) -> Tensor:
-    """Maps of every present class on the token grid, for each block.
+    """Compute maps of every present class on the token grid, for each block.
 
     Images of a batch do not see each other before the class logits, so the s-th present class of
     every image is differentiated in one backward pass. The graph is kept for the losses.
@@ -108,3 +111,28 @@ def slot_maps(
         ]
         slots.append(torch.stack(terms, dim=1))
     return torch.stack(slots, dim=1)
+
+
+def enlarged(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize maps (B, S, h, w) of the token grid to image size (B, S, H, W), corner to corner."""
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def by_class(slots: Tensor, ids: Tensor, num_classes: int) -> Tensor:
+    """Give maps (B, S, H, W) of the slots' classes (B, S) as (B, K, H, W); others are zero."""
+    every = slots.new_zeros(len(slots), num_classes, *slots.shape[-2:])
+    return every.scatter(1, ids[:, :, None, None].expand_as(slots), slots)
+
+
+def guide_pixels(images: Tensor, *, truncated: bool = False) -> Tensor:
+    """Give the whole grey levels, 0 to 255, behind normalised images, (B, 3, H, W).
+
+    Args:
+        images: (B, 3, H, W).
+        truncated: cut to integers where otherwise they are rounded.
+    """
+    if not truncated:
+        return denormalise(images).round().clamp(0, 255)
+    # the order of these operations decides which pixels truncation lowers by one
+    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((images * std + mean) * 255).trunc().clamp(0, 255)

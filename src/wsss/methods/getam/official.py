@@ -1,9 +1,63 @@
-"""Names of GETAM's official parameters."""
+"""What GETAM's official code does otherwise, and how it names its parameters.
 
+getam.md gives its quirks no numbers. Each departure of ours is a switch that takes it back;
+``official_compat=true`` takes all of them back, ``+method.quirks.NAME=true`` a single one.
+
+Settings that the switches leave alone: ``data.saliency_threshold`` (officially 0) and ``eval.crf``
+(officially ``getam_bgr``). A run has T steps; the official loop makes one more, at the last one's
+rate.
+Same numbers, less work (always): one forward pass for maps and losses; one backward pass a class
+*slot* of the batch, through activations of the last blocks only; the class token's row of attention
+and gradient in closed form, so that attention stays fused; PAMR of present classes alone, batched;
+labels where the images are.
+Kept as official: a map is a product of two head means, not the mean of a squared gradient; its
+maximum plus 1e-5 divides it; ImageNet's mean and deviation normalise the images of every backbone,
+although two of them were trained with others. Nothing here corresponds to the official replicas,
+which drift apart in the first phase, nor to the unseeded generator of its views.
+"""
+
+from dataclasses import dataclass
+
+from wsss.methods.settings import QuirkSwitches
 from wsss.models.weights import renamed
 
+
+@dataclass(frozen=True, kw_only=True)
+class Quirks(QuirkSwitches):
+    """One boolean a quirk; True does as the official code."""
+
+    # positions are resized bilinearly; here bicubically, as for all methods
+    bilinear_positions: bool = False
+    # the weight decay lands in SGD's momentum, and nothing decays; here it is a weight decay
+    decay_in_momentum: bool = False
+    # salient pixels shall be background, and only those that the completion adds foreground; here
+    # background is where nothing is salient
+    inverted_saliency: bool = False
+    # the lower class wins a pixel outside the saliency that two claim; here it is undecided
+    contested_to_lowest: bool = False
+    # the opening of completed labels moves them by a pixel to the lower right; here it is centred
+    shifted_opening: bool = False
+    # what the opening removes from the labels stays in the completed saliency; here it leaves both
+    unopened_saliency: bool = False
+    # padding is labelled like any other pixel, so it is background; here it is ignored
+    padding_as_background: bool = False
+    # padding counts in the saliency loss, as not salient; here it does not count
+    padding_in_saliency_loss: bool = False
+    # a batch without background or foreground has a cross-entropy of NaN; here that half is 0
+    nan_without_pixels: bool = False
+    # the pixels for PAMR and energy are cut to integers, often one too low; here they are rounded
+    truncated_guide: bool = False
+    # dropout draws from the process's global generator; here from one of seed, step and place
+    shared_draws: bool = False
+    # a loss that is not finite reaches the weights; here it ends the run
+    goes_on_after_nan: bool = False
+
+
+CORRECTED = Quirks()
+OFFICIAL = Quirks.all_on()
+
 # official GETAM name -> ours, by prefix (../shared/methods/getam.md section 1); order matters
-GETAM_PREFIXES = {
+PREFIXES = {
     "pretrained.model.": "backbone.vit.",
     **{
         f"pretrained.act_postprocess{level}.{theirs}.": f"reassemble.{level}.{ours}."
@@ -26,19 +80,19 @@ GETAM_PREFIXES = {
     "cls_head.": "classifier.",
 }
 # the ImageNet classifiers, and a unit that waits for a skip which the coarsest level has not
-GETAM_UNUSED = (
+UNUSED = (
     "pretrained.model.head.",
     "pretrained.model.head_dist.",
     "scratch.refinenet4.resConfUnit1.",
 )
 
 
-def getam_name(official: str) -> str | None:
+def our_name(official: str) -> str | None:
     """Our name of an official GETAM parameter; None where the method never uses it."""
     name = official.removeprefix("module.")
-    return None if name.startswith(GETAM_UNUSED) else renamed(name, GETAM_PREFIXES)
+    return None if name.startswith(UNUSED) else renamed(name, PREFIXES)
 
 
-def getam_official_name(ours: str) -> str:
-    """The official GETAM name of a parameter of ours."""
-    return renamed(ours, {own: theirs for theirs, own in GETAM_PREFIXES.items()})
+def official_name(ours: str) -> str:
+    """Give the official GETAM name of a parameter of ours."""
+    return renamed(ours, {own: theirs for theirs, own in PREFIXES.items()})

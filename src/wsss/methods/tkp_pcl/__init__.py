@@ -1,5 +1,5 @@
 """TKPPCL; read method.py."""
 
-from wsss.methods.tkp_pcl.method import TKPPCL
+from wsss.methods.tkp_pcl.method import TKPPCL, TKPPCLSettings
 
-__all__ = ["TKPPCL"]
+__all__ = ["TKPPCL", "TKPPCLSettings"]

@@ -1,6 +1,7 @@
 """ViT-PCM's equivariance term: symmetries, mosaics, the merged label map."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wsss.core.errors import WSSSError
@@ -39,7 +40,7 @@ def apply_symmetry(maps: Tensor, symmetry: Tensor, *, inverse: bool = False) -> 
     """
     turned = []
     for image, (columns, rows, transpose) in zip(maps, symmetry.tolist(), strict=True):
-        sides = [side for side, asked in ((-1, columns), (-2, rows)) if asked]
+        sides = [side for side, flipped in ((-1, columns), (-2, rows)) if flipped]
         if inverse:
             image = image.mT if transpose else image
             turned.append(image.flip(sides))
@@ -50,7 +51,7 @@ def apply_symmetry(maps: Tensor, symmetry: Tensor, *, inverse: bool = False) -> 
 
 
 def mosaic(views: Tensor) -> Tensor:
-    """Views (B, 3, s, s), four at a time, as (B/4, 3, 2s, 2s).
+    """Join views (B, 3, s, s), four at a time, as (B/4, 3, 2s, 2s).
 
     Raises:
         WSSSError: B is no multiple of 4.
@@ -68,3 +69,41 @@ def tiles_of(maps: Tensor) -> Tensor:
     """Inverse of :func:`mosaic` on maps: (M, C, 2n, 2n) to (4M, C, n, n)."""
     tiles = maps.unflatten(3, (TILES, -1)).unflatten(2, (TILES, -1))  # (M, C, row, n, column, n)
     return tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def in_patches(boxes: Tensor, patch_size: int) -> Tensor:
+    """Boxes (B, 4) of pixels as such of patches.
+
+    Raises:
+        WSSSError: a box does not lie on whole patches.
+    """
+    if (boxes % patch_size).any():
+        raise WSSSError(
+            "data.train_transform.patch_size: second views do not lie on the encoder's "
+            f"patches of {patch_size} px; set it to {patch_size}"
+        )
+    return boxes // patch_size
+
+
+def seen_as_views(
+    maps: Tensor, symmetry: Tensor, view_symmetry: Tensor, boxes: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """Show maps of whole images as the second views show the images.
+
+    Args:
+        maps: (B, C, h, h), turned as the images are.
+        symmetry: of the images, (B, 3); see :func:`apply_symmetry`.
+        view_symmetry: of the views, (B, 3).
+        boxes: of the views within the upright images, in patches, (B, 4): row start, row end,
+            column start, column end, ends excluded.
+        size: (n, n), patches of a view.
+
+    Returns:
+        (B, C, n, n): turned upright, cut, resized, turned as the views.
+    """
+    upright = apply_symmetry(maps, symmetry, inverse=True)
+    parts = [
+        F.interpolate(one[None, :, r0:r1, c0:c1], size, mode="bilinear")
+        for one, (r0, r1, c0, c1) in zip(upright, boxes.tolist(), strict=True)
+    ]
+    return apply_symmetry(torch.cat(parts), view_symmetry)

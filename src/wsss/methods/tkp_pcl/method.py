@@ -24,8 +24,8 @@ What is known how:
       with the background always present; the last iterate is the result.
 
 Several processes: every loss is a mean over images, so a step is the same however its images are
-shared out; but for the equivariance term's mosaics and ``pce_scope=batch``, which join the images
-of one forward pass.
+shared out. Two terms are exceptions, since they join the images of one forward pass: the mosaics of
+the equivariance term, and PCE with ``pce_scope=batch``.
 
 Departures, from ViT-PCM and from the page:
     * PCE in closed form: O(N C e) sums, no N x N matrix; value and gradient are those of all pairs.
@@ -41,129 +41,99 @@ Departures, from ViT-PCM and from the page:
     * With fewer blocks than ``trained_blocks`` all of them are trained after the warm-up.
 """
 
+from dataclasses import dataclass
 from math import ceil
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from wsss.core.errors import WSSSError
 from wsss.core.modes import evaluating
 from wsss.maps.pixels import denormalise
-from wsss.methods.base import Batch, Outputs, WSSSModule, check_not_negative, check_positive
+from wsss.methods.base import Batch, Outputs, Step, WSSSModule
+from wsss.methods.settings import BelowOne, Count, NotNegative, Number, Positive, Settings, Share
 from wsss.methods.tkp_pcl.equivariance import (
-    apply_symmetry,
+    in_patches,
     label_merge,
     mosaic,
     over_maximum,
+    seen_as_views,
     tiles_of,
 )
 from wsss.methods.tkp_pcl.patches import (
+    ConfidentSets,
     HVBiLSTM,
     PatchScores,
     across_images,
     confident_sets,
     mce_loss,
+    pce_coverage,
     pce_loss,
     top_k_pool,
 )
 from wsss.models.backbone import Backbone
 
 
-class StepResult(NamedTuple):
-    """Losses of a step; ``coverage`` is the share of present pairs of image and category with PCE.
+@dataclass(frozen=True, kw_only=True)
+class TKPPCLSettings(Settings):
+    """Settings of TKP-PCL; the defaults are those of tkp_pcl.md section 9, for VOC."""
 
-    It is None where PCE is off.
-    """
+    # optimiser
+    warmup_steps: Number = 1322  # in which only BiLSTMs and classifier learn; 2 of 50 epochs
+    warmup_lr: Positive = 1e-3  # of these steps
+    lr: Positive = 1e-4  # afterwards; Adam starts afresh then, as in ViT-PCM
+    trained_blocks: Number = 5  # last blocks that learn after the warm-up, with the final norm
 
-    losses: dict[str, Tensor]
-    total: Tensor
-    coverage: Tensor | None
+    # network
+    input_scaling: Literal["symmetric", "imagenet"] = "symmetric"  # see TKPPCL.score
+    lstm_hidden: Count = 192  # width of each LSTM direction; e is four times that
+    dropout: BelowOne = 0.2  # before the LSTMs, of their inputs, and before the classifier
+    top_k: Count = 6  # patches that are pooled; 1 is ViT-PCM's max pooling
+    top_k_fraction: Share | None = None  # of the patches, rounded up; None: top_k of them
+
+    # losses
+    pce_weight: NotNegative = 0.1  # alpha
+    # probability above which a patch is sure; below 0.5 H and L overlap, 1 empties both
+    epsilon: Annotated[float, Ge(0.5), Le(1)] = 0.85
+    pce_embedding: Literal["bilstm", "encoder"] = "bilstm"  # whose output is compared
+    pce_sets: Literal["training", "no_dropout"] = "training"  # the forward that gives H and L
+    pce_background: bool = True  # compare patches of the background too
+    pce_scope: Literal["image", "batch"] = "image"  # of the pairs; batch: of a forward pass
+    l2_weight: NotNegative = 0.01  # of the classifier's squared weights, inside the loss
+    equivariance_weight: NotNegative = 0.0  # ViT-PCM 1, with data.train_transform.view=true
 
 
 class TKPPCL(WSSSModule):
     """Top-K pooled patch classifier with patch contrastive error; ViT-PCM is a setting of it.
 
+    Example:
+        >>> backbone = Backbone(name="vit_tiny_patch16_384", weights="random")
+        >>> settings = TKPPCLSettings(max_steps=33050)
+        >>> TKPPCL(backbone=backbone, num_classes=20, settings=settings).num_classes
+        20
+
     Args:
         backbone: shared encoder. Dropout inside its blocks (0.1) is a setting of the encoder,
             ``backbone.overrides.proj_drop_rate``, and stays alive in frozen blocks.
         num_classes: K, foreground classes; C = K + 1.
-        max_steps: optimiser steps of the run.
-        warmup_steps: steps in which only BiLSTMs and classifier learn (2 of 50 epochs).
-        warmup_lr: learning rate of these steps.
-        lr: learning rate afterwards; Adam starts afresh then, as in ViT-PCM.
-        trained_blocks: last encoder blocks that learn after the warm-up, with the final norm.
-        lstm_hidden: width of each LSTM direction; e is four times that.
-        dropout: before the LSTMs, of their inputs, and before the classifier.
-        top_k: patches that are pooled; 1 is ViT-PCM's max pooling.
-        top_k_fraction: pool this share of the patches instead (rounded up); None: ``top_k``.
-        pce_weight: alpha.
-        epsilon: probability above which a patch is confident, 0.5 to 1; 1 empties all sets.
-        pce_embedding: compare the BiLSTM's output or the encoder's tokens.
-        pce_sets: take the sets from the training forward, or from one without dropout.
-        pce_background: compare patches of the background too.
-        pce_scope: pairs within an image, or within a device's whole batch.
-        l2_weight: of the classifier's squared weights, inside the loss.
-        equivariance_weight: of ViT-PCM's equivariance term; its second views come from
-            ``data.train_transform.view=true``.
-        input_scaling: ``symmetric`` maps pixels to [-1, 1] as the original ViT weights want it,
-            ``imagenet`` keeps ImageNet's mean and deviation.
+        settings: see :class:`TKPPCLSettings`.
     """
 
-    def __init__(
-        self,
-        *,
-        backbone: Backbone,
-        num_classes: int,
-        max_steps: int,
-        warmup_steps: int = 1322,
-        warmup_lr: float = 1e-3,
-        lr: float = 1e-4,
-        trained_blocks: int = 5,
-        lstm_hidden: int = 192,
-        dropout: float = 0.2,
-        top_k: int = 6,
-        top_k_fraction: float | None = None,
-        pce_weight: float = 0.1,
-        epsilon: float = 0.85,
-        pce_embedding: Literal["bilstm", "encoder"] = "bilstm",
-        pce_sets: Literal["training", "no_dropout"] = "training",
-        pce_background: bool = True,
-        pce_scope: Literal["image", "batch"] = "image",
-        l2_weight: float = 0.01,
-        equivariance_weight: float = 0.0,
-        input_scaling: Literal["symmetric", "imagenet"] = "symmetric",
-    ) -> None:
-        super().__init__(backbone=backbone, num_classes=num_classes, max_steps=max_steps)
-        if not 0.5 <= epsilon <= 1:
-            raise WSSSError(f"method.epsilon={epsilon}: expected 0.5 to 1, else H and L overlap")
-        if top_k < 1 or trained_blocks < 0 or warmup_steps < 0:
-            raise WSSSError(
-                f"method: expected top_k >= 1, trained_blocks >= 0 and warmup_steps >= 0, got "
-                f"{top_k}, {trained_blocks} and {warmup_steps}"
-            )
-        check_positive(warmup_lr=warmup_lr, lr=lr, lstm_hidden=lstm_hidden)
-        check_not_negative(
-            pce_weight=pce_weight, l2_weight=l2_weight, equivariance_weight=equivariance_weight
-        )
-        if top_k_fraction is not None and not 0 < top_k_fraction <= 1:
-            raise WSSSError(f"method.top_k_fraction={top_k_fraction}: expected above 0, up to 1")
-        self.warmup_steps, self.warmup_lr, self.lr = warmup_steps, warmup_lr, lr
-        self.top_k, self.top_k_fraction = top_k, top_k_fraction
-        self.pce_weight, self.epsilon = pce_weight, epsilon
-        self.pce_embedding, self.pce_sets = pce_embedding, pce_sets
-        self.pce_background, self.pce_scope = pce_background, pce_scope
-        self.l2_weight, self.equivariance_weight = l2_weight, equivariance_weight
-        self.input_scaling = input_scaling
+    settings: TKPPCLSettings
 
+    def __init__(self, *, backbone: Backbone, num_classes: int, settings: TKPPCLSettings) -> None:
+        super().__init__(backbone=backbone, num_classes=num_classes, settings=settings)
         backbone.requires_grad_(False)
         blocks = list(backbone.vit.blocks)
-        for module in (*blocks[max(0, len(blocks) - trained_blocks) :], backbone.vit.norm):
+        trained = blocks[max(0, len(blocks) - settings.trained_blocks) :]
+        for module in (*trained, backbone.vit.norm):
             module.requires_grad_(True)
-        self.bilstm = HVBiLSTM(backbone.dim, lstm_hidden, dropout)
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(4 * lstm_hidden, num_classes + 1, bias=False)
+        self.bilstm = HVBiLSTM(backbone.dim, settings.lstm_hidden, settings.dropout)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.classifier = nn.Linear(4 * settings.lstm_hidden, num_classes + 1, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.05)
 
     @property
@@ -176,8 +146,7 @@ class TKPPCL(WSSSModule):
     def forward(self, images: Tensor) -> Outputs:
         """Pooled class logits (B, K), and patch logits (B, K+1, h, w) with the background first."""
         scores = self.score(images)
-        pooled = self._pool(scores.probabilities)[:, 1:].clamp(1e-7, 1 - 1e-7)
-        return Outputs(pooled.logit(), scores.as_map(scores.logits))
+        return self.outputs(scores, self.pool(scores.probabilities))
 
     @torch.no_grad()
     def cams(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -188,55 +157,52 @@ class TKPPCL(WSSSModule):
         background give that map back (:func:`wsss.maps.pseudo_labels.cam_probabilities`).
         """
         scores = self.score(images)
-        peaked = over_maximum(scores.as_map(scores.probabilities))
+        peaked = over_maximum(scores.as_map(scores.probabilities))  # (B, C, h, w)
         background, classes = peaked[:, :1], peaked[:, 1:]
         total = classes + background
         share = torch.where(total > 0, classes / total, 0)
         share = F.interpolate(share, images.shape[-2:], mode="bilinear", align_corners=False)
         return share * labels[..., None, None]
 
+    # ---- patches -----------------------------------------------------------------------------
+
     def score(self, images: Tensor, *, frozen: bool = False) -> PatchScores:
-        """Run the network.
+        """Classify every patch.
+
+        Pixels are mapped to [-1, 1], as the original ViT weights want them, or keep ImageNet's mean
+        and deviation (``input_scaling=imagenet``).
 
         Args:
             images: (B, 3, H, W), normalised.
             frozen: keep the whole encoder out of the gradient.
         """
-        if self.input_scaling == "symmetric":
+        if self.settings.input_scaling == "symmetric":
             images = denormalise(images) / 127.5 - 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             features = self.backbone(images)
-        embeddings = self.bilstm(features.patch_tokens, features.grid)
-        logits = self.classifier(self.dropout(embeddings))
+        embeddings = self.bilstm(features.patch_tokens, features.grid)  # (B, N, e)
+        logits = self.classifier(self.dropout(embeddings))  # (B, N, C)
         return PatchScores(logits, embeddings, features.patch_tokens, features.grid)
 
-    def _pool(self, probabilities: Tensor) -> Tensor:
-        count = self.top_k
-        if self.top_k_fraction is not None:
-            count = ceil(self.top_k_fraction * probabilities.shape[1])
+    def pool(self, probabilities: Tensor) -> Tensor:
+        """Image-level probabilities y (B, C) of patch probabilities Z (B, N, C)."""
+        count, fraction = self.settings.top_k, self.settings.top_k_fraction
+        if fraction is not None:
+            count = ceil(fraction * probabilities.shape[1])
         return top_k_pool(probabilities, count)
+
+    @staticmethod
+    def outputs(scores: PatchScores, pooled: Tensor) -> Outputs:
+        """Logits of the classes' pooled probabilities (B, C), beside the patches' logits."""
+        classes = pooled[:, 1:].clamp(1e-7, 1 - 1e-7)  # without the background
+        return Outputs(classes.logit(), scores.as_map(scores.logits))
 
     # ---- training ----------------------------------------------------------------------------
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Adam forgets the warm-up when the encoder's last blocks join (ViT-PCM)."""
-        first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        if first and self.global_step == self.warmup_steps:
-            for optimizer in self.trainer.optimizers:
-                optimizer.state.clear()
+    def losses(self, batch: Batch, step: int) -> Step:
+        """MCE + alpha PCE + L2 (+ equivariance), tkp_pcl.md section 2.
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One step of tkp_pcl.md section 2; see :meth:`compute_losses`."""
-        with self.own_draws(batch_idx, enabled=True):
-            result = self.compute_losses(batch, self.global_step)
-        self.require_finite(result.losses, result.total, batch)
-        self.log_losses(result.losses, result.total, len(batch["image"]))
-        if result.coverage is not None:
-            self.log("train/pce_coverage", result.coverage, batch_size=len(batch["image"]))
-        return result.total
-
-    def compute_losses(self, batch: Batch, step: int) -> StepResult:
-        """All losses of a batch at a 0-based optimiser step: MCE + alpha PCE + L2 (+ equivariance).
+        A term without weight is not computed. ``scalars`` has ``pce_coverage`` where PCE is on.
 
         Args:
             batch: ``image`` (B, 3, H, H), ``labels`` (B, K); for equivariance also ``symmetry``
@@ -244,86 +210,40 @@ class TKPPCL(WSSSModule):
                 rows and columns of the upright image in pixels.
             step: decides whether the encoder learns.
         """
+        s, frozen = self.settings, step < self.settings.warmup_steps
         images = batch["image"]
         targets = F.pad(batch["labels"], (1, 0), value=1.0)  # (B, C), the background always there
-        frozen = step < self.warmup_steps
+        seen: dict[str, Any] = {"targets": targets}
+        scalars: dict[str, Tensor] = {}
+
         with self.phase("forward"):
             scores = self.score(images, frozen=frozen)
             probabilities = scores.probabilities  # (B, N, C)
-            losses = {"mce_loss": mce_loss(self._pool(probabilities), targets)}
+            pooled = self.pool(probabilities)  # (B, C)
+            losses = {"mce_loss": mce_loss(pooled, targets)}
             total = losses["mce_loss"]
-            if self.l2_weight > 0:
+            if s.l2_weight > 0:
                 losses["l2_loss"] = self.classifier.weight.square().sum()
-                total = total + self.l2_weight * losses["l2_loss"]
-        coverage = None
-        if self.pce_weight > 0:
+                total = total + s.l2_weight * losses["l2_loss"]
+        if s.pce_weight > 0:
             with self.phase("pce"):
-                losses["pce_loss"], coverage = self._contrast(images, scores, targets)
-                total = total + self.pce_weight * losses["pce_loss"]
-        if self.equivariance_weight > 0:
+                present = self.contrasted(targets)  # (B, C)
+                seen["sets"] = self.confident_patches(images, probabilities, present)
+                losses["pce_loss"] = self.contrast(scores, seen["sets"])
+                scalars["pce_coverage"] = pce_coverage(seen["sets"], present)
+                total = total + s.pce_weight * losses["pce_loss"]
+        if s.equivariance_weight > 0:
             with self.phase("equivariance"):
-                losses["equivariance_loss"] = self._equivariance(batch, targets, frozen=frozen)
-                total = total + self.equivariance_weight * losses["equivariance_loss"]
-        return StepResult(losses, total, coverage)
+                losses["equivariance_loss"] = self.equivariance(batch, targets, frozen=frozen)
+                total = total + s.equivariance_weight * losses["equivariance_loss"]
+        return Step(losses, total, self.outputs(scores, pooled), seen, scalars)
 
-    def _contrast(
-        self, images: Tensor, scores: PatchScores, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """PCE, and the share of present (image, category) pairs with at least two anchors."""
-        probabilities = scores.probabilities
-        if self.pce_sets == "no_dropout":
-            with evaluating(self):
-                probabilities = self.score(images).probabilities
-        present = targets > 0
-        if not self.pce_background:
-            present = present & (torch.arange(present.shape[1], device=present.device) > 0)
-        sets = confident_sets(probabilities, present, self.epsilon)
-        coverage = (sets.high.sum(-1) >= 2).sum() / present.sum().clamp_min(1)
-        embeddings = scores.embeddings if self.pce_embedding == "bilstm" else scores.tokens
-        if self.pce_scope == "batch":
-            embeddings, sets = across_images(embeddings, sets)
-        return pce_loss(embeddings, sets), coverage
-
-    def _equivariance(self, batch: Batch, targets: Tensor, *, frozen: bool) -> Tensor:
-        """Cross-entropy of mosaic views against the whole image's map, seen the same way."""
-        if "view" not in batch:
-            raise WSSSError(
-                f"method.equivariance_weight={self.equivariance_weight} needs second views: set "
-                "data.train_transform.view=true"
-            )
-        scores = self.score(mosaic(batch["view"]), frozen=frozen)
-        logits = tiles_of(scores.as_map(scores.logits)).float()  # (B, C, n, n)
-        target = self.equivariance_target(batch, targets, (logits.shape[2], logits.shape[3]))
-        return -(target * logits.log_softmax(1)).sum(1).mean()
-
-    def equivariance_target(self, batch: Batch, targets: Tensor, size: tuple[int, int]) -> Tensor:
-        """What the second views should show, (B, C, n, n): merged, without gradient or dropout.
-
-        Args:
-            batch: as in :meth:`compute_losses`.
-            targets: (B, C), background first.
-            size: (n, n), patches of a view.
-        """
-        boxes = self._in_patches(batch["view_box"])
-        with evaluating(self):
-            scores = self.score(batch["image"])
-            maps = scores.as_map(scores.probabilities)
-            upright = apply_symmetry(maps, batch["symmetry"], inverse=True)
-            parts = [
-                F.interpolate(one[None, :, r0:r1, c0:c1], size, mode="bilinear")
-                for one, (r0, r1, c0, c1) in zip(upright, boxes.tolist(), strict=True)
-            ]
-            return label_merge(apply_symmetry(torch.cat(parts), batch["view_symmetry"]), targets)
-
-    def _in_patches(self, boxes: Tensor) -> Tensor:
-        """Boxes (B, 4) of pixels as such of this encoder's patches."""
-        patch = self.backbone.patch_size
-        if (boxes % patch).any():
-            raise WSSSError(
-                "data.train_transform.patch_size: second views do not lie on the encoder's "
-                f"patches of {patch} px; set it to {patch}"
-            )
-        return boxes // patch
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Adam forgets the warm-up when the encoder's last blocks join (ViT-PCM)."""
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if first and self.global_step == self.settings.warmup_steps:
+            for optimizer in self.trainer.optimizers:
+                optimizer.state.clear()
 
     def param_groups(self) -> list[dict[str, Any]]:
         """BiLSTMs with classifier, and what of the encoder learns after the warm-up."""
@@ -332,7 +252,7 @@ class TKPPCL(WSSSModule):
         groups = [{"name": "heads", "params": [p for p in heads if p.requires_grad]}]
         if encoder:
             groups.append({"name": "encoder", "params": encoder})
-        return [{**group, "lr": self.warmup_lr} for group in groups]
+        return [{**group, "lr": self.settings.warmup_lr} for group in groups]
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Adam with Keras' epsilon and no decay (tkp_pcl.md section 4)."""
@@ -340,4 +260,60 @@ class TKPPCL(WSSSModule):
 
     def lr_multiplier(self, step: int) -> float:
         """1 during the warm-up, then constant at ``lr``."""
-        return 1.0 if step < self.warmup_steps else self.lr / self.warmup_lr
+        s = self.settings
+        return 1.0 if step < s.warmup_steps else s.lr / s.warmup_lr
+
+    # ---- patch contrastive error ---------------------------------------------------------------
+
+    def contrasted(self, targets: Tensor) -> Tensor:
+        """Categories (B, C) that are compared, boolean: those present; never absent ones."""
+        present = targets > 0
+        if not self.settings.pce_background:
+            present = present & (torch.arange(present.shape[1], device=present.device) > 0)
+        return present
+
+    def confident_patches(
+        self, images: Tensor, probabilities: Tensor, present: Tensor
+    ) -> ConfidentSets:
+        """H and L of the present categories (B, C), after Z (B, N, C) of the training forward."""
+        if self.settings.pce_sets == "no_dropout":
+            with evaluating(self):
+                probabilities = self.score(images).probabilities
+        return confident_sets(probabilities, present, self.settings.epsilon)
+
+    def contrast(self, scores: PatchScores, sets: ConfidentSets) -> Tensor:
+        """PCE of what the classifier reads, or of the encoder's tokens."""
+        s = self.settings
+        embeddings = scores.embeddings if s.pce_embedding == "bilstm" else scores.tokens
+        if s.pce_scope == "batch":
+            embeddings, sets = across_images(embeddings, sets)
+        return pce_loss(embeddings, sets)
+
+    # ---- equivariance (ViT-PCM) ----------------------------------------------------------------
+
+    def equivariance(self, batch: Batch, targets: Tensor, *, frozen: bool) -> Tensor:
+        """Cross-entropy of mosaic views against the whole image's map, seen the same way."""
+        if "view" not in batch:
+            raise WSSSError(
+                f"method.equivariance_weight={self.settings.equivariance_weight} needs second "
+                "views: set data.train_transform.view=true"
+            )
+        scores = self.score(mosaic(batch["view"]), frozen=frozen)
+        logits = tiles_of(scores.as_map(scores.logits)).float()  # (B, C, n, n)
+        target = self.equivariance_target(batch, targets, (logits.shape[2], logits.shape[3]))
+        return -(target * logits.log_softmax(1)).sum(1).mean()
+
+    def equivariance_target(self, batch: Batch, targets: Tensor, size: tuple[int, int]) -> Tensor:
+        """Give what the second views should show, (B, C, n, n): merged, no gradient, no dropout.
+
+        Args:
+            batch: as in :meth:`losses`.
+            targets: (B, C), background first.
+            size: (n, n), patches of a view.
+        """
+        boxes = in_patches(batch["view_box"], self.backbone.patch_size)
+        with evaluating(self):
+            scores = self.score(batch["image"])
+            maps = scores.as_map(scores.probabilities)  # (B, C, h, h)
+            turns = batch["symmetry"], batch["view_symmetry"]
+            return label_merge(seen_as_views(maps, *turns, boxes, size), targets)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsss.core.errors import WSSSError
+from wsss.methods.losses import full_precision, widened
 from wsss.models.backbone import token_map
 
 
@@ -22,26 +23,26 @@ class HVBiLSTM(nn.Module):
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
-        self.horizontal = _keras_lstm(dim, hidden)
-        self.vertical = _keras_lstm(dim, hidden)
+        self.horizontal = keras_lstm(dim, hidden)
+        self.vertical = keras_lstm(dim, hidden)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, N, D) on a grid (h, w), N = h*w, to (B, N, 4 * hidden)."""
         tokens = F.dropout(tokens, self.dropout, self.training).unflatten(1, grid)  # (B, h, w, D)
-        rows = self._run(self.horizontal, tokens)
-        columns = self._run(self.vertical, tokens.transpose(1, 2)).transpose(1, 2)
+        rows = self.along(self.horizontal, tokens)
+        columns = self.along(self.vertical, tokens.transpose(1, 2)).transpose(1, 2)
         return torch.cat([rows, columns], dim=-1).flatten(1, 2)
 
-    def _run(self, lstm: nn.LSTM, lines: Tensor) -> Tensor:
-        """All lines (B, lines, length, D) as one batch of sequences."""
+    def along(self, lstm: nn.LSTM, lines: Tensor) -> Tensor:
+        """Run an LSTM along all lines (B, lines, length, D), as one batch of sequences."""
         sequences = lines.flatten(0, 1)
         # nn.LSTM(dropout=) does nothing for one layer; Keras holds one mask over the time steps
         mask = F.dropout(torch.ones_like(sequences[:, :1]), self.dropout, self.training)
         return lstm(sequences * mask)[0].unflatten(0, lines.shape[:2])
 
 
-def _keras_lstm(dim: int, hidden: int) -> nn.LSTM:
-    """A bidirectional LSTM as Keras starts it: Glorot, orthogonal, forget bias 1, one bias."""
+def keras_lstm(dim: int, hidden: int) -> nn.LSTM:
+    """Make a bidirectional LSTM as Keras starts it: Glorot, orthogonal, forget bias 1, one bias."""
     lstm = nn.LSTM(dim, hidden, batch_first=True, bidirectional=True)
     for name, parameter in lstm.named_parameters():
         if name.startswith("weight_ih"):
@@ -51,9 +52,8 @@ def _keras_lstm(dim: int, hidden: int) -> nn.LSTM:
         else:
             nn.init.zeros_(parameter)
             if name.startswith("bias_ih"):
-                parameter.data[hidden : 2 * hidden] = (
-                    1.0  # gates lie as input, forget, cell, output
-                )
+                # gates lie as input, forget, cell, output
+                parameter.data[hidden : 2 * hidden] = 1.0
             else:
                 parameter.requires_grad_(False)  # the second bias would double the first one's rate
     return lstm
@@ -146,9 +146,8 @@ def pce_terms(embeddings: Tensor, sets: ConfidentSets) -> PCETerms:
         embeddings: F, (B, N, e).
         sets: H and L of each image and category.
     """
-    # |s|^2 - h cancels, which bfloat16 cannot bear
-    with torch.autocast(embeddings.device.type, enabled=False):
-        wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    with full_precision(embeddings):  # |s|^2 - h cancels, which bfloat16 cannot bear
+        wide = widened(embeddings)
         high, low = sets.high.to(wide), sets.low.to(wide)
         unit = wide / (wide.square().sum(-1, keepdim=True) + 1e-12).sqrt()
         sum_high, sum_low = high @ unit, low @ unit  # (B, C, e)
@@ -174,8 +173,16 @@ def pce_loss(embeddings: Tensor, sets: ConfidentSets) -> Tensor:
     return per_image.mean()
 
 
+def pce_coverage(sets: ConfidentSets, present: Tensor) -> Tensor:
+    """Share of the present pairs of image and category (B, C) with two sure patches or more.
+
+    Where it is near 0, PCE does nothing (tkp_pcl.md section 7).
+    """
+    return (sets.high.sum(-1) >= 2).sum() / present.sum().clamp_min(1)
+
+
 def across_images(embeddings: Tensor, sets: ConfidentSets) -> tuple[Tensor, ConfidentSets]:
-    """The batch as one image of B*N patches, for pairs across images."""
+    """Join the batch to one image of B*N patches, for pairs across images."""
     high, low = (part.transpose(0, 1).flatten(1)[None] for part in sets)  # (1, C, B*N)
     return embeddings.flatten(0, 1)[None], ConfidentSets(high, low)
 
@@ -198,8 +205,7 @@ class PatchScores(NamedTuple):
     @property
     def probabilities(self) -> Tensor:
         """Z, (B, N, C), at least float32."""
-        kind = torch.promote_types(self.logits.dtype, torch.float32)
-        return self.logits.to(kind).softmax(-1)
+        return widened(self.logits).softmax(-1)
 
     def as_map(self, values: Tensor) -> Tensor:
         """(B, N, C) as (B, C, h, w)."""

@@ -1,5 +1,5 @@
 """ToCo; read method.py."""
 
-from wsss.methods.toco.method import ToCo
+from wsss.methods.toco.method import ToCo, ToCoSettings
 
-__all__ = ["ToCo"]
+__all__ = ["ToCo", "ToCoSettings"]

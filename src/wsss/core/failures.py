@@ -12,7 +12,7 @@ JOB_STEM = "WSSS_JOB"
 
 
 def exit_status_of(name: str, run: Callable[[], int]) -> int:
-    """Run something; what goes wrong becomes one line on standard error and an exit status."""
+    """Run something; an error becomes one line on standard error and an exit status."""
     try:
         return run()
     except KeyboardInterrupt:
@@ -30,7 +30,7 @@ def exit_status_of(name: str, run: Callable[[], int]) -> int:
 
 
 def report_error(name: str, text: str) -> None:
-    """One line on standard error, and for the sweep that this process is a job of."""
+    """Print one line on standard error; write it for the sweep that this process is a job of."""
     print(f"wsss {name}: {text}", file=sys.stderr)
     if stem := os.environ.get(JOB_STEM):
         with contextlib.suppress(OSError), open(f"{stem}.error", "w") as file:

@@ -18,38 +18,20 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from pico.objectives import identity_loss
+from pico.pooling import split_tiles, top_mean
+
 DIM = 256  # channels of the features that are handed on
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def split_tiles(tokens: Tensor, tiles: int) -> Tensor:
-    """Splits the tokens ``(b, s * s, d)`` of canvases into those of their pictures.
-
-    Args:
-        tokens: in row-major order.
-        tiles: pictures on a side of a canvas.
-
-    Returns:
-        ``(b * tiles ** 2, (s / tiles) ** 2, d)``, pictures in reading order.
-    """
-    part = math.isqrt(tokens.shape[1]) // tiles
-    local = tokens.unflatten(1, (tiles, part, tiles, part)).transpose(2, 3)
-    return local.reshape(-1, part * part, tokens.shape[-1])
-
-
-def top_mean(logits: Tensor, share: float) -> Tensor:
-    """Returns the mean of the largest ``share`` of a picture's token logits ``(m, n, k)``."""
-    top = max(1, round(share * logits.shape[1]))
-    return logits.topk(top, dim=1).values.mean(1)
 
 
 class Teacher(nn.Module):
     """The first five stages of EfficientNet-Lite0, a neck, and image-level heads on its tokens."""
 
     def __init__(self, identities: int, classes: int, start: Path | None = None) -> None:
-        """Builds the net.
+        """Build the net.
 
         Args:
             identities: number of cut-outs.
@@ -70,19 +52,21 @@ class Teacher(nn.Module):
         self.classes_token = nn.Linear(DIM, classes)
         self.classes_max = nn.Linear(DIM, classes)
         # the pretrained net wants mean = std = 0.5, the composites carry ImageNet's
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (
+            torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        )
         self.register_buffer("scale", std / 0.5)
         self.register_buffer("shift", (mean - 0.5) / 0.5)
         self.to(memory_format=torch.channels_last)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Returns features ``(b, (s / 8) ** 2, 256)`` of normalised images ``(b, 3, s, s)``."""
+        """Give features ``(b, (s / 8) ** 2, 256)`` of normalised images ``(b, 3, s, s)``."""
         images = F.interpolate(images * self.scale + self.shift, scale_factor=2, mode="bilinear")
         images = images.contiguous(memory_format=torch.channels_last)
         return self.neck(self.stem(images)).flatten(2).transpose(1, 2)
 
     def forward(self, images: Tensor, tiles: int, share: float) -> dict[str, Tensor]:
-        """Returns image-level logits of each picture of the canvases, ``(b * tiles ** 2, .)``."""
+        """Give image-level logits of each picture of the canvases, ``(b * tiles ** 2, .)``."""
         local = split_tiles(self.tokens(images), tiles)
         return {
             "identity": self.identity(local.mean(1)),
@@ -92,7 +76,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def targets(self, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns what the pupil's tokens shall say.
+        """Give what the pupil's tokens shall say.
 
         Args:
             images: ``(b, 3, s, s)``, normalised.
@@ -100,10 +84,10 @@ class Teacher(nn.Module):
 
         Returns:
             Features ``(b, n, 256)``, and class probabilities ``(b, n, k)`` that are zero where a
-            picture lacks the class. Of the logits the top few were trained to be sure, so that
-            the middle of the probability is put at -3 and flattened: otherwise the targets cover
-            an object's most telling part alone (CAM mIoU on MiniVOC ``val``: 0.28 at
-            probability 0.5 without, 0.48 with it).
+            picture lacks the class. Training makes only the top few logits sure. The middle of the
+            probability is therefore put at -3 and flattened: otherwise the targets cover only the
+            part of an object that shows its class best (CAM mIoU on MiniVOC ``val`` at probability
+            0.5: 0.28 without this, 0.48 with it).
         """
         features = self.tokens(images)
         probabilities = ((self.classes_token(features) + 3) / 1.5).sigmoid()
@@ -111,23 +95,6 @@ class Teacher(nn.Module):
         gate = classes.unflatten(1, (tiles, tiles))
         gate = gate.repeat_interleave(side // tiles, 1).repeat_interleave(side // tiles, 2)
         return features, probabilities * gate.flatten(1, 2)
-
-
-def identity_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Cross-entropy with the probability shared by the objects of a picture.
-
-    Args:
-        logits: ``(m, n)``.
-        ids: int64 ``(m, k)``, -1 where there is no object; a picture without any does not count.
-    """
-    present = (ids >= 0).float()
-    count = present.sum(1, keepdim=True)
-    target = torch.zeros_like(logits).scatter_add_(
-        1, ids.clamp(min=0), present / count.clamp(min=1)
-    )
-    loss = F.cross_entropy(logits, target, label_smoothing=0.05, reduction="none")
-    filled = (count[:, 0] > 0).float()
-    return (loss * filled).sum() / filled.sum().clamp(min=1)
 
 
 def train_teacher(
@@ -138,7 +105,7 @@ def train_teacher(
     lr: float = 2e-3,
     device: str = "cpu",
 ) -> dict[str, float]:
-    """Fine-tunes the teacher in place: AdamW, cosine, image-level labels only.
+    """Fine-tune the teacher in place: AdamW, cosine, image-level labels only.
 
     Args:
         teacher: the net.

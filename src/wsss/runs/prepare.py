@@ -1,0 +1,85 @@
+"""From a configuration to a run that can be trained, checked before anything is written."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+
+from wsss.core.errors import WSSSError
+from wsss.data.datamodule import ImageDataModule
+from wsss.evaluation.holdout import Holdout
+from wsss.evaluation.protocol import Protocol
+from wsss.maps.refine.dense_crf import import_pydensecrf
+from wsss.results.store import RESULTS_FILE, print_table, read_results
+from wsss.runs.folder import Run, build_data, build_module, run_folder
+from wsss.runs.wandb import import_wandb
+
+
+def prepare(config: Mapping[str, Any]) -> Run:
+    """Build data and module of a resolved configuration, and check what can be checked.
+
+    Bad data and missing packages are named here, before anything is written and not after hours.
+    The global random generators are seeded first, so that the same weights are drawn.
+
+    Args:
+        config: resolved configuration.
+
+    Returns:
+        The untrained run; nothing of it is on disk yet.
+
+    Raises:
+        WSSSError: bad configuration or data.
+    """
+    lightning.seed_everything(config["seed"], workers=True, verbose=False)
+    data, settings = _open_data(config)
+    data.setup("fit")
+    data.check_contents()
+    protocol = Protocol(**settings["eval"])
+    if protocol.holdout_per_class:
+        Holdout(data, protocol)
+    module = build_module(settings, data.num_classes)
+    if module.backbone.patch_size > settings["budget"]["crop_size"]:
+        raise WSSSError(
+            f"budget.crop_size={settings['budget']['crop_size']}: smaller than one patch of "
+            f"{module.backbone.patch_size} px"
+        )
+    if protocol.crf and protocol.crf_backend == "pydensecrf":
+        import_pydensecrf()
+    if settings["logger"]["wandb"]:
+        import_wandb()
+    return Run(module, data, protocol, settings, run_folder(settings))
+
+
+def finished_folder(config: Mapping[str, Any]) -> Path | None:
+    """Give the run folder of a configuration if it holds this run's results, which are printed.
+
+    Raises:
+        WSSSError: it holds results of other images under the same configuration.
+    """
+    data, settings = _open_data(config)
+    folder = run_folder(settings)
+    if not (folder / RESULTS_FILE).is_file():
+        return None
+    results = read_results(folder / RESULTS_FILE)
+    if results.get("status") != "finished":
+        return None
+    for split, metrics in results["splits"].items():
+        if metrics["protocol"]["list_sha256"] != data.list_hash(split):
+            raise WSSSError(
+                f"{folder} holds results of another list {split!r} than data.root has; give "
+                "another study= or runs_dir="
+            )
+    print_table(results)
+    print(f"{folder} is finished; change the configuration, or remove the folder")
+    return folder
+
+
+def _open_data(config: Mapping[str, Any]) -> tuple[ImageDataModule, dict[str, Any]]:
+    """Make the DataModule; give it with the configuration that names its classes.
+
+    A table may name its classes only in its file, which `wsss predict` need not have.
+    """
+    data = build_data(dict(config))
+    named = {**config["data"], "class_names": list(data.class_names)}
+    return data, {**config, "data": named}

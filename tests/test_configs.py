@@ -80,7 +80,7 @@ def test_a_study_with_saliency_does_not_run_without() -> None:
     assert not Path(config["data"]["saliency_folder"]).exists()
 
 
-def test_what_the_line_says_takes_the_place_of_what_a_study_sweeps() -> None:
+def test_the_line_replaces_what_a_study_sweeps() -> None:
     jobs = sweep_jobs(["+experiments=toco/ablation_losses", "method.ptc_weight=0.1", "seed=4,5"])
     assert jobs.count == len(jobs.samples) == 4
     for job in jobs.samples:
@@ -131,7 +131,7 @@ def test_coco_has_its_eighty_classes_in_the_order_of_their_ids() -> None:
     assert len(names) == 80
 
 
-def test_data_chooses_the_backbone_and_the_line_has_the_last_word() -> None:
+def test_data_chooses_the_backbone_unless_the_line_does() -> None:
     pico = compose_config(["data=minivoc"])
     assert "vit_pico" in pico.backbone.weights
     chosen = compose_config(["data=minivoc", "backbone=vit_base"])

@@ -154,7 +154,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_evaluate_and_learn_as_one_that_accumulates(
+def test_two_processes_learn_as_one_that_accumulates(
     method: str, ranks: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """To the bit: images, random draws and normalisers are those of a place in the global batch.
@@ -183,7 +183,7 @@ PER_PASS = {"toco": {"ptc_loss", "seg_loss"}, "clustercam": {"seg_loss"}, "getam
 
 @pytest.mark.parametrize("official_compat", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_losses_of_a_batch_are_the_means_of_its_halves_where_the_docstring_says_so(
+def test_losses_are_means_of_halves_where_stated(
     method: str, official_compat: bool, tmp_path: Path
 ) -> None:
     if official_compat and method == "tkp_pcl":

@@ -219,7 +219,7 @@ def test_missing_files_are_named_in_setup(tmp_path: Path) -> None:
         module(tmp_path / "nowhere", class_names=["a"]).setup("fit")
 
 
-def test_mask_with_more_ids_than_classes_is_found_before_training(tmp_path: Path) -> None:
+def test_mask_with_too_many_ids_is_found_at_once(tmp_path: Path) -> None:
     table_with_masks(tmp_path, with_mask=range(8))
     Image.fromarray(np.full((48, 56), 7, np.uint8)).save(tmp_path / "masks" / "006.png")
     data = module(tmp_path)

@@ -151,7 +151,7 @@ def test_10b_frozen_blocks_keep_their_dropout() -> None:
     assert first.attn.attn_drop.p == 0
 
 
-def test_10c_maps_grow_with_images_whose_own_size_keeps_positions() -> None:
+def test_10c_maps_grow_with_images() -> None:
     backbone = Backbone(
         name="vit_tiny_patch16_384",
         weights="random",

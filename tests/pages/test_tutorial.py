@@ -13,7 +13,7 @@ from PIL import Image
 from wsss.cli import main
 from wsss.results.store import read_results
 
-PAGE = Path(__file__).parents[1] / "docs" / "own_data.md"
+PAGE = Path(__file__).parents[2] / "docs" / "own_data.md"
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 

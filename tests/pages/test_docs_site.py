@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from docs_hooks import FENCE
 from docs_site import fetched_from_elsewhere, with_every_method
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ RECIPES = sorted(
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_papers_recipe_says_what_is_published_and_what_was_reproduced(path: Path) -> None:
+def test_a_recipe_says_what_is_published_and_reproduced(path: Path) -> None:
     comment = path.read_text().split("defaults:")[0]
     assert "Published" in comment
     assert "eproduced: not yet run" in " ".join(comment.replace("#", "").split())

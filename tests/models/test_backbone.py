@@ -17,7 +17,7 @@ from wsss.models.backbone import Backbone, Features
 from wsss.models.vit import resize_positions
 from wsss.models.weights import load_encoder, state_sha256
 
-GOLDEN = Path(__file__).parent / "golden" / "toco" / "a_backbone.npz"
+GOLDEN = Path(__file__).parents[1] / "golden" / "toco" / "a_backbone.npz"
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 64}
 
@@ -289,7 +289,7 @@ def test_offline_without_cache_says_where_to_put_the_file(
 
 @pytest.mark.parametrize("name", ["deit_base", "vit_base", "dinov2_small"])
 def test_configured_names_are_pinned_tags_that_timm_knows(name: str) -> None:
-    text = (Path(__file__).parents[1] / "conf" / "backbone" / f"{name}.yaml").read_text()
+    text = (Path(__file__).parents[2] / "conf" / "backbone" / f"{name}.yaml").read_text()
     pinned = next(line.split()[1] for line in text.splitlines() if line.startswith("name:"))
     assert pinned in timm.list_pretrained(f"{pinned.split('.')[0]}.*")
 

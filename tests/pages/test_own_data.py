@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent / "data"))  # the generators of small data sets
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))  # the generators of small data sets
 
 from trees import CLASSES_OF_PHOTOS, make_coco, make_photos, write_photo_table
 

@@ -135,7 +135,7 @@ def test_every_parameter_lands_where_it_belongs() -> None:
     assert module(torch.randn(1, 3, 64, 48)).seg_logits.shape == (1, 5, 4, 3)
 
 
-def test_distributed_prefix_and_leftovers_of_older_files_are_understood() -> None:
+def test_prefixes_and_leftovers_of_older_files() -> None:
     plain, prefixed = tiny_module(), tiny_module()
     state = tiny_state()
     load_official("toco", plain, state, "a")
@@ -189,7 +189,7 @@ def test_misfits_are_named_as_in_the_file_and_nothing_changes(
     assert torch.equal(module.classifier.weight, before)
 
 
-def test_missing_keys_of_ours_are_named_as_the_official_code_names_them() -> None:
+def test_missing_keys_have_their_official_names() -> None:
     state, module = tiny_state(), tiny_module()
     del state["proj_head_t.last_layer.weight_v"]
     with pytest.raises(WSSSError, match=r"missing 1: proj_head_t\.last_layer\.weight_v"):

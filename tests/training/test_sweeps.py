@@ -62,7 +62,7 @@ def test_ctrl_c_stops_the_jobs_of_a_sweep_with_checkpoints(runs: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_the_same_command_resumes_goes_on_after_a_failure_and_lists_it(
+def test_same_command_goes_on_and_lists_failures(
     runs: Path, tmp_path: Path
 ) -> None:
     sweep = Command([*SWEEP, RATES, f"runs_dir={runs}"], tmp_path / "log")
@@ -175,7 +175,7 @@ def task_of(sweep: Command) -> int:
 
 
 @pytest.mark.slow
-def test_a_job_that_submitit_preempts_saves_is_queued_again_and_resumes(tmp_path: Path) -> None:
+def test_a_job_that_submitit_preempts_resumes(tmp_path: Path) -> None:
     """SIGUSR2 is what a cluster sends before a time limit and on preemption."""
     pytest.importorskip("submitit")
     runs = tmp_path / "runs"
@@ -218,7 +218,7 @@ def test_jobs_of_a_sweep_are_known_before_it_begins() -> None:
     }
 
 
-def test_a_launcher_that_is_not_installed_is_told_with_its_package() -> None:
+def test_a_missing_launcher_is_named_with_its_package() -> None:
     with pytest.raises(WSSSError, match=r"hydra/launcher=joblib: no such choice$"):
         compose_config(["hydra/launcher=joblib"])
 

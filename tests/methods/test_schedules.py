@@ -35,7 +35,7 @@ def test_without_warmup_and_with_warmup_longer_than_the_run() -> None:
     assert poly_warmup(50, max_steps=10, warmup_steps=20) == pytest.approx(0.45, rel=1e-5)
 
 
-def test_cosine_is_counted_from_the_start_and_not_from_the_warmup() -> None:
+def test_cosine_counts_from_the_start_not_the_warmup() -> None:
     def rate(time: float) -> float:
         return cosine_warmup(time, length=10, warmup=2, start=0.1, floor=0.2)
 

@@ -20,7 +20,7 @@ from wsss.parity import METHODS
 from wsss.runs.compose import compose_config, sweep_jobs
 from wsss.runs.config import override_config, plain
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 PAGES = [PROJECT / "README.md"]
 PAGES += sorted((PROJECT / "docs").rglob("*.md")) + sorted((PROJECT / "experiments").rglob("*.md"))
 FENCE = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -50,7 +50,7 @@ def three_seeds(tmp_path: Path) -> list[Path]:
     ]
 
 
-def test_mean_and_deviation_over_seeds_and_a_clear_winner_in_bold(three_seeds: list[Path]) -> None:
+def test_mean_deviation_and_a_clear_winner_in_bold(three_seeds: list[Path]) -> None:
     numbers, differences, _, classes = grid_of(three_seeds)
     assert numbers.header == ["metric", "ToCo (n=3)", "GETAM (n=3)"]
     values = [100 * plain_miou(label_maps(seed, 0.7)) for seed in range(3)]
@@ -97,7 +97,7 @@ def test_other_protocols_are_refused_by_name(tmp_path: Path, card: dict, named: 
     assert any(next(iter(card)) in note for note in numbers.notes)
 
 
-def test_a_difference_that_a_metric_does_not_touch_is_no_obstacle(tmp_path: Path) -> None:
+def test_an_untouched_difference_is_no_obstacle(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "a", method="A"),
         make_run(tmp_path / "b", method="B", crf={"name": "psa"}, seg_scales=[0.5]),
@@ -145,7 +145,7 @@ def test_every_setting_of_a_protocol_is_compared_or_a_methods() -> None:
         ({"holdout_per_class": 9, "holdout_split": "train"}, [], ["seed_miou", "seg_miou"]),
     ],
 )
-def test_a_setting_bars_the_numbers_that_it_decides_and_no_others(
+def test_a_setting_bars_the_numbers_that_it_decides(
     tmp_path: Path, card: dict, touched: list[str], untouched: list[str]
 ) -> None:
     runs = [make_run(tmp_path / "a", method="A"), make_run(tmp_path / "b", method="B", **card)]

@@ -21,7 +21,9 @@ from trees import (
 
 from wsss.cli import main
 from wsss.core.errors import WSSSError
-from wsss.data.prepare.coco import COCO_CLASSES, Instance, Picture, paint, region
+from wsss.data.prepare.instances import COCO_CLASSES, Instance, Picture
+from wsss.data.prepare.painting import paint
+from wsss.data.prepare.regions import read_region
 from wsss.data.table import read_table
 
 pycocotools_mask = pytest.importorskip("pycocotools.mask")
@@ -120,11 +122,12 @@ def test_last_classes_are_80_and_not_90() -> None:
 
 def test_run_lengths_compressed_and_not_are_the_same_pixels() -> None:
     inside = np.random.default_rng(0).random((17, 23)) > 0.6
-    plain = Instance(1, 1, None, True, run_lengths(inside))
     packed = pycocotools_mask.encode(np.asfortranarray(inside.astype(np.uint8)))
     text = {"size": [17, 23], "counts": packed["counts"].decode()}
-    np.testing.assert_array_equal(region(plain, 17, 23), inside)
-    np.testing.assert_array_equal(region(plain._replace(segmentation=text), 17, 23), inside)
+    for shape in (run_lengths(inside), text):
+        region = read_region(shape, 17, 23)
+        np.testing.assert_array_equal(region.pixels(), inside)
+        assert region.area == inside.sum()
 
 
 def test_without_an_area_the_pixels_are_counted() -> None:
@@ -339,4 +342,4 @@ def test_structure_is_checked_by_us_not_by_luck() -> None:
     content = coco_instances("val2014", 3, categories=official_categories())
     assert len(content["categories"]) == len(COCO_CLASSES) == 80
     with pytest.raises(WSSSError, match="annotation 7"):
-        region(Instance(7, 1, 1.0, False, None), 4, 4)
+        paint(Picture("x", 4, 4, [Instance(7, 1, 1.0, False, None)]), overlap="last", crowd="skip")

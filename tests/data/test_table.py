@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trees import make_photos, write_photo_table
+from trees import CLASSES_OF_PHOTOS, make_photos, write_photo_table
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
@@ -42,7 +42,7 @@ def test_rows_have_two_separators_quotes_and_a_byte_order_mark(tmp_path: Path) -
     path = tmp_path / "l.csv"
     text = 'image,labels,mask\r\n"a,b/1.jpg", cat ;dog,m/1.png\r\n\r\nc.png,dog|cat|dog,\r\n'
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    table = read_table(path, tmp_path)
+    table = read_table(path, tmp_path, ["cat", "dog"])
     first, second = table.rows
     assert first.sample.name == "a,b/1"
     assert first.sample.image == tmp_path / "a,b" / "1.jpg"
@@ -176,6 +176,7 @@ def test_splits_of_the_file_are_used_and_unknown_ones_named(tmp_path: Path) -> N
 
 def table_with_masks(root: Path, with_mask: Sequence[int]) -> None:
     labels = make_photos(root, 8)
+    write(root, *CLASSES_OF_PHOTOS, name="classes.txt")
     lines = ["image,labels,mask,split"]
     for number, label in enumerate(labels):
         mask = ""

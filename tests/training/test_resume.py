@@ -13,9 +13,9 @@ import torch
 from small_runs import FORKED, METHODS, PLAIN, SMALL, Command, processes_of
 
 from wsss.core.errors import WSSSError
+from wsss.core.lock import lock
 from wsss.evaluation.ledger import past_readings
 from wsss.maps.refine.dense_crf import CRF_PRESETS, CRFPool
-from wsss.training.lock import lock
 
 # three steps an epoch, so that the checkpoints of steps 2 and 4 are from the middle of one
 STEPS = [

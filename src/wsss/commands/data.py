@@ -4,19 +4,21 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import MISSING
 from rich.console import Console
 from rich.table import Table
 
 from wsss.core.arguments import parse_arguments
 from wsss.core.errors import WSSSError
-from wsss.data.doctor import SHOWN, Report, examine, table_problems
+from wsss.data.doctor import SHOWN, Report, examine, examine_table
 from wsss.data.prepare.coco import find_annotations, prepare_coco
 from wsss.data.prepare.exports import is_export, prepare_export
 from wsss.data.prepare.voc import prepare_voc
 from wsss.data.table import refuse_pickle
 from wsss.data.voc import LabelSource, find_voc_root
-from wsss.runs.compose import compose_config
+from wsss.runs.compose import compose_config, quoted
 from wsss.runs.config import plain
 from wsss.runs.folder import build_data
 
@@ -91,6 +93,8 @@ def run_prepare_coco(arguments: list[str]) -> int:
     for key, choices in (("overlap", ("smallest", "last")), ("crowd", ("paint", "ignore", "skip"))):
         if getattr(chosen, key) not in choices:
             raise WSSSError(f"{key}={getattr(chosen, key)}: expected {' or '.join(choices)}")
+    if chosen.jobs is not None and chosen.jobs < 1:
+        raise WSSSError(f"jobs={chosen.jobs}: expected at least 1 process")
     root = Path(chosen.root).expanduser()
     if not root.is_dir():
         raise WSSSError(f"data folder {root} is missing; set root to where COCO lies")
@@ -109,15 +113,26 @@ def run_check(arguments: list[str]) -> int:
         if not equals:
             raise WSSSError(f"{argument!r}: expected data=NAME, KEY=VALUE or --fast")
         complete = key == "data" or key.startswith("data.")
-        overrides.append(argument if complete else f"data.{argument}")
+        overrides.append(as_text(argument if complete else f"data.{argument}"))
     config = plain(compose_config(overrides))
     report = Report()
-    for problem in table_problems(config["data"]):
-        report.add("error", "table", "", problem)
-    if report.healthy:
-        report = examine(build_data(config), fast=fast)
+    data = examine_table(config["data"], report)
+    if data is not None:
+        found = examine(build_data(config | {"data": data}), fast=fast)
+        report.findings += found.findings
+        report.rows += found.rows
     show(report, f"{config['data']['name']} in {config['data']['root']}")
     return 0 if report.healthy else 1
+
+
+def as_text(override: str) -> str:
+    """Quote a value that Hydra would take for a sweep or could not read: ``root=a,b``, ``a=b``."""
+    key, _, value = override.partition("=")
+    try:
+        (parsed,) = OverridesParser.create().parse_overrides([override])
+    except HydraException:
+        return f"{key}={quoted(value)}"
+    return f"{key}={quoted(value)}" if parsed.is_sweep_override() else override
 
 
 def show(report: Report, title: str) -> None:
@@ -131,7 +146,8 @@ def show(report: Report, title: str) -> None:
             print(f"{finding.level}: {finding.kind}{place}: {finding.text}")
     for (level, kind, split), count in shown.items():
         if count > SHOWN:
-            print(f"{level}: {kind} [{split}]: and {count - SHOWN} more of this kind")
+            place = f" [{split}]" if split else ""
+            print(f"{level}: {kind}{place}: and {count - SHOWN} more of this kind")
     table = Table(title=title, title_justify="left")
     table.add_column("split")
     for heading in ("images", "masks", "looked into", "errors", "warnings"):
@@ -141,6 +157,10 @@ def show(report: Report, title: str) -> None:
         numbers = (row.images, row.masks, row.looked_into, counts["error"], counts["warning"])
         table.add_row(row.split, *(f"{number:,}" for number in numbers))
     Console().print(table)
+    for row in report.rows:
+        counts = [f"{name} ({count})" for name, count in row.classes]
+        counts += [f"none of them ({row.without})"] if row.without else []
+        print(f"classes of {row.split}: {', '.join(counts) or '-'}")
     for row in report.rows:  # printed plainly: a table would cut them
         for what in ("list", "labels", "masks"):
             print(f"sha256 of {row.split} {what}: {getattr(row, f'{what}_sha256') or '-'}")

@@ -1,6 +1,6 @@
 """``wsss eval``: the numbers of a run, of a checkpoint, or of maps that somebody else made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from wsss.core.arguments import parse_arguments
@@ -31,6 +31,7 @@ class EvalArguments:
             ``seg_crf`` or ``seg_ms_crf``.
         first_class: what the class maps call the first foreground class, 0 or 1.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
+        trust: packages beside ``wsss`` whose classes the checkpoint may name; their code is run.
     """
 
     run: str | None = None
@@ -44,6 +45,7 @@ class EvalArguments:
     kind: str = "pseudo_label"
     first_class: int = 0
     device: str = "auto"
+    trust: list[str] = field(default_factory=list)
 
 
 #: arguments that say of a folder what a run knows of itself
@@ -57,7 +59,7 @@ def main(arguments: list[str]) -> int:
     )
     _check(chosen)
     if chosen.run is not None:
-        run = load_run(chosen.run, overrides).to(choose_device(chosen.device))
+        run = load_run(chosen.run, overrides, trust=chosen.trust).to(choose_device(chosen.device))
         score(run, chosen.splits, out=chosen.out, purpose="wsss eval")
         return 0
     maps = MapFolder(

@@ -1,6 +1,6 @@
 """``wsss predict``: masks and overlays for one's own images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -21,19 +21,21 @@ class PredictArguments:
         images: folder of images.
         out: folder for masks and overlays.
         device: ``auto``, ``cpu``, ``cuda``, ...
+        trust: packages beside ``wsss`` whose classes the checkpoint may name; their code is run.
     """
 
     run: str = MISSING
     images: str = MISSING
     out: str = MISSING
     device: str = "auto"
+    trust: list[str] = field(default_factory=list)
 
 
 def main(arguments: list[str]) -> int:
     """Run the verb."""
     chosen, overrides = parse_arguments(PredictArguments, arguments, passed_on=("eval",))
     # no data set is opened here, so a run whose data lies elsewhere still predicts
-    run = load_run(chosen.run, overrides)
+    run = load_run(chosen.run, overrides, trust=chosen.trust)
     images = ImageFolderDataset(Path(chosen.images))
     out = Path(chosen.out)
     if out.resolve() == Path(chosen.images).resolve():

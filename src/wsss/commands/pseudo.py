@@ -1,6 +1,6 @@
 """``wsss pseudo``: label maps of a training list."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
@@ -20,6 +20,7 @@ class PseudoArguments:
         source: ``cam`` (localisation maps) or ``seg`` (the segmentation head).
         out: folder for the label maps; null: ``pseudo_labels/SPLIT-HASH`` inside the run folder.
         device: ``auto``, ``cpu``, ``cuda``, ...
+        trust: packages beside ``wsss`` whose classes the checkpoint may name; their code is run.
         crf_jobs: processes of the dense CRF; null: one a core.
     """
 
@@ -28,6 +29,7 @@ class PseudoArguments:
     source: str = "cam"
     out: str | None = None
     device: str = "auto"
+    trust: list[str] = field(default_factory=list)
     crf_jobs: int | None = None
 
 
@@ -36,7 +38,7 @@ def main(arguments: list[str]) -> int:
     chosen, overrides = parse_arguments(PseudoArguments, arguments, passed_on=("eval", "data"))
     device = choose_device(chosen.device)
     check_source(chosen.source)  # before the run is read
-    run = load_run(chosen.run, overrides).to(device)
+    run = load_run(chosen.run, overrides, trust=chosen.trust).to(device)
     folder = write_pseudo_labels(
         run, split=chosen.split, source=chosen.source, out=chosen.out, crf_jobs=chosen.crf_jobs
     )

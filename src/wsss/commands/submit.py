@@ -1,6 +1,6 @@
 """``wsss submit``: masks of VOC's test images in the archive that its evaluation server takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -22,6 +22,7 @@ class SubmitArguments:
             ``comp5``.
         out: folder; null: ``submission`` in the run folder.
         device: ``auto``, ``cpu``, ``cuda``, ...
+        trust: packages beside ``wsss`` whose classes the checkpoint may name; their code is run.
     """
 
     run: str = MISSING
@@ -29,6 +30,7 @@ class SubmitArguments:
     competition: str = "comp6"
     out: str | None = None
     device: str = "auto"
+    trust: list[str] = field(default_factory=list)
 
 
 def main(arguments: list[str]) -> int:
@@ -37,7 +39,7 @@ def main(arguments: list[str]) -> int:
     if chosen.competition not in ("comp5", "comp6"):
         raise WSSSError(f"competition={chosen.competition}: expected comp5 or comp6")
     submit(
-        load_run(chosen.run, overrides),
+        load_run(chosen.run, overrides, trust=chosen.trust),
         split=chosen.split,
         competition=chosen.competition,
         out=Path(chosen.out) if chosen.out else None,

@@ -30,6 +30,7 @@ from wsss.evaluation.inference import (
 from wsss.evaluation.protocol import Protocol
 from wsss.maps.pseudo_labels import cam_to_label
 from wsss.runs.folder import Run, build_data, load_run
+from wsss.runs.stored import check_stored
 
 LONGEST = 240  # side of a picture in the report, in pixels
 
@@ -54,7 +55,7 @@ def open_dataset(entry: Entry) -> Any:
         WSSSError: the data is not where the run found it.
     """
     config = entry.results["config"]
-    data = build_data(dict(config))
+    data = build_data(check_stored(config, str(entry.folder)), for_training=False)
     if entry.split == HOLDOUT:
         return Holdout(data, Protocol(**config["eval"]))
     return data.eval_dataset(entry.split)

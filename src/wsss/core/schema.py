@@ -4,7 +4,6 @@ import difflib
 import functools
 import inspect
 import math
-import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,9 +53,11 @@ def target_class(name: str, path: str) -> type:
     Raises:
         WSSSError: there is no such class.
     """
+    if not isinstance(name, str):
+        raise WSSSError(f"{path}._target_={name!r}: expected the dotted name of a class")
     try:
         return get_class(name)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise WSSSError(f"{path}._target_={name}: no such class ({reason})") from error
 
@@ -212,14 +213,25 @@ def _expected(annotation: Any, error: ValidationError) -> str:
     if first["type"] in RANGES:
         null = ", or null" if type(None) in _kinds(annotation) else ""
         return f"{reason.replace('input should be', 'a number').replace('a number a', 'a')}{null}"
-    kinds = sorted(_kinds(annotation) - {type(None)}, key=str)
-    names = [
-        kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
-        for kind in kinds
-    ]
-    names += ["null"] if type(None) in _kinds(annotation) else []
-    text = re.sub(r"typing\.|collections\.abc\.", "", " or ".join(names))
-    return f"{text} ({reason})"
+    return f"{_named(annotation)} ({reason})"
+
+
+def _named(annotation: Any) -> str:
+    """Name a type in words: ``a list of float``, ``'lattice' or 'gaussian'``, ``int or null``."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _named(inner[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_named(one) for one in inner)
+    if origin is typing.Literal:
+        return " or ".join(map(repr, inner))
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        same = len({one for one in inner if one is not Ellipsis}) == 1
+        count = f"{len(inner)} " if origin is tuple and Ellipsis not in inner else ""
+        return f"a list of {count}{_named(inner[0]) if same else 'values'}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a group of keys"
+    return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
 
 
 def nearest(key: str, valid: Mapping[str, Any] | Sequence[str], prefix: str = "") -> str:

@@ -1,6 +1,7 @@
 """What every data module shares: splits, batches, their order, resuming, a fingerprint."""
 
 import inspect
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from wsss.core.errors import WSSSError
 from wsss.core.ranges import Count, GreyLevel, Number
+from wsss.core.ranks import is_first_process
 from wsss.core.schema import check_fields
 from wsss.core.supervision import IMAGE_LABELS
 from wsss.data.dataset import (
@@ -67,7 +69,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
     train_split: str
     val_split: str  # list for validation during and after training
     test_splits: tuple[str, ...] = ()  # further lists to evaluate
-    train_transform: TrainTransform  # makes a training sample from a uint8 image
+    # makes a training sample from a uint8 image; None: for evaluation alone
+    train_transform: TrainTransform | None
     global_batch_size: Count  # images per optimiser step, all processes and accumulated batches
     label_source: str  # where image-level labels come from; part of every result
     num_workers: Number = 0  # worker processes per loader and process
@@ -86,10 +89,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         super().__init__()
         check_fields(self, "data")
         check_class_names(self.class_names)
-        if self.saliency_folder and not takes_saliency(self.train_transform):
+        transform = self.train_transform
+        if self.saliency_folder and transform and not takes_saliency(transform):
             raise WSSSError(
                 f"data.saliency_folder={self.saliency_folder}: "
-                f"{type(self.train_transform).__name__} takes no saliency maps; use a method that "
+                f"{type(transform).__name__} takes no saliency maps; use a method that "
                 "does (getam), or leave it null"
             )
         self._eval_datasets: dict[str, ImageDataset] = {}
@@ -110,6 +114,10 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self, split: str, *, transform: TrainTransform | None, with_mask: bool
     ) -> ImageDataset:
         """Give a split whose files have been looked for and whose labels are read."""
+
+    def left_out(self) -> str:
+        """Say which images no split in use has, if that may be a mistake; else an empty text."""
+        return ""
 
     @property
     def num_classes(self) -> int:
@@ -166,14 +174,21 @@ class ImageDataModule(L.LightningDataModule, ABC):
         training. Costs a header an image and one decoding a mask: seconds for VOC.
 
         Raises:
-            WSSSError: names the first file that cannot be used.
+            WSSSError: names the first file that cannot be used, or no mask shows any class.
         """
+        if (text := self.left_out()) and is_first_process():
+            print(f"warning: {text}", file=sys.stderr)
         self._make_train_dataset().check_contents()
         for split in (self.val_split, *self.test_splits):
             self.eval_dataset(split).check_contents()
 
     def _make_train_dataset(self) -> ImageDataset:
         if self._train_dataset is None:
+            if self.train_transform is None:
+                raise WSSSError(
+                    "data.train_transform is null: this data module was made to evaluate; make one "
+                    "with training views to train"
+                )
             check_train_masks(self.train_masks, self.train_transform)
             dataset = self._dataset(
                 self.train_split, transform=self.train_transform, with_mask=False

@@ -6,8 +6,9 @@ which classes an image shows. Everything that reads pixels is here, once.
 
 import hashlib
 import os
+import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from wsss.core.errors import WSSSError
 from wsss.data.images import image_size, read_mask, read_rgb, read_saliency
 from wsss.maps.pixels import IGNORE_INDEX, normalise
 
+# names that mean "no class"; as a class, one of them would take the first id of the masks
+NO_CLASS = ("background", "_background_", "__background__", "__ignore__")
 # (image, generator), or with a `Guide` (image, generator, map)
 TrainTransform = Callable[..., dict[str, Tensor]]
 
@@ -47,16 +50,16 @@ class Guide(NamedTuple):
     Attributes:
         kind: what they are, for messages.
         paths: by image name.
-        read: (path, size=(H, W)) -> uint8 (H, W).
+        read: (path, size=(H, W), image=its path) -> uint8 (H, W).
     """
 
     kind: str
     paths: dict[str, Path]
     read: Callable[..., NDArray[np.uint8]]
 
-    def map(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+    def map(self, sample: Sample, size: tuple[int, int]) -> NDArray[np.uint8]:
         """Give the map (H, W) of an image."""
-        return self.read(self.paths[name], size=size)
+        return self.read(self.paths[sample.name], size=size, image=sample.image)
 
 
 def saliency_guide(samples: Sequence[Sample], folder: Path, threshold: int) -> Guide:
@@ -136,7 +139,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         sample: dict[str, Any]
         if self.transform is not None:
             stream = np.random.SeedSequence(self.seed, spawn_key=(epoch, index))
-            given = () if self.guide is None else (self.guide.map(self.samples[index].name, size),)
+            given = () if self.guide is None else (self.guide.map(self.samples[index], size),)
             sample = dict(self.transform(rgb, np.random.default_rng(stream), *given))
         else:
             sample = {"image": normalise(rgb), "rgb": rgb}
@@ -147,18 +150,26 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return sample | {"name": self.samples[index].name, "index": index}
 
     def _mask(self, index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-        path = self.samples[index].mask
-        if path is None:
+        sample = self.samples[index]
+        if sample.mask is None:
             return np.full(size, IGNORE_INDEX, np.uint8)
-        return read_mask(path, num_classes=self.num_classes, size=size)
+        return read_mask(sample.mask, num_classes=self.num_classes, size=size, image=sample.image)
 
     def check_contents(self) -> None:
         """Look into every file before training starts: headers of images, all of each mask.
 
         Raises:
-            WSSSError: names the first file that cannot be used.
+            WSSSError: names the first file that cannot be used, or no mask shows any class.
         """
-        self._mask_sha256 = _hash_lines(in_threads(self._digest, range(len(self))))
+        digests = in_threads(self._digest, range(len(self)))
+        self._mask_sha256 = _hash_lines(line for line, _ in digests)
+        shown = {
+            self.samples[index].mask: ids
+            for index, (_, ids) in enumerate(digests)
+            if ids is not None and self.labels[index].any()
+        }
+        if shown and not any(ids - {0, IGNORE_INDEX} for ids in shown.values()):
+            raise WSSSError(no_class_shown(shown, self.class_names, len(shown)))
 
     def mask_sha256(self) -> str | None:
         """Give a hash of names, sizes and class ids of all masks; None where there is none.
@@ -168,7 +179,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if not any(sample.mask for sample in self.samples):
             return None
         if self._mask_sha256 is None:
-            self.check_contents()
+            digests = in_threads(self._digest, range(len(self)))
+            self._mask_sha256 = _hash_lines(line for line, _ in digests)
         return self._mask_sha256
 
     def label_sha256(self) -> str:
@@ -182,20 +194,52 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """Give (height, width) of every image, from the headers."""
         return in_threads(lambda sample: image_size(sample.image), self.samples)
 
-    def _digest(self, index: int) -> str:
+    def _digest(self, index: int) -> tuple[str, frozenset[int] | None]:
+        """Give the line of a mask in the hash of all, and its ids; None without a mask."""
         sample = self.samples[index]
         size = image_size(sample.image)
         if self.guide is not None:
-            self.guide.map(sample.name, size)
+            self.guide.map(sample, size)
         if sample.mask is None:
-            return f"{sample.name} -"
-        return f"{sample.name} {mask_digest(self._mask(index, size))}"
+            return f"{sample.name} -", None
+        mask = self._mask(index, size)
+        return f"{sample.name} {mask_digest(mask)}", ids_in(mask)
 
 
 def mask_digest(mask: NDArray[np.uint8]) -> str:
     """Give the sha256 of a mask's shape and ids."""
     header = f"{mask.shape[0]}x{mask.shape[1]}\n".encode()
     return hashlib.sha256(header + mask.tobytes()).hexdigest()
+
+
+def ids_in(mask: NDArray[np.uint8]) -> frozenset[int]:
+    """Give the values that occur in a mask, 0 and 255 too."""
+    return frozenset(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist())
+
+
+def no_class_shown(
+    masks: Mapping[Any, frozenset[int]], class_names: Sequence[str], count: int
+) -> str:
+    """Say what is wrong with masks that show no pixel of a class, and the mend.
+
+    Args:
+        masks: path -> values, of images that have a label.
+        class_names: the K foreground classes.
+        count: number of all masks of images that have a label.
+    """
+    values = sorted(frozenset[int]().union(*masks.values()))
+    number = "none" if len(masks) == count else f"{len(masks)}"
+    verb = "shows a" if len(masks) == count else "show no"
+    text = (
+        f"{number} of {count} masks of labelled images {verb} pixel of a class, "
+        f"{next(iter(masks))} first: only {' and '.join(map(str, values))} occur"
+    )
+    if IGNORE_INDEX not in values:
+        return f"{text}, and 0 is background; a pixel of {class_names[0]!r} must be 1"
+    return (
+        f"{text}, and {IGNORE_INDEX} means ignored, so that no such pixel is scored; write the "
+        f"number of its class instead, 1 for {class_names[0]!r} (mask[mask == {IGNORE_INDEX}] = 1)"
+    )
 
 
 def label_line(name: str, labels: NDArray[np.float32], class_names: Sequence[str]) -> str:
@@ -244,8 +288,21 @@ def check_files(kind: str, paths: Sequence[Path], listed_in: Path | str) -> None
     if missing:
         raise WSSSError(
             f"{kind} {missing[0]} is missing ({len(missing)} of {len(paths)} entries of "
-            f"{listed_in} have none); add it or remove the entry"
+            f"{listed_in} have none); {_near_file(missing[0])}add it or remove the entry"
         )
+
+
+def _near_file(path: Path) -> str:
+    """Name the file that a missing one may be meant to be, as the beginning of advice."""
+    stem = spelling(path.stem)
+    jpeg = (".jpg", ".jpeg")
+    for other in sorted(path.parent.iterdir()):
+        kinds = {other.suffix.lower(), path.suffix.lower()}
+        if (spelling(other.stem) == stem and (len(kinds) == 1 or kinds <= {*jpeg})) or (
+            other.name == path.stem  # a list with suffixes
+        ):
+            return f"there is {_visibly(other.name, path.name)}, name it so (case, suffix); "
+    return "a list has one name a line and no further column; " if " " in path.stem else ""
 
 
 def missing_files(paths: Sequence[Path]) -> list[Path]:
@@ -276,6 +333,34 @@ def present(labels: NDArray[np.float32], class_names: Sequence[str]) -> list[str
     return [name for name, shown in zip(class_names, labels, strict=True) if shown]
 
 
+def spelling(name: str) -> str:
+    """Give what is left of a name without case, blanks, unseen characters and Unicode forms."""
+    plain = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).lower())
+    return "".join(c for c in plain if not c.isspace() and unicodedata.category(c) != "Cf")
+
+
+def _visibly(name: str, other: str) -> str:
+    """Quote a name, with its code points where it would print like the other one."""
+    alike = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other)
+    return ascii(name) if alike else repr(name)
+
+
+def same_spelling(names: Iterable[str]) -> str | None:
+    """Say which two of the names a reader would take for one; None where there are none."""
+    seen: dict[str, str] = {}
+    for name in names:
+        first = seen.setdefault(spelling(name), name)
+        if first == name:
+            continue
+        what = "case or blanks"
+        if first.lower() == name.lower():
+            what = "case"
+        elif _visibly(first, name) == ascii(first):
+            what = "Unicode form"
+        return f"{_visibly(first, name)} and {_visibly(name, first)}, which differ only in {what}"
+    return None
+
+
 def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
     """Give the names as a tuple, or raise WSSSError if they cannot number a mask's ids."""
     names = tuple(class_names)
@@ -287,4 +372,21 @@ def check_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
             f"class_names holds {len(names)} classes; expected 1 to {IGNORE_INDEX - 1} "
             "(ids of an 8-bit mask)"
         )
+    if wrong := wrong_names(names):
+        raise WSSSError(f"class_names {wrong}")
     return names
+
+
+def wrong_names(names: Sequence[str]) -> str | None:
+    """Say what is wrong with the names of classes one by one, with the mend; None if nothing."""
+    if pair := same_spelling(names):
+        return f"holds the classes {pair}; unite them, or rename one"
+    for name in names:
+        if spelling(name) in NO_CLASS:
+            return (
+                f"holds {name!r}, which is no class: it is id 0 without being listed; leave it out "
+                "(an image that shows none of the classes has an empty labels cell)"
+            )
+        if not spelling(name) or any(unicodedata.category(c) == "Cc" for c in name):
+            return f"holds {name!r}, which cannot be printed; rename it"
+    return None

@@ -5,6 +5,7 @@ Errors are what a run would stumble over or be wrong by; warnings are what the r
 too (XML and SBD's masks do disagree now and then); notes are good to know.
 """
 
+import difflib
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -18,15 +19,26 @@ from PIL import Image
 
 from wsss.core.errors import WSSSError
 from wsss.data.datamodule import ImageDataModule
-from wsss.data.dataset import Sample, hash_names, in_threads, label_line, mask_digest, missing_files
-from wsss.data.images import read_mask, read_rgb, voc_palette
+from wsss.data.dataset import (
+    Sample,
+    hash_names,
+    ids_in,
+    in_threads,
+    label_line,
+    mask_digest,
+    missing_files,
+    no_class_shown,
+)
+from wsss.data.images import TURNED, orientation, read_mask, read_rgb, voc_palette
 from wsss.data.prepare import coco, voc
-from wsss.data.table import PICKLES, read_table
+from wsss.data.table import PICKLES, Table, joined, read_table
 from wsss.data.voc import VOCLabels, derive_labels
 from wsss.maps.pixels import IGNORE_INDEX
 
 Level = Literal["error", "warning", "note"]
+MANY = 50  # labels that are named one by one
 SHOWN = 3  # lines of one kind and split; the rest is counted
+ALIKE = 0.8  # names that share this part of their letters may be one, mistyped
 FAST = 100  # images of a split that --fast looks into
 # COCO's 80 things have category ids up to 90, these left out
 UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
@@ -59,20 +71,34 @@ class Look(NamedTuple):
     Attributes:
         image_sha256: of the file, or None where it was not read.
         mask_sha256: of the ids, or None.
-        ids: class ids in the mask, void aside; None without a mask that can be read.
+        values: that occur in the mask, 0 and 255 too; None without a mask that can be read.
+        tag: orientation tag of the image, 1 where there is none.
         findings: what is wrong.
     """
 
     image_sha256: str | None
     mask_sha256: str | None
-    ids: frozenset[int] | None
+    values: frozenset[int] | None
+    tag: int
     findings: list[Finding]
+
+    @property
+    def ids(self) -> frozenset[int] | None:
+        """Class ids in the mask, background and void aside."""
+        return None if self.values is None else self.values - {0, IGNORE_INDEX}
 
 
 class Row(NamedTuple):
-    """Summary of a split; a hash is None where not all of it could be taken."""
+    """Summary of a split; a hash is None where not all of it could be taken.
+
+    Attributes:
+        classes: name and number of images of each class, in the order of the ids.
+        without: number of images that show none of them.
+    """
 
     split: str
+    classes: tuple[tuple[str, int], ...]
+    without: int
     images: int
     masks: int
     looked_into: int
@@ -103,16 +129,62 @@ class Report:
         return all(finding.level != "error" for finding in self.findings)
 
 
-def table_problems(data: dict[str, Any]) -> list[str]:
-    """List every bad row where the data are a table; a run would stop at the first."""
+def examine_table(data: dict[str, Any], report: Report) -> dict[str, Any] | None:
+    """Report every bad row where the data are a table; a run would stop at the first.
+
+    Args:
+        data: the group of a configuration.
+        report: where findings go.
+
+    Returns:
+        The group to go on with; None where the rows cannot be used.
+    """
     if "csv" not in data:
-        return []
+        return data
     root = Path(data["root"]).expanduser()
     try:
         table = read_table(root / data["csv"], root, data["class_names"], all_problems=True)
     except WSSSError as error:
-        return [str(error)]
-    return table.problems
+        report.add("error", "table", "", str(error))
+        return None
+    for problem in table.problems:
+        report.add("error", "table", "", problem)
+    if table.undeclared:
+        report.add("error", "classes", "", table.undeclared)
+    _compare_names(table, report)
+    shared = Counter(row.sample.mask for row in table.rows if row.sample.mask)
+    doubled = [path for path, count in shared.items() if count > 1]
+    if doubled:
+        text = f"{len(doubled)} masks belong to more than one image, {doubled[0]} first; mend them"
+        report.add("warning", "copies", "", text)
+    if table.problems:
+        counts = Counter(label for row in table.rows for label in row.labels)
+        shown = ", ".join(f"{name} ({counts[name]})" for name in sorted(counts)[:MANY])
+        more = f" and {len(counts) - MANY} more" if len(counts) > MANY else ""
+        report.add("note", "labels", "", f"{len(table.rows)} rows can be read: {shown}{more}")
+        return None
+    # looked over in the alphabetical order too, so that one call finds all
+    return data | {"class_names": list(table.class_names)}
+
+
+def _compare_names(table: Table, report: Report) -> None:
+    """Report classes that may be mistyped, or several in one."""
+    names = table.class_names
+    counts = Counter(label for row in table.rows for label in row.labels)
+    for number, name in enumerate(names):
+        near = difflib.get_close_matches(name, names[number + 1 :], n=1, cutoff=ALIKE)
+        if near and not table.declared:
+            text = (
+                f"{name!r} ({counts[name]} images) and {near[0]!r} ({counts[near[0]]}) differ "
+                "little; if one is mistyped, correct it"
+            )
+            report.add("warning", "classes", "", text)
+        if table.declared and (parts := joined(name, names)):
+            text = (
+                f"the class {name!r} has the names of others ({', '.join(parts)}); several labels "
+                "of an image are separated by ;"
+            )
+            report.add("warning", "classes", "", text)
 
 
 def examine(data: ImageDataModule, *, fast: bool = False) -> Report:
@@ -123,6 +195,8 @@ def examine(data: ImageDataModule, *, fast: bool = False) -> Report:
         fast: look into `FAST` images of each split only, and hash nothing.
     """
     report = Report()
+    if text := data.left_out():
+        report.add("warning", "splits", "", text)
     names: dict[str, set[str]] = {}
     hashes: dict[str, dict[str, str]] = {}
     for split in dict.fromkeys([data.train_split, data.val_split, *data.test_splits]):
@@ -165,6 +239,8 @@ def _examine_split(
         there = there[:: max(1, -(-len(there) // FAST))]
     looks = in_threads(lambda s: look(s, data.num_classes, split), there)
     report.findings += [finding for one in looks for finding in one.findings]
+    _compare_orientations(split, there, looks, report)
+    _find_empty_masks(data, split, there, looks, labels, report)
     _compare_labels(data, split, there, looks, labels, report)
     whole = not fast and len(looks) == len(samples)
     masked = [one for one in looks if one.mask_sha256]
@@ -172,9 +248,12 @@ def _examine_split(
     lines = [
         label_line(s.name, labels[s.name], data.class_names) for s in samples if s.name in labels
     ]
+    shown = np.sum(list(labels.values()), axis=0, dtype=int) if labels else np.zeros(0, int)
     report.rows.append(
         Row(
             split,
+            classes=tuple(zip(data.class_names, shown.tolist(), strict=False)),
+            without=sum(not row.any() for row in labels.values()),
             images=len(samples),
             masks=sum(s.mask is not None for s in samples),
             looked_into=len(looks),
@@ -213,7 +292,29 @@ def _labels(
         if unseen:
             text = f"{len(unseen)} classes are in no image and cannot be learnt: "
             report.add("warning", "classes", split, text + ", ".join(unseen))
+        _find_negatives(data, split, shown, len(labels), report)
+    without = [name for name, row in labels.items() if not row.any()]
+    if without:
+        level: Level = "note" if data.num_classes == 1 else "warning"
+        text = (
+            f"{len(without)} of {len(labels)} images have an empty labels cell, {without[0]!r} "
+            "first: they count as showing none of the classes"
+        )
+        report.add(level, "no label", split, text)
     return labels
+
+
+def _find_negatives(
+    data: ImageDataModule, split: str, shown: NDArray[np.float32], count: int, report: Report
+) -> None:
+    """Report classes that every training image shows, which nothing tells from the picture."""
+    always = [data.class_names[k] for k in np.flatnonzero(shown == count)]
+    if always:
+        text = (
+            f"{', '.join(always)}: in every one of the {count} images, so that there is nothing to "
+            "tell it from; add images that do not show it (an empty labels cell says none at all)"
+        )
+        report.add("warning", "negatives", split, text)
 
 
 def _compare_with_origin(labels_of: VOCLabels, sample: Sample, labels: NDArray[np.float32]) -> None:
@@ -231,26 +332,28 @@ def look(sample: Sample, num_classes: int, split: str) -> Look:
     findings = []
     size = None
     image_sha256 = None
+    tag = 1
     try:
         size = read_rgb(sample.image).shape[:2]
+        tag = orientation(sample.image)
         image_sha256 = hashlib.sha256(sample.image.read_bytes()).hexdigest()
     except WSSSError as error:
         findings.append(Finding("error", "image", split, str(error)))
     if sample.mask is None:
-        return Look(image_sha256, None, None, findings)
+        return Look(image_sha256, None, None, tag, findings)
     try:
-        mask = read_mask(sample.mask, num_classes=num_classes, size=size)
+        mask = read_mask(sample.mask, num_classes=num_classes, size=size, image=sample.image)
     except WSSSError as error:
         findings.append(_bad_mask(sample.mask, num_classes, split, str(error)))
-        return Look(image_sha256, None, None, findings)
-    ids = frozenset(int(i) for i in np.unique(mask)) - {IGNORE_INDEX}
+        return Look(image_sha256, None, None, tag, findings)
+    values = ids_in(mask)
     with Image.open(sample.mask) as image:
         palette = image.getpalette() if image.mode == "P" else voc_palette()
-    used = max(ids, default=0) + 1
+    used = max(values - {IGNORE_INDEX}, default=0) + 1
     if (palette or [])[: 3 * used] != voc_palette(used):
         text = f"{sample.mask} has another palette than VOC's; only its ids count, nothing to mend"
         findings.append(Finding("note", "palette", split, text))
-    return Look(image_sha256, mask_digest(mask), ids - {0}, findings)
+    return Look(image_sha256, mask_digest(mask), values, tag, findings)
 
 
 def _bad_mask(path: Path, num_classes: int, split: str, text: str) -> Finding:
@@ -268,6 +371,48 @@ def _raw_ids(path: Path) -> str:
         f"mask {path} holds COCO's category ids (up to 90) and not 1..80, from about the 12th "
         "class on every score would be wrong; `wsss data prepare coco` makes contiguous ones"
     )
+
+
+def _compare_orientations(
+    split: str, samples: Sequence[Sample], looks: Sequence[Look], report: Report
+) -> None:
+    """Report images with an orientation tag, and whether their masks can tell what is up."""
+    tagged = [(s, one) for s, one in zip(samples, looks, strict=True) if one.tag > 1]
+    if not tagged:
+        return
+    first, tag = tagged[0][0], tagged[0][1].tag
+    text = (
+        f"{len(tagged)} of {len(looks)} images have an EXIF orientation tag, {first.image} first "
+        f"({tag}: {TURNED[tag]}); they are read upright, as viewers show them"
+    )
+    masked = sum(one.values is not None for _, one in tagged)
+    if masked:
+        text += (
+            f", and so must their {masked} masks be drawn: look at one over its image, or store "
+            "the images turned and without the tag"
+        )
+    report.add("warning", "orientation", split, text)
+
+
+def _find_empty_masks(
+    data: ImageDataModule,
+    split: str,
+    samples: Sequence[Sample],
+    looks: Sequence[Look],
+    labels: dict[str, NDArray[np.float32]],
+    report: Report,
+) -> None:
+    """Report masks of labelled images that show no class, as most tools write one class: 255."""
+    masked = {
+        s.mask: one
+        for s, one in zip(samples, looks, strict=True)
+        if one.values is not None and s.name in labels and labels[s.name].any()
+    }
+    empty = {path: one.values or frozenset() for path, one in masked.items() if not one.ids}
+    if empty:
+        text = no_class_shown(empty, data.class_names, len(masked))
+        level: Level = "error" if len(empty) == len(masked) else "warning"
+        report.add(level, "empty masks", split, text)
 
 
 def _compare_labels(
@@ -289,7 +434,7 @@ def _compare_labels(
             if data.num_classes == len(RAW_COCO_IDS) and one.ids <= {*RAW_COCO_IDS}:
                 contiguous = {RAW_COCO_IDS.index(i) + 1 for i in one.ids}
                 raw += [sample] if contiguous <= given else []
-        if given - one.ids:
+        if given - one.ids and one.ids:  # others show no class at all and are reported as such
             unseen.append(sample)
     compared = sum(one.ids is not None for one in looks)
     if unlabelled and len(raw) == len(unlabelled):

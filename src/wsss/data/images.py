@@ -1,17 +1,21 @@
 """Pixels in and out: images, index masks, normalisation, the VOC palette, a folder to predict.
 
-Orientation tags (EXIF) are *not* applied: VOC, COCO and their masks are stored in the raw pixel
-order, so turning an image and not its mask would shift every label. A phone photo that relies on
-its tag is read lying on its side; rotate the file itself first.
+Orientation tags (EXIF) are applied wherever an image is read, as viewers and annotation tools do:
+in training, in evaluation, in `wsss predict`. A mask belongs to the upright picture. One that has
+the size of the stored pixels and not of the upright picture was drawn on the stored ones, and is
+turned along. Where both sizes are the same (turned by 180 degrees, mirrored, a square) nothing in
+the files says which it was; then the mask counts as upright, and `wsss data check` warns.
 """
 
 import io
+import re
+import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from wsss.core.errors import WSSSError
@@ -22,28 +26,118 @@ JPEG_TAIL = 65536  # bytes in which the end marker is looked for; some cameras a
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
 
+# EXIF orientation -> what makes the stored pixels upright; 1, and whatever is no tag, is nothing
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TURNED = {
+    2: "mirrored",
+    3: "turned by 180 degrees",
+    4: "upside down and mirrored",
+    5: "turned by 90 degrees and mirrored",
+    6: "turned by 90 degrees",
+    7: "turned by 270 degrees and mirrored",
+    8: "turned by 270 degrees",
+}
+ON_ITS_SIDE = 5  # from this tag on, width and height are swapped
+PNG_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # texts that may hold the tag
+
+# Pillow warns of an attack from half its limit on; beyond the limit it raises, see _unreadable
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
 def _decode(path: Path) -> Image.Image:
-    """Open and fully decode one file, so that truncation shows here and not later."""
+    """Open, fully decode and turn upright one file, so that truncation shows here, not later."""
     try:
         with Image.open(path) as image:
             image.load()
-            return image
-    except FileNotFoundError:
-        raise WSSSError(f"{path} is missing; expected an image file there") from None
+            tag = _tag(image)
+            return image.transpose(UPRIGHT[tag]) if tag > 1 else image
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        raise WSSSError(
-            f"{path} cannot be decoded ({' '.join(str(error).split())}); expected a complete image "
-            "file, copy or download it again"
+        raise _unreadable(
+            path, error, "cannot be decoded", "expected a complete image file, copy or download it"
         ) from error
+
+
+def _unreadable(path: Path, error: Exception, what: str, mend: str) -> WSSSError:
+    """Say why a file cannot be read, with what helps: a copy of a huge image is as huge."""
+    if isinstance(error, FileNotFoundError):
+        return WSSSError(f"{path} is missing; expected an image file there")
+    if isinstance(error, PermissionError | IsADirectoryError):
+        return WSSSError(f"{path} cannot be read ({error.strerror}); expected a readable file")
+    if isinstance(error, Image.DecompressionBombError):
+        pixels = re.search(r"\d+", str(error))
+        return WSSSError(
+            f"{path} has {int(pixels[0]) if pixels else 0:,} pixels, at most "
+            f"{2 * (Image.MAX_IMAGE_PIXELS or 0):,} are read; scale it down or cut it into tiles, "
+            "its mask too"
+        )
+    reason = " ".join(str(error).split())
+    if isinstance(error, UnidentifiedImageError):
+        mend = "expected JPEG, PNG or the like: convert it, or copy it"
+    return WSSSError(f"{path} {what} ({reason}); {mend} again")
+
+
+def _tag(image: Image.Image) -> int:
+    """Give the orientation tag that is still to be applied, 1..8."""
+    if image.format == "TIFF":  # Pillow applies it while decoding, and in the header's size
+        return 1
+    try:
+        tag = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a broken block of metadata; the pixels may be whole
+        return 1
+    return tag if tag in UPRIGHT else 1
+
+
+def _header_tag(image: Image.Image, path: Path) -> int:
+    """Give the orientation tag of an image that is not decoded, and decode it only if it must be.
+
+    A PNG may have its tag behind the pixels, where Pillow would decode all of them to look.
+    """
+    return 1 if image.format == "PNG" and not _png_is_tagged(path) else _tag(image)
+
+
+def _png_is_tagged(path: Path) -> bool:
+    """Look through the chunks of a PNG for one that may hold an orientation."""
+    with path.open("rb") as stream:
+        stream.seek(8)
+        while len(head := stream.read(8)) == 8:
+            length, kind = int.from_bytes(head[:4]), head[4:]
+            if kind == b"eXIf":
+                return True
+            start = stream.read(min(length, 32)) if kind in (b"tEXt", b"zTXt", b"iTXt") else b""
+            if start.startswith(PNG_TEXTS):
+                return True
+            stream.seek(length - len(start) + 4, 1)
+    return False
+
+
+def orientation(path: Path) -> int:
+    """Give the orientation tag of an image, 1..8; 1 is upright.
+
+    Raises:
+        WSSSError: the file is missing or is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return _header_tag(image, path)
+    except Exception as error:
+        raise _unreadable(path, error, "is no image", "copy or download it") from error
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """Read the header of an image, and check that a JPEG is complete; decode no pixels.
 
     Returns:
-        (height, width) in pixels.
+        (height, width) in pixels, upright: as `read_rgb` gives the image.
 
     Raises:
         WSSSError: the file is missing, is no image, or is a JPEG without its end marker.
@@ -52,20 +146,16 @@ def image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             kind = image.format
+            tag = _header_tag(image, path)
         if kind == "JPEG":
             with path.open("rb") as stream:
                 pixels = _start_of_scan(stream)
                 stream.seek(max(pixels, path.stat().st_size - JPEG_TAIL))
                 if b"\xff\xd9" not in stream.read():  # cannot occur inside the coded pixels
                     raise OSError("image file is truncated")
-    except FileNotFoundError:
-        raise WSSSError(f"{path} is missing; expected an image file there") from None
     except Exception as error:  # as in _decode
-        raise WSSSError(
-            f"{path} is no complete image ({' '.join(str(error).split())}); copy or download it "
-            "again"
-        ) from error
-    return height, width
+        raise _unreadable(path, error, "is no complete image", "copy or download it") from error
+    return (width, height) if tag >= ON_ITS_SIDE else (height, width)
 
 
 def _start_of_scan(stream: BinaryIO) -> int:
@@ -98,10 +188,10 @@ def _sixteen_bit_to_eight(path: Path, image: Image.Image) -> NDArray[np.uint8]:
 
 
 def read_rgb(path: Path) -> NDArray[np.uint8]:
-    """Read any common image as RGB, decoding it once.
+    """Read any common image as RGB, upright, decoding it once.
 
     Grey is repeated over the channels, CMYK and palettes are converted, an alpha channel is
-    dropped (not blended), 16-bit values keep their high byte, and EXIF orientation is not applied
+    dropped (not blended), 16-bit values keep their high byte, and an EXIF orientation is applied
     (see the module's docstring).
 
     Returns:
@@ -121,7 +211,11 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
 
 
 def read_mask(
-    path: Path, *, num_classes: int, size: tuple[int, int] | None = None
+    path: Path,
+    *,
+    num_classes: int,
+    size: tuple[int, int] | None = None,
+    image: Path | None = None,
 ) -> NDArray[np.uint8]:
     """Read a mask of class ids: 0 background, 1..num_classes foreground, 255 ignored.
 
@@ -129,6 +223,7 @@ def read_mask(
         path: palette (``P``) or 8-bit grey (``L``) image whose stored values are the ids.
         num_classes: K, the number of foreground classes.
         size: (height, width) of the image that the mask belongs to, if it is to be checked.
+        image: that image; a mask of its stored pixels is turned with it (see the module).
 
     Returns:
         uint8 array (H, W).
@@ -136,18 +231,18 @@ def read_mask(
     Raises:
         WSSSError: the file is missing, corrupt, coloured, of another size, or holds other ids.
     """
-    image = _decode(path)
-    if image.mode not in ("P", "L"):
+    drawn = _decode(path)
+    if drawn.mode not in ("P", "L"):
+        mend = "use the original index PNG or map its colours back to ids"
+        if drawn.mode == "1":
+            mend = "save it as 8-bit grey with 1 (the class) where it is white"
         raise WSSSError(
-            f"mask {path} has mode {image.mode}; expected class ids in a palette (P) or 8-bit grey "
-            "(L) PNG, use the original index PNG or map its colours back to ids"
+            f"mask {path} has mode {drawn.mode}; expected class ids in a palette (P) or 8-bit grey "
+            f"(L) PNG, {mend}"
         )
-    mask = np.array(image)
-    if size is not None and mask.shape != size:
-        raise WSSSError(
-            f"mask {path} is {mask.shape[1]}x{mask.shape[0]} (width x height) but its image is "
-            f"{size[1]}x{size[0]}; expected the same size, use the mask that belongs to the image"
-        )
+    if size is not None:
+        drawn = _fitted(drawn, f"mask {path}", size, image)
+    mask = np.array(drawn)
     present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
     unknown = [int(i) for i in present if num_classes < i != IGNORE_INDEX]
     if unknown:
@@ -159,13 +254,45 @@ def read_mask(
     return mask
 
 
-def read_saliency(path: Path, *, threshold: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+def _fitted(
+    drawn: Image.Image, name: str, size: tuple[int, int], image: Path | None
+) -> Image.Image:
+    """Give a map at its image's size, turned along if it was drawn on the stored pixels.
+
+    Args:
+        drawn: the map.
+        name: what it is, for the message.
+        size: (height, width) of the upright image.
+        image: the image, or None where only its size is known.
+
+    Raises:
+        WSSSError: it is of another size; the message names an orientation tag.
+    """
+    have = (drawn.height, drawn.width)
+    if have == size:
+        return drawn
+    tag = 1 if image is None else orientation(image)
+    if tag >= ON_ITS_SIDE and have == size[::-1]:
+        return drawn.transpose(UPRIGHT[tag])
+    why = f" as its EXIF orientation tag {tag} turns it" if tag > 1 else ""
+    if tag == 1 and have == size[::-1]:
+        why = ", as if one of them were turned (an EXIF orientation tag that was lost?)"
+    raise WSSSError(
+        f"{name} is {have[1]}x{have[0]} (width x height) but its image is {size[1]}x{size[0]}"
+        f"{why}; expected the same size, use the one that belongs to the image"
+    )
+
+
+def read_saliency(
+    path: Path, *, threshold: int, size: tuple[int, int], image: Path | None = None
+) -> NDArray[np.uint8]:
     """Read a grey saliency map; pixels above ``threshold`` are salient.
 
     Args:
         path: 8-bit grey, 1-bit or palette image.
         threshold: grey level in 0..254.
         size: (height, width) of the image that the map belongs to.
+        image: that image, as for `read_mask`.
 
     Returns:
         uint8 array (H, W), 1 where salient and 0 elsewhere.
@@ -173,17 +300,12 @@ def read_saliency(path: Path, *, threshold: int, size: tuple[int, int]) -> NDArr
     Raises:
         WSSSError: the file is missing, corrupt, coloured or of another size.
     """
-    image = _decode(path)
-    if image.mode not in ("L", "1", "P"):
+    drawn = _decode(path)
+    if drawn.mode not in ("L", "1", "P"):
         raise WSSSError(
-            f"saliency map {path} has mode {image.mode}; expected 8-bit grey (L), convert it"
+            f"saliency map {path} has mode {drawn.mode}; expected 8-bit grey (L), convert it"
         )
-    grey = np.asarray(image.convert("L"))
-    if grey.shape != size:
-        raise WSSSError(
-            f"saliency map {path} is {grey.shape[1]}x{grey.shape[0]} (width x height) but its "
-            f"image is {size[1]}x{size[0]}; expected the same size"
-        )
+    grey = np.asarray(_fitted(drawn, f"saliency map {path}", size, image).convert("L"))
     return (grey > threshold).astype(np.uint8)
 
 

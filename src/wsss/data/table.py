@@ -6,11 +6,13 @@
     photos/0001.jpg,cat;dog,masks/0001.png,train
     photos/0002.jpg,dog,,val
 
-Paths are relative to the data's root and stay inside it. Labels are separated by ``;`` or ``|``.
-A mask is an index PNG whose ids follow the order of the classes: that of ``data.class_names``,
-else of a ``classes.txt`` (one name a line) beside the table, else alphabetical. Rows without a
-mask are trained on and are not scored per pixel. `wsss data prepare` writes COCO and the exports
-of annotation tools as such tables, so this is the only reader they need.
+Paths are relative to the data's root and stay inside it. Labels are separated by ``;`` or ``|``;
+an empty cell says that the image shows none of the classes. A mask is an index PNG whose ids
+follow the order of the classes: that of ``data.class_names``, else of a ``classes.txt`` (one name
+a line) beside the table. Without either the classes are the labels in alphabetical order, which is
+refused beside masks, since a mistyped label would shift their ids. Rows without a mask are trained
+on and are not scored per pixel. `wsss data prepare` writes COCO and the exports of annotation
+tools as such tables, so this is the only reader they need.
 """
 
 import csv
@@ -20,16 +22,19 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from wsss.core.errors import WSSSError
-from wsss.data.dataset import Sample
+from wsss.data.dataset import Sample, same_spelling, spelling, wrong_names
+from wsss.maps.pixels import IGNORE_INDEX
 
 COLUMNS = ("image", "labels", "mask", "split")
 CLASSES_FILE = "classes.txt"
 FOLDER = "wsss"  # below the data's root: what we make never lies among the user's files
+WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # how an absolute path of Windows begins
+JOINTS = re.compile(r"[\s,/+&_-]+")  # what people write between two labels in one cell
 PICKLES = frozenset({".npy", ".npz", ".pkl", ".pickle", ".pt", ".pth"})
 
 
@@ -39,7 +44,7 @@ class Row(NamedTuple):
     Attributes:
         line: of the CSV, for messages.
         sample: its files; the name is the image's path without suffix.
-        labels: class names, at least one.
+        labels: class names; none where the image shows none of the classes.
         split: as written, or None without such a column.
     """
 
@@ -57,12 +62,16 @@ class Table(NamedTuple):
         rows: the images.
         class_names: all classes, in the order of the mask ids.
         problems: what is wrong, one line each; empty unless `all_problems` is set.
+        undeclared: why the classes must be declared; empty unless `all_problems` is set.
+        declared: whether a list gave the classes; else they are the labels.
     """
 
     path: Path
     rows: list[Row]
     class_names: tuple[str, ...]
     problems: list[str]
+    undeclared: str
+    declared: bool
 
 
 def refuse_pickle(path: Path) -> None:
@@ -88,11 +97,13 @@ def read_table(
 
     Raises:
         WSSSError: no UTF-8 CSV, a missing column, a path outside the root, an image listed twice,
-            a row without labels, an unknown class; with `all_problems` only the first two.
+            labels that cannot be told apart or are several in one, an unknown class, masks whose
+            ids nothing orders; with `all_problems` only the first two.
     """
     root = Path(os.path.normpath(root))
     records = _records(path)
-    known = class_names or read_classes(path.parent / CLASSES_FILE)
+    listed = None if class_names else read_classes(path.parent / CLASSES_FILE)
+    known = class_names or listed
     rows: list[Row] = []
     problems: list[str] = []
     seen: dict[str, int] = {}
@@ -107,21 +118,105 @@ def read_table(
         seen[row.sample.name] = line
         rows.append(row)
     found = tuple(known or sorted({label for row in rows for label in row.labels}))
-    clash = [name for name, count in Counter(name.lower() for name in found).items() if count > 1]
-    if clash:
-        problems.append(f"{path} has classes that differ only in case ({clash[0]!r}); unite them")
+    if wrong := wrong_names(found):
+        where = path.parent / CLASSES_FILE if listed else "data.class_names" if known else path
+        problems.append(f"{where} {wrong}")
+    if not known and len(found) < IGNORE_INDEX:  # more cannot be classes; it says so elsewhere
+        problems += _joined_labels(path, rows)
     if not rows and not problems:
         problems.append(f"{path} has no row below its header; expected one image a line")
-    if problems and not all_problems:
-        raise WSSSError(problems[0])
-    return Table(path, rows, found, problems)
+    if not found and not problems:
+        problems.append(f"{path} has no label in any row; expected at least one class")
+    undeclared = "" if known else _undeclared(path, rows, found)
+    if not all_problems and (problems or undeclared):
+        raise WSSSError(problems[0] if problems else undeclared)
+    return Table(path, rows, found, problems, undeclared, declared=bool(known))
+
+
+def _joined_labels(path: Path, rows: Sequence[Row]) -> list[str]:
+    """Find labels that look like several, where no list of classes says that they are one."""
+    problems = []
+    lines = {label: row.line for row in reversed(rows) for label in row.labels}  # the first one
+    orders: dict[tuple[str, ...], str] = {}
+    for label in sorted(lines):
+        parts = joined(label, lines)
+        words = _words(label)
+        other = orders.setdefault(tuple(sorted(words)), label)
+        if parts:
+            what = f"which joins the labels {' and '.join(map(repr, parts))}"
+        elif "," in label:
+            what = "which has a comma"
+        elif len(words) > 1 and other != label:
+            what = f"which has the words of {other!r}"
+        else:
+            continue
+        problems.append(
+            f"{path} line {lines[label]} has the label {label!r}, {what}; separate labels by ; or, "
+            f"if it is one class, list the classes in {path.parent / CLASSES_FILE}, one a line"
+        )
+    return problems
+
+
+def joined(label: str, names: Iterable[str]) -> list[str]:
+    """Give the names that a label joins by blanks, commas or the like; none if it is no such."""
+    by_words = {_words(name): name for name in names if name != label}
+
+    def cut(words: tuple[str, ...]) -> list[str] | None:
+        if not words:
+            return []
+        for count in range(1, len(words) + 1):
+            head = by_words.get(words[:count])
+            rest = cut(words[count:]) if head else None
+            if head and rest is not None:
+                return [head, *rest]
+        return None
+
+    parts = cut(_words(label)) or []
+    return parts if len(parts) > 1 else []
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """Split a label where several may be joined; the word ``and`` is a joint too."""
+    words = (spelling(word) for word in JOINTS.split(name))
+    return tuple(word for word in words if word and word != "and")
+
+
+def _undeclared(path: Path, rows: Sequence[Row], names: Sequence[str]) -> str:
+    """Say why classes must be declared: beside masks their order is what an id means."""
+    masks = sum(row.sample.mask is not None for row in rows)
+    if not masks or len(names) < 2:
+        return ""
+    counts = Counter(label for row in rows for label in row.labels)
+    shown = ", ".join(f"{name} ({counts[name]})" for name in names[:20])
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return (
+        f"{path} has {masks} masks, and nothing says which class is which id in them; list the "
+        f"classes in {path.parent / CLASSES_FILE}, one a line, id 1 first (or give "
+        f"data.class_names=[...]); its labels are {shown}{more}"
+    )
 
 
 def read_classes(path: Path) -> tuple[str, ...] | None:
-    """Read class names, one a line; None if there is no such file."""
+    """Read class names, one a line; None if there is no such file.
+
+    Raises:
+        WSSSError: it is no text, is empty, or has a name twice.
+    """
     if not path.is_file():
         return None
-    return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
+    lines: dict[str, int] = {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        name = line.strip()
+        if name in lines:
+            raise WSSSError(
+                f"{path} has the class {name!r} twice (lines {lines[name]} and {number}), so that "
+                "the ids of all that follow are unsure; remove one"
+            )
+        if name:
+            lines[name] = number
+    if not lines:
+        raise WSSSError(f"{path} is empty; list the classes, one a line, or remove it")
+    return tuple(lines)
 
 
 def read_text(path: Path) -> str:
@@ -194,16 +289,29 @@ def _row(
     if name in seen:
         raise WSSSError(f"{where} lists {name!r} again (first in line {seen[name]}); remove one")
     labels = tuple(dict.fromkeys(filter(None, map(str.strip, split_labels(record["labels"])))))
-    if not labels:
-        raise WSSSError(f"{where} gives {name!r} no label; expected at least one class, or remove")
+    if record["labels"] and not labels:
+        raise WSSSError(
+            f"{where} gives {name!r} no label but a separator; name a class, or leave the cell "
+            "empty for an image that shows none of the classes"
+        )
     for label in labels:
         if known and label not in known:
-            near = difflib.get_close_matches(label, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "correct it or data.class_names"
-            raise WSSSError(f"{where} has the label {label!r}, which is no known class; {hint}")
+            raise WSSSError(f"{where} has the label {label!r}, {_meant(label, known)}")
     if record.get("split") == "":
         raise WSSSError(f"{where} has no split; fill the column in every row, or remove it")
     return Row(line, Sample(name, image, mask), labels, record.get("split"))
+
+
+def _meant(label: str, known: Sequence[str]) -> str:
+    """Say what an unknown label may be meant to be."""
+    if parts := joined(label, known):
+        return f"which joins the classes {' and '.join(map(repr, parts))}; separate them by ;"
+    alike = [name for name in known if spelling(name) == spelling(label)]
+    if pair := same_spelling([label, *alike]):
+        return f"which is no known class: there are {pair}; write it as the class"
+    near = difflib.get_close_matches(label, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "correct it or data.class_names"
+    return f"which is no known class; {hint}"
 
 
 def split_labels(text: str) -> list[str]:
@@ -214,9 +322,18 @@ def split_labels(text: str) -> list[str]:
 def inside(root: Path, text: str, where: str) -> Path:
     """Give a table's path below the root.
 
+    Backslashes separate folders, as Windows writes them, unless a file has that very name.
+
     Raises:
         WSSSError: it is empty or leads out of the root. Links are followed, not judged.
     """
+    if "\\" in text and not os.path.exists(root / text):
+        if WINDOWS.match(text):
+            raise WSSSError(
+                f"{where} names {text!r}, an absolute path of Windows; expected a file below the "
+                f"data's root {root}, relative to it"
+            )
+        text = text.replace("\\", "/")
     path = Path(os.path.normpath(root / text))
     if not text or path == root or not path.is_relative_to(root):
         raise WSSSError(
@@ -237,14 +354,17 @@ def holdout(rows: Sequence[Row], share: float) -> set[str]:
     Raises:
         WSSSError: no image can be spared.
     """
-    left = Counter(label for row in rows for label in row.labels)
+    # images that show none of the classes are one more thing to learn from
+    shown = {row.sample.name: row.labels or ("",) for row in rows}
+    left = Counter(label for labels in shown.values() for label in labels)
     wanted = max(1, round(share * len(rows)))
     chosen: set[str] = set()
     order = sorted(rows, key=lambda row: hashlib.sha256(row.sample.name.encode()).digest())
     for row in order:
-        if len(chosen) < wanted and all(left[label] > 1 for label in row.labels):
+        labels = shown[row.sample.name]
+        if len(chosen) < wanted and all(left[label] > 1 for label in labels):
             chosen.add(row.sample.name)
-            left.subtract(row.labels)
+            left.subtract(labels)
     if not chosen:
         raise WSSSError(
             "no image can be held out for validation without emptying a class; add images, or a "

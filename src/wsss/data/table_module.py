@@ -1,6 +1,8 @@
 """The data module of a CSV: own images, COCO, exports of annotation tools."""
 
+import difflib
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +80,20 @@ class TableDataModule(ImageDataModule):
                 "correct the column"
             )
         return chosen[: self.limit]
+
+    def left_out(self) -> str:
+        """Count the rows of splits that are not in use."""
+        used = [self.train_split, self.val_split, *self.test_splits]
+        others = Counter(row.split for row in self.table.rows if row.split not in (None, *used))
+        if not others:
+            return ""
+        shown = ", ".join(f"{split!r} ({count})" for split, count in others.most_common(10))
+        near = [near for split in others for near in difflib.get_close_matches(str(split), used)]
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return (
+            f"{others.total()} of {len(self.table.rows)} rows of {self.csv} are not read, since "
+            f"their split is not in use ({', '.join(used)}): {shown}{hint}"
+        )
 
     def label_reader(self) -> Callable[[Sample], NDArray[np.float32]]:
         """Give the labels as the table has them."""

@@ -59,18 +59,21 @@ def list_path(root: Path, split: str) -> Path:
     return root / "ImageSets" / "Segmentation" / f"{split}.txt"
 
 
-def read_split(root: Path, split: str) -> list[str]:
-    """Read the image names of a split, one a line; empty lines are ignored.
+def read_names(path: Path, split: str) -> dict[str, int]:
+    """Read a list, one name a line; empty lines are ignored.
+
+    A name may hold blanks. Quotes around a line, as CVAT writes them then, are not part of it.
 
     Args:
-        root: folder as returned by `find_voc_root`.
-        split: name of a list in ``ImageSets/Segmentation``, or the path of a ``.txt`` file.
+        path: the file.
+        split: what it is the list of, for the message.
+
+    Returns:
+        The names in their order, with the numbers of their lines.
 
     Raises:
-        WSSSError: the list is missing, empty, not text, names an image twice, or a line is not
-            one bare name.
+        WSSSError: the list is missing, empty, not text, or names an image twice.
     """
-    path = list_path(root, split)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -83,26 +86,41 @@ def read_split(root: Path, split: str) -> list[str]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise WSSSError(f"list {path} cannot be read as text ({error}); expected names") from error
-    names: list[str] = []
     seen: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         name = line.strip()
-        if not name:
-            continue
-        if len(name.split()) != 1 or "/" in name or "\\" in name:
-            raise WSSSError(
-                f"list {path} line {number} reads {name[:60]!r}; expected one image name a line, "
-                "without folder or suffix"
-            )
+        if len(name) > 2 and name[0] == name[-1] == '"':
+            name = name[1:-1]
         if name in seen:
             raise WSSSError(
                 f"list {path} names {name!r} twice (lines {seen[name]} and {number}); remove one"
             )
-        seen[name] = number
-        names.append(name)
-    if not names:
+        if name:
+            seen[name] = number
+    if not seen:
         raise WSSSError(f"list {path} is empty; expected one image name a line")
-    return names
+    return seen
+
+
+def read_split(root: Path, split: str) -> list[str]:
+    """Read the image names of a split, see `read_names`.
+
+    Args:
+        root: folder as returned by `find_voc_root`.
+        split: name of a list in ``ImageSets/Segmentation``, or the path of a ``.txt`` file.
+
+    Raises:
+        WSSSError: as `read_names`, or a line is not one bare name.
+    """
+    path = list_path(root, split)
+    names = read_names(path, split)
+    for name, number in names.items():
+        if "/" in name or "\\" in name:
+            raise WSSSError(
+                f"list {path} line {number} reads {name[:60]!r}; expected one image name a line, "
+                "without folder or suffix"
+            )
+    return list(names)
 
 
 def labels_from_xml(path: Path, class_names: Sequence[str]) -> NDArray[np.float32]:
@@ -180,7 +198,8 @@ def derive_labels(
     if not labels.any():
         raise WSSSError(
             f"{path} gives image {sample.name!r} no label; expected an object of one of the "
-            f"{len(class_names)} classes, correct it or remove the image from the list"
+            f"{len(class_names)} classes, correct it or remove the image from the list (a table, "
+            "data=table, may list images without an object)"
         )
     return labels
 
@@ -219,10 +238,10 @@ class VOCLabels:
         """
         if self.prepared is None:
             return derive_labels(sample, self.root, self.class_names, self.source)
-        if sample.name not in self.prepared:
+        if not self.prepared.get(sample.name):
             raise WSSSError(
-                f"{self.path} has no row of {sample.name!r}; run `wsss data prepare voc` again, or "
-                "remove the file"
+                f"{self.path} has no row of {sample.name!r} with a label; run `wsss data prepare "
+                "voc` again, or remove the file"
             )
         return multi_hot(self.prepared[sample.name], self.class_names)
 

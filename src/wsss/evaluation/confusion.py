@@ -31,7 +31,8 @@ class Scores:
         precision: (C,) float64, TP / (TP + FP); NaN also where nothing was predicted.
         recall: (C,) float64, TP / (TP + FN); under-activation is ``1 - recall``.
         over: (C,) float64, FP / (TP + FN), over-activation.
-        miou: mean of ``iou`` over the classes that occur in the ground truth.
+        miou: mean of ``iou`` over the classes that occur in the ground truth; NaN where that is
+            at most the background, for which no prediction is needed.
         pixel_accuracy: share of counted pixels that are right.
     """
 
@@ -74,7 +75,7 @@ def scores(matrix: Tensor) -> Scores:
         precision=torch.where(occurs & (predicted > 0), hit / predicted, nan),
         recall=torch.where(occurs, hit / truth, nan),
         over=torch.where(occurs, (predicted - hit) / truth, nan),
-        miou=iou.nanmean().item(),
+        miou=iou.nanmean().item() if occurs[1:].any() else float("nan"),
         pixel_accuracy=(hit.sum() / counts.sum()).item(),
     )
 

@@ -39,6 +39,9 @@ from wsss.maps.pseudo_labels import cam_to_label
 
 NO_SEGMENTATION = "no segmentation head: segmentation is not scored"
 NO_MASKS = "no masks: only image-level scores"
+NO_CLASS_PIXELS = (
+    "no mask has a pixel of a class (0 is background, 255 is ignored): only image-level scores"
+)
 Batch = dict[str, Any]
 #: kind of label map -> key of its mIoU; abstentions of pseudo labels count as background there
 LABEL_MAPS = {
@@ -255,8 +258,10 @@ class Tally(nn.Module):
         columns["image_ap"] = [math.nan, *image.average_precision]
         # NaN where no image has a label to compare with
         result = {key: None if _is_nan(value) else value for key, value in result.items()}
-        notes = [] if result["seg_miou"] is not None else [NO_SEGMENTATION]
-        return result | {"notes": notes if result["maps"] else [NO_MASKS]}
+        if not result["maps"]:
+            counted = any(len(self.counts(name).compute().cells) for name in LABEL_MAPS)
+            return result | {"notes": [NO_CLASS_PIXELS if counted else NO_MASKS]}
+        return result | {"notes": [] if result["seg_miou"] is not None else [NO_SEGMENTATION]}
 
     def _seeds(self, result: dict[str, Any]) -> None:
         thresholds = self.protocol.curve_thresholds
@@ -265,7 +270,7 @@ class Tally(nn.Module):
         predicted: float | None = None
         if self.both_labels:
             predicted = scores(self.seed_predicted.compute()[0]).miou
-        if not matrices[0].sum():  # label maps alone were counted
+        if not matrices[0][1:].sum():  # label maps alone were counted, or no class is anywhere
             return
         curve = [scores(matrix) for matrix in matrices]
         declared = thresholds.index(self.protocol.cam_threshold)
@@ -293,13 +298,16 @@ class Tally(nn.Module):
         result["per_class"]["seed_pixel_ap"] = [math.nan, *pixel_ap.tolist()]
 
     def _label_maps(self, name: str, result: dict[str, Any]) -> None:
-        """Compute the numbers of one kind of label map; None where there is none."""
+        """Compute the numbers of one kind of label map; None where there is none to compute.
+
+        Where no pixel is of a class, a map of nothing but background would be perfect.
+        """
         totals = self.counts(name).compute()
         abstains = name == "pseudo_label"
         result[LABEL_MAPS[name]] = None
         if abstains:
             result |= {"pseudo_label_miou_excluded": None, "pseudo_label_coverage": None}
-        if not len(totals.cells):
+        if not (totals.counts.matrix[1:].any() or totals.counts.abstained[1:].any()):
             return
         values, columns = label_map_scores(totals)
         result["maps"][name] = values

@@ -136,6 +136,9 @@ def energy_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reduce everything that the energy needs (toco.md section 2, Reg).
 
+    The reduced size is (floor(s H), floor(s W)), s the factor. Pixels are sampled by the ratio of
+    the two sizes, which at an odd size is not s.
+
     Args:
         images: (B, 3, H, W) normalised images.
         prob: (B, C, H, W) probabilities.
@@ -152,12 +155,14 @@ def energy_inputs(
     """
     colour_mean = images.new_tensor([255 * m for m in mean]).view(3, 1, 1)
     colour_std = images.new_tensor([255 * s for s in std]).view(3, 1, 1)
-    colours = F.interpolate(images * colour_std + colour_mean, scale_factor=scale_factor)
-    reduced = F.interpolate(prob, scale_factor=scale_factor, mode="bilinear", align_corners=False)
+    # The size, not the factor: at odd sizes the factor would sample beside the right positions.
+    size = [int(scale_factor * side) for side in images.shape[-2:]]
+    colours = F.interpolate(images * colour_std + colour_mean, size)
+    reduced = F.interpolate(prob, size, mode="bilinear", align_corners=False)
     inside = inside_boxes(boxes.to(images.device), *images.shape[-2:])[:, None].to(prob.dtype)
-    roi = F.interpolate(inside, scale_factor=scale_factor)
+    roi = F.interpolate(inside, size)
     ignored = (label == ignore_index)[:, None].to(prob.dtype)
-    ignored = F.interpolate(ignored, scale_factor=scale_factor) > 0
+    ignored = F.interpolate(ignored, size) > 0
     gate = (roi - reduced.detach().amax(1, keepdim=True)).clamp_min(0)
     return colours, reduced, roi, gate.masked_fill(ignored, 1.0)
 

@@ -5,6 +5,7 @@ cannot run code. Keys are never matched loosely: what is missing, extra or missh
 """
 
 import hashlib
+import zipfile
 from collections.abc import Mapping
 from math import isqrt
 from pathlib import Path
@@ -19,6 +20,37 @@ from wsss.core.files import first_line, whole_file
 from wsss.core.places import PACKAGE
 
 
+def read_torch_file(path: Path) -> Any:
+    """Read what a torch file holds without running code from it.
+
+    torch compares no checksum, so a flipped bit would load as another weight: the archive's own
+    checksums are compared first. Files of torch before 1.6 are no archives and have none.
+
+    Raises:
+        WSSSError: missing, empty, truncated, damaged or unsafe file.
+    """
+    if not path.is_file():
+        raise WSSSError(f"{path}: no such checkpoint")
+    if path.stat().st_size == 0:
+        raise WSSSError(f"{path}: is empty; copy it again, or remove it")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise WSSSError(
+                    f"{path}: is damaged, the checksum of {damaged} does not fit; copy it again"
+                )
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except WSSSError:
+        raise
+    except Exception as error:  # zip, pickle and OS errors share no base class
+        raise WSSSError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); "
+            "expected .safetensors, or a torch file that holds plain values and tensors alone"
+        ) from error
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read the parameters in a ``.safetensors`` file or a torch checkpoint.
 
@@ -27,19 +59,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         WSSSError: missing, truncated or unsafe file, or one that holds no parameters.
     """
-    if not path.is_file():
-        raise WSSSError(f"{path}: no such checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    if path.suffix == ".safetensors" and path.is_file():
+        from safetensors.torch import load_file
 
+        try:
             return load_file(path)
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle, safetensors and OS errors share no base class
-        raise WSSSError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); "
-            "expected .safetensors, or a torch file that loads with weights_only=True"
-        ) from error
+        except Exception as error:  # safetensors and OS errors share no base class
+            raise WSSSError(
+                f"{path}: not a readable .safetensors file ({first_line(error)})"
+            ) from error
+    content = read_torch_file(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

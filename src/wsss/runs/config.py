@@ -28,6 +28,7 @@ from wsss.core.schema import (
     targets,
 )
 from wsss.evaluation.protocol import Protocol
+from wsss.runs.stored import check_place
 from wsss.runs.targets import with_former_targets
 
 
@@ -234,6 +235,7 @@ def check_config(config: DictConfig) -> None:
     _check_group(content["budget"], Budget, "budget")  # before what refers to it
     for path, node in targets(content):
         target = target_class(node["_target_"], path)
+        check_place(target, node["_target_"], path)
         parameters = parameters_of(target)
         if path == "trainer":
             parameters |= parameters_of(Acceleration)

@@ -7,7 +7,18 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from wsss.core.errors import WSSSError
 from wsss.core.stopwatch import device_name, peak_memory
+
+#: what a checkpoint keeps of a :class:`CostMeter`
+STATE: dict[str, type | tuple[type, ...]] = {
+    "seconds": (int, float),
+    "peak": int,
+    "kind": str,
+    "where": str,
+    "devices": int,
+    "sessions": int,
+}
 
 
 class CostMeter(Callback):
@@ -54,21 +65,44 @@ class CostMeter(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps."""
         self._tick()
-        names = ("seconds", "peak", "kind", "where", "devices", "sessions")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where an interrupted run stood."""
-        self.__dict__.update(state_dict)
+        """Go on where an interrupted run stood.
+
+        Raises:
+            WSSSError: the state is damaged.
+        """
+        self.__dict__.update(checked_state(state_dict, "the checkpoint"))
 
 
-def training_cost(state: dict[str, Any]) -> dict[str, Any]:
+def checked_state(state: Any, origin: str) -> dict[str, Any]:
+    """Give the state of a :class:`CostMeter` back if it is one.
+
+    Raises:
+        WSSSError: a part is missing, of another kind or below zero.
+    """
+    whole = isinstance(state, dict) and state.keys() == STATE.keys()
+    if not whole or not all(isinstance(state[key], kind) for key, kind in STATE.items()):
+        raise WSSSError(f"{origin}: what it says of its cost is damaged; copy it again")
+    numbers = [value for value in state.values() if not isinstance(value, str)]
+    if not all(0 <= number < 2**63 for number in numbers):
+        raise WSSSError(f"{origin}: what it says of its cost is out of range; copy it again")
+    return dict(state)
+
+
+def training_cost(state: dict[str, Any], origin: str = "the checkpoint") -> dict[str, Any]:
     """Make the cost entry of ``results.json`` from the state of a :class:`CostMeter`.
+
+    Args:
+        state: of the callback.
+        origin: where it was read, for the error.
 
     Returns:
         Wall hours, device hours (GPU hours where ``kind`` is GPU memory), peak memory of the first
         process in bytes and what it counts, devices, and the number of sessions.
     """
+    state = checked_state(state, origin)
     hours = state["seconds"] / 3600
     on_gpu = state["kind"].startswith("GPU")
     return {

@@ -1,7 +1,7 @@
 """The value Run: where it lies, how its parts are built, how it is read back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,10 +18,11 @@ from wsss.data.datamodule import TRAINING_LIST, ImageDataModule
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
 from wsss.models.backbone import Backbone, WeightsInfo
-from wsss.models.weights import fit_positions, load_state_dict_strictly
+from wsss.models.weights import fit_positions, load_state_dict_strictly, read_torch_file
 from wsss.runs.config import config_hash, override_config
 from wsss.runs.costs import CostMeter, training_cost
-from wsss.runs.targets import with_current_targets
+from wsss.runs.stored import check_stored
+from wsss.runs.targets import with_current_state_keys, with_current_targets
 
 CONFIG_FILE = "config.yaml"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
@@ -55,9 +56,15 @@ def build(node: dict[str, Any], **supplied: Any) -> Any:
         raise WSSSError(f"{node['_target_']}: {first_line(cause or error)}") from error
 
 
-def build_data(config: dict[str, Any]) -> ImageDataModule:
-    """Make the DataModule of a resolved configuration."""
-    data: ImageDataModule = build(config["data"])
+def build_data(config: Mapping[str, Any], *, for_training: bool = True) -> ImageDataModule:
+    """Make the DataModule of a resolved configuration.
+
+    Args:
+        config: resolved configuration.
+        for_training: False leaves out the training views, which then are no code that runs.
+    """
+    unused = {} if for_training else {"train_transform": None}
+    data: ImageDataModule = build({**config["data"], **unused})
     return data
 
 
@@ -145,15 +152,16 @@ class Run:
         return self
 
 
-def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
+def load_run(path: Path | str, overrides: Sequence[str] = (), *, trust: Sequence[str] = ()) -> Run:
     """Read a run folder's last checkpoint, or a checkpoint file.
 
     Args:
         path: folder or ``.ckpt`` file.
         overrides: ``eval.*``, ``data.*`` and other keys to change, as ``key=value``.
+        trust: packages beside ``wsss`` whose classes the checkpoint may name; their code is run.
 
     Returns:
-        The run; its module is on the CPU, in eval mode.
+        The run, to evaluate and predict with; its module is on the CPU, in eval mode.
 
     Raises:
         WSSSError: missing or truncated checkpoint, one that is not ours, unknown keys.
@@ -162,12 +170,14 @@ def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     file = path / LAST_CHECKPOINT if path.is_dir() else path
     checkpoint = _read_checkpoint(file)
     meta = checkpoint["wsss"]
-    config = override_config(with_current_targets(meta["config"]), list(overrides))
-    data = build_data(config)
+    stored = check_stored(with_current_targets(meta["config"]), str(file), trust)
+    config = override_config(stored, list(overrides))
+    data = build_data(config, for_training=False)
     module = build_module(config, data.num_classes, with_weights=False)
     restore_state(module, checkpoint["state_dict"], str(file))
     module.backbone.weights_info = WeightsInfo(**meta["backbone"])
-    meter = checkpoint.get("callbacks", {}).get(CostMeter.state_key)
+    callbacks = checkpoint.get("callbacks")
+    meter = callbacks.get(CostMeter.state_key) if isinstance(callbacks, dict) else None
     return Run(
         module.eval(),
         data,
@@ -176,7 +186,7 @@ def load_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
         path,
         overrides=tuple(overrides),
         step=int(checkpoint.get("global_step", 0)),
-        cost=training_cost(meter) if meter else None,
+        cost=training_cost(meter, str(file)) if meter else None,
         train_list=_training_list(checkpoint, data),
     )
 
@@ -185,22 +195,52 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a file that holds our own ``wsss`` entry and a state dict."""
     if not path.is_file():
         raise WSSSError(f"{path}: no such checkpoint; run= takes a run folder or a .ckpt file")
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        _ = checkpoint["wsss"], checkpoint["state_dict"]
-    except Exception as error:  # zip, pickle and key errors share no base class
+    return check_checkpoint(read_torch_file(path), path)
+
+
+def check_checkpoint(content: Any, path: Path, *, to_resume: bool = False) -> dict[str, Any]:
+    """Give a checkpoint's content back if all parts that are read of it are of their kind.
+
+    Args:
+        content: of the file.
+        path: the file, for the error.
+        to_resume: also look for what training goes on by.
+
+    Raises:
+        WSSSError: it names the first part that is missing or of another kind.
+    """
+    parts: dict[str, type | tuple[type, ...]] = {"wsss": dict, "state_dict": dict}
+    if to_resume:
+        parts |= {"global_step": int, "loops": dict, "optimizer_states": list}
+        parts |= {"lr_schedulers": list, "callbacks": dict, "epoch": int}
+    if not isinstance(content, dict) or "wsss" not in content:
         raise WSSSError(
-            f"{path}: not a wsss checkpoint ({str(error).splitlines()[0][:100]}); an official one "
-            "must go through `wsss convert` first"
-        ) from error
-    return checkpoint
+            f"{path}: not a wsss checkpoint; an official one must go through `wsss convert` first"
+        )
+    content = with_current_state_keys(content)
+    for name, kind in parts.items():
+        if not isinstance(content.get(name), kind):
+            raise WSSSError(f"{path}: its {name} is missing or damaged; copy it again")
+    meta, state = content["wsss"], content["state_dict"]
+    backbone = meta.get("backbone")
+    if not isinstance(meta.get("config"), dict) or not isinstance(backbone, dict):
+        raise WSSSError(f"{path}: its configuration is missing or damaged; copy it again")
+    if backbone.keys() != {field.name for field in fields(WeightsInfo)}:
+        raise WSSSError(f"{path}: what it says of its encoder's weights is damaged; copy it again")
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+        raise WSSSError(f"{path}: its state_dict holds more than tensors by name; copy it again")
+    step = content.get("global_step", 0)
+    if not isinstance(step, int) or not 0 <= step < 2**53:
+        raise WSSSError(f"{path}: its global_step={step!r} is no number of steps; copy it again")
+    return content
 
 
 def _training_list(checkpoint: dict[str, Any], data: ImageDataModule) -> str | None:
     """Read the hash from what the data module left in a checkpoint to resume by."""
-    order = checkpoint.get(type(data).__qualname__, {}).get("order", {})
-    found: str | None = order.get(TRAINING_LIST)
-    return found
+    state = checkpoint.get(type(data).__qualname__)
+    order = state.get("order") if isinstance(state, dict) else None
+    found = order.get(TRAINING_LIST) if isinstance(order, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def restore_state(module: WSSSModule, state: dict[str, Tensor], origin: str) -> None:

@@ -19,6 +19,8 @@ MOVED = {
     "wsss.data.square_views.SquareViews": "wsss.data.views.tkp_pcl.SquareViews",
     "wsss.data.labelled_crops.LabelledCrops": "wsss.data.views.segmenter.LabelledCrops",
 }
+#: Lightning's key of a data module's state in a checkpoint: the class's name -> its name today
+STATE_KEYS = {"WSSSDataModule": "VOCDataModule"}
 FORMER = {new: old for old, new in MOVED.items()}
 
 
@@ -30,6 +32,11 @@ def with_current_targets(node: Any) -> Any:
 def with_former_targets(node: Any) -> Any:
     """Give a configuration with every ``_target_`` as the first version called it, for hashes."""
     return _renamed(node, FORMER)
+
+
+def with_current_state_keys(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Give a checkpoint's content with the states of data modules under their names of today."""
+    return {STATE_KEYS.get(key, key): value for key, value in checkpoint.items()}
 
 
 def _renamed(node: Any, names: dict[str, str]) -> Any:

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from wsss.core.errors import WSSSError
-from wsss.models.weights import save_atomically
+from wsss.models.weights import read_torch_file, save_atomically
+from wsss.runs.folder import check_checkpoint
 from wsss.training.parallel import GradientAveraging
 
 
@@ -34,6 +35,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         save_atomically(checkpoint, Path(path))
 
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint to resume from, also one of an earlier version.
+
+        Raises:
+            WSSSError: it is missing, damaged or not ours; says how to go on.
+        """
+        try:
+            return check_checkpoint(read_torch_file(Path(path)), Path(path), to_resume=True)
+        except WSSSError as error:
+            raise WSSSError(f"{error}; without this file the run begins anew") from error
+
 
 class SaveOnStop(Callback):
     """Save a checkpoint whenever training stops: at the end, on Ctrl-C or SIGTERM, on an error.
@@ -47,12 +59,14 @@ class SaveOnStop(Callback):
 
     Attributes:
         stop_signal: the signal that came, if one did.
+        began: whether training began; what is restored has been restored then.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.stop_signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self.began = False  # a checkpoint to resume from has been restored by then
         self._stepping = False  # weights and optimiser are being changed
         self._between_steps = False  # it is here that training stopped
 
@@ -69,6 +83,7 @@ class SaveOnStop(Callback):
         Lightning's own handler would broadcast from within, in the middle of a step. Notebooks may
         train outside the main thread, where no handler can be set.
         """
+        self.began = True
         if threading.current_thread() is threading.main_thread():
             for number in self._before:
                 signal.signal(number, self._stop)

@@ -16,6 +16,7 @@ import torch
 
 from wsss.core.devices import choose_device
 from wsss.core.files import make_writable, write_atomically
+from wsss.core.lock import lock
 from wsss.core.ranks import is_first_process
 from wsss.runs.compose import compose_run
 from wsss.runs.config import override_config, second_stage_config
@@ -24,7 +25,6 @@ from wsss.runs.label_writer import write_pseudo_labels
 from wsss.runs.prepare import finished_folder, prepare
 from wsss.runs.scoring import score
 from wsss.runs.wandb import wandb_run
-from wsss.training.lock import lock
 from wsss.training.trainer import accelerate, build_trainer, fit
 
 DATA_FILE = "data.json"  # in the run folder: hashes of what it was trained and evaluated on

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from wsss.core.errors import WSSSError
+from wsss.core.files import first_line
 from wsss.core.ranks import is_first_process
 from wsss.evaluation.evaluator import Evaluator
 from wsss.methods.base import WSSSModule
@@ -133,6 +134,13 @@ def fit(run: Run, trainer: lightning.Trainer) -> Run:
         if not run.checkpoint.is_file():
             raise
         raise WSSSError(f"{error}; once mended, the same command resumes") from error
+    except Exception as error:  # as Lightning and torch raise while they restore
+        if not resumed or _callback(trainer, SaveOnStop).began:
+            raise
+        raise WSSSError(
+            f"{run.checkpoint}: cannot be resumed from ({first_line(error)}); copy it again, or "
+            "remove it to begin anew"
+        ) from error
     number = _callback(trainer, SaveOnStop).stop_signal
     # a signal may also have come after the last step; all processes leave then, or none
     if stopped or trainer.strategy.reduce_boolean_decision(bool(number), all=False):

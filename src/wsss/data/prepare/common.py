@@ -26,6 +26,7 @@ TABLE_FILE = "labels.csv"
 MARKER_FILE = "prepare.json"
 FEW = 200  # fewer files are done sooner than worker processes start
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class TableRow(NamedTuple):
@@ -38,8 +39,8 @@ class TableRow(NamedTuple):
 
 
 def run_all(
-    work: Callable[[Item], Any], items: Sequence[Item], *, description: str, jobs: int | None
-) -> None:
+    work: Callable[[Item], Result], items: Sequence[Item], *, description: str, jobs: int | None
+) -> list[Result]:
     """Call a module-level function for every item, in processes, behind a progress bar.
 
     Args:
@@ -48,26 +49,26 @@ def run_all(
         description: title of the bar.
         jobs: processes; None: one a core.
 
+    Returns:
+        What it gave for each item, in their order.
+
     Raises:
         WSSSError: what `work` raised first, or a process was killed.
     """
     if not items:
-        return
+        return []
     if jobs is None:
         jobs = 1 if len(items) < FEW else (os.cpu_count() or 1)
     if jobs < 1:
         raise WSSSError(f"jobs={jobs}: expected at least 1 process")
     if jobs == 1:
-        for item in track(items, description=description):
-            work(item)
-        return
+        return [work(item) for item in track(items, description=description)]
     # spawned, not forked: the progress bar is a thread
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=serve, initargs=(os.getpid(),))
     try:
         results = pool.map(work, items, chunksize=16)
-        for _ in track(results, description=description, total=len(items)):
-            pass
+        return list(track(results, description=description, total=len(items)))
     except BrokenProcessPool as error:
         raise WSSSError(
             f"{description}: a process was killed, most likely out of memory; repeat with fewer "
@@ -94,16 +95,38 @@ def write_table(folder: Path, rows: Iterable[TableRow], class_names: Sequence[st
     """Write ``labels.csv`` and ``classes.txt`` into a folder, without columns that nobody fills.
 
     Raises:
-        WSSSError: a class name holds a separator, there is no row, or two images share a name.
+        WSSSError: see `check_table`.
     """
     listed = list(rows)
-    bad = [name for name in class_names if set(name) & set(";|\r\n") or name != name.strip()]
+    check_table(folder, listed, class_names)
+    write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in class_names))
+    return write_text(folder / TABLE_FILE, table_text(listed))
+
+
+def check_table(folder: Path, rows: Sequence[TableRow], class_names: Sequence[str]) -> None:
+    """Check that a table can be written which its reader takes.
+
+    Raises:
+        WSSSError: a class name holds a separator, there is no row, two images share a name, or a
+            path has blanks at its ends.
+    """
+    bad = [
+        name
+        for name in class_names
+        if {*name} & {*";|"} or name != name.strip() or len(name.splitlines()) != 1
+    ]
     if bad:
-        raise WSSSError(f"the class {bad[0]!r} holds ; or | or blanks at its ends; rename it")
-    if not listed:
+        raise WSSSError(
+            f"the class {bad[0]!r} holds ; or |, a line break or blanks at its ends; rename it"
+        )
+    if not rows:
         raise WSSSError(f"nothing to list in {folder / TABLE_FILE}: no image has a label")
     by_name: dict[PurePosixPath, str] = {}
-    for row in listed:
+    for row in rows:
+        if row.image != row.image.strip():
+            raise WSSSError(
+                f"the image {row.image!r} has blanks at the ends of its path; rename it"
+            )
         name = PurePosixPath(row.image).with_suffix("")
         if name in by_name:
             raise WSSSError(
@@ -111,8 +134,6 @@ def write_table(folder: Path, rows: Iterable[TableRow], class_names: Sequence[st
                 "each image once, and rename one where only the suffixes differ"
             )
         by_name[name] = row.image
-    write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in class_names))
-    return write_text(folder / TABLE_FILE, table_text(listed))
 
 
 def table_text(rows: Sequence[TableRow]) -> str:
@@ -127,31 +148,39 @@ def table_text(rows: Sequence[TableRow]) -> str:
     return stream.getvalue()
 
 
-def settle_rules(folder: Path, rules: dict[str, Any]) -> None:
-    """Write down by which rules a folder of masks is made, before the first of them.
+def rules_are_new(folder: Path, rules: dict[str, Any]) -> bool:
+    """Say whether a folder of masks is not begun yet; write nothing.
 
     Raises:
         WSSSError: it was begun by other rules, so that two kinds of masks would mix.
     """
     path = folder / MARKER_FILE
-    if path.is_file():
-        try:
-            before = json.loads(read_text(path))
-        except ValueError:
-            before = None
-        if not isinstance(before, dict) or before.keys() != rules.keys():
+    if not path.is_file():
+        return True
+    try:
+        before = json.loads(read_text(path))
+    except ValueError:
+        before = None
+    if not isinstance(before, dict) or before.keys() != rules.keys():
+        raise WSSSError(
+            f"{path} does not say by which rules {folder} was prepared; remove {folder} to "
+            "prepare it anew"
+        )
+    for key, now in rules.items():
+        if before[key] != now:
             raise WSSSError(
-                f"{path} does not say by which rules {folder} was prepared; remove {folder} to "
-                "prepare it anew"
+                f"{folder} was prepared with {key}={before[key]}, now it is {now}; remove "
+                f"{folder} to prepare it anew, or give the former"
             )
-        for key, now in rules.items():
-            if before[key] != now:
-                raise WSSSError(
-                    f"{folder} was prepared with {key}={before[key]}, now it is {now}; remove "
-                    f"{folder} to prepare it anew, or give the former"
-                )
-        return
-    write_text(path, json.dumps(rules, indent=2) + "\n")
+    return False
+
+
+def note_rules(folder: Path, rules: dict[str, Any]) -> None:
+    """Write down by which rules a folder of masks is made, before the first of them.
+
+    What can be refused is refused before: a refused call leaves nothing.
+    """
+    write_text(folder / MARKER_FILE, json.dumps(rules, indent=2) + "\n")
 
 
 def split_of(name: str) -> str | None:

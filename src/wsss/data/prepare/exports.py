@@ -8,8 +8,11 @@
   only ``Annotations``.
 """
 
-from collections.abc import Collection, Sequence
-from pathlib import Path
+import os
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -17,16 +20,27 @@ from numpy.typing import NDArray
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
-from wsss.data.dataset import present
+from wsss.data.dataset import check_class_names, present
 from wsss.data.images import IMAGE_SUFFIXES, image_size, mask_png, read_mask, read_rgb
-from wsss.data.prepare.common import TABLE_FILE, TableRow, run_all, split_of, write_table
-from wsss.data.table import FOLDER, read_text
-from wsss.data.voc import labels_from_mask, labels_from_xml, read_split
+from wsss.data.prepare.common import (
+    TABLE_FILE,
+    TableRow,
+    run_all,
+    split_of,
+    write_table,
+)
+from wsss.data.table import FOLDER, read_table, read_text
+from wsss.data.voc import labels_from_mask, labels_from_xml, read_names
 from wsss.maps.pixels import IGNORE_INDEX
 
 LABELME_CLASSES = "class_names.txt"
 CVAT_CLASSES = "labelmap.txt"
 BACKGROUND = ("_background_", "background", "__ignore__", "ignored")
+IGNORED = ("ignored", "__ignore__")  # those of them that are no background either
+BLACK = (0, 0, 0)
+NO_LIST = "default"  # the split of images in none of the lists, as CVAT calls them
+STAGED = ".wsss.tmp"  # beside the result, until all of it has been checked
+Colour = tuple[int, int, int]
 
 
 class ColourJob(NamedTuple):
@@ -34,7 +48,15 @@ class ColourJob(NamedTuple):
 
     source: Path
     target: Path
-    colours: tuple[tuple[tuple[int, int, int], int], ...]
+    colours: tuple[tuple[Colour, int], ...]
+
+
+class Label(NamedTuple):
+    """A line of a label map: what a colour means."""
+
+    line: int
+    name: str
+    class_id: int
 
 
 def is_export(root: Path) -> bool:
@@ -45,63 +67,171 @@ def is_export(root: Path) -> bool:
 def prepare_export(root: Path, *, jobs: int | None = None) -> int:
     """Write ``wsss/labels.csv``, ``wsss/classes.txt`` and index masks where they were colours.
 
+    All is made beside its place and checked, by the reader of tables too, before any of it is
+    moved there. Images whose mask shows no object are listed where there is one class, which needs
+    them to learn what lacks it, and left out where there are several.
+
     Returns:
         The exit status, 0.
 
     Raises:
-        WSSSError: a broken file, an unknown class or colour, an image that is missing.
+        WSSSError: a broken file, an unknown class or colour, an image that is missing; then
+            nothing has changed.
     """
     class_names, colours = read_export_classes(root)
     images = _by_name(root / "JPEGImages", IMAGE_SUFFIXES)
-    masks = _masks(root, colours, jobs)
-    splits = _splits(root)
-    rows: list[TableRow] = []
-    empty = len({*images} - {*masks}) if masks else 0
-    for name in sorted(masks or images):
+    sources = _masks(root)
+    for name in sources:
         if name not in images:
-            raise WSSSError(f"{masks[name]} has no image in {root / 'JPEGImages'}; export it too")
-        labels = _labels(root, name, images[name], masks, class_names)
-        if not labels:
-            empty += 1
-            continue
-        mask = masks[name].relative_to(root).as_posix() if masks else None
-        image = images[name].relative_to(root).as_posix()
-        rows.append(TableRow(image, labels, mask, splits.get(name) if splits else None))
-    state = write_table(root / FOLDER, rows, class_names)
-    left_out = f", {empty} without an object left out" if empty else ""
-    print(f"{len(rows)} images, {len(class_names)} classes{left_out}; {TABLE_FILE} {state}")
-    print(f"use it as: data=table data.root={root} data.csv={FOLDER}/{TABLE_FILE}")
+            raise WSSSError(f"{sources[name]} has no image in {root / 'JPEGImages'}; export it too")
+    splits, notes = _splits(root, images)
+    with _staging(root) as staged:
+        masks = _ids(sources, colours, staged, jobs)
+        rows = []
+        for name in sorted(masks or images):
+            labels = _labels(root, name, images[name], masks, class_names)
+            mask = masks.get(name)
+            if mask and colours:
+                mask = root / FOLDER / "masks" / mask.name
+            below = mask.relative_to(root).as_posix() if mask else None
+            image = images[name].relative_to(root).as_posix()
+            rows.append(TableRow(image, labels, below, splits.get(name, NO_LIST)))
+        without = sum(not row.labels for row in rows)
+        if rows and without == len(rows):
+            raise WSSSError(
+                f"no mask or annotation of {root} shows a class (a mask's 0 is background, its "
+                f"{IGNORE_INDEX} is ignored, a class has its number in {_classes_file(root).name})"
+            )
+        if len(class_names) > 1:
+            rows = [row for row in rows if row.labels]
+        rows, more = _usable_splits(rows, len(splits))
+        _check_readable(root, rows, class_names, staged / "table")
+        if colours:
+            _publish(masks, root / FOLDER / "masks")
+        state = write_table(root / FOLDER, rows, class_names)
+    unmasked = len(images) - len(masks) if masks else 0
+    if len(class_names) > 1:
+        unmasked += without
+    elif without:
+        notes.append(f"{without} without an object listed as showing none")
+    if unmasked:
+        notes.insert(0, f"{unmasked} without an object left out")
+    print(", ".join([f"{len(rows)} images", f"{len(class_names)} classes", *notes]), end="; ")
+    print(f"{TABLE_FILE} {state}")
+    print(f"use it as: data=table data.root={root} data.csv={FOLDER}/{TABLE_FILE}{more}")
     return 0
+
+
+@contextmanager
+def _staging(root: Path) -> Iterator[Path]:
+    """Give an empty folder that is gone afterwards, with what a killed call left there."""
+    folder = root / STAGED
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    except OSError as error:
+        raise WSSSError(
+            f"{folder} cannot be made ({error.strerror}); make the data's folder writable"
+        ) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(masks: dict[str, Path], folder: Path) -> None:
+    """Move masks to where they belong; one that is there with the same content stays."""
+    for path in masks.values():
+        content, target = path.read_bytes(), folder / path.name
+        if not target.is_file() or target.read_bytes() != content:
+            write_atomically(target, content)
+
+
+def _check_readable(
+    root: Path, rows: Sequence[TableRow], class_names: Sequence[str], folder: Path
+) -> None:
+    """Write the table aside and read it.
+
+    Raises:
+        WSSSError: the reader refuses it, or would read something else.
+    """
+    write_table(folder, rows, class_names)
+    table = read_table(folder / TABLE_FILE, root)
+    for row, read in zip(rows, table.rows, strict=True):
+        written = (row.image, row.mask or "", tuple(row.labels), row.split)
+        image, mask = read.sample.image, read.sample.mask
+        files = [os.path.relpath(path, root) if path else "" for path in (image, mask)]
+        if written != (*files, read.labels, read.split):
+            raise WSSSError(f"{row.image} cannot be listed in a table under this name; rename it")
+
+
+def _classes_file(root: Path) -> Path:
+    cvat = root / CVAT_CLASSES
+    return cvat if cvat.is_file() else root / LABELME_CLASSES
 
 
 def read_export_classes(
     root: Path,
-) -> tuple[tuple[str, ...], tuple[tuple[tuple[int, int, int], int], ...]]:
+) -> tuple[tuple[str, ...], tuple[tuple[Colour, int], ...]]:
     """Give the foreground classes, and for CVAT the id of each colour.
 
     Raises:
-        WSSSError: a line of ``labelmap.txt`` is not ``name:r,g,b:...``.
+        WSSSError: a line of ``labelmap.txt`` is not ``name:r,g,b:...``, a colour or a name stands
+            for two classes, or labelme's background is not the first name.
     """
-    if not (root / CVAT_CLASSES).is_file():
-        lines = [line.strip() for line in read_text(root / LABELME_CLASSES).splitlines()]
-        return tuple(name for name in lines if name and name not in BACKGROUND), ()
-    path, names = root / CVAT_CLASSES, []
-    colours: dict[tuple[int, int, int], int] = {(0, 0, 0): 0}
+    path, names = _classes_file(root), []
+    if path.name == LABELME_CLASSES:
+        return _labelme_classes(path), ()
+    # black is the background, listed or not
+    labels = {BLACK: Label(0, "background", 0)}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         name, _, rest = line.partition(":")
+        name = name.strip()
         try:
             red, green, blue = (int(value) for value in rest.split(":")[0].split(","))
+            if not name or not all(0 <= value <= 255 for value in (red, green, blue)):
+                raise ValueError
         except ValueError:
             raise WSSSError(
                 f"{path} line {number} reads {line[:60]!r}; expected CVAT's name:r,g,b:parts:acts"
             ) from None
-        if name not in BACKGROUND:
+        class_id = IGNORE_INDEX if name.lower() in IGNORED else 0
+        if name.lower() not in BACKGROUND:
             names.append(name)
-        ids = {"ignored": IGNORE_INDEX, "__ignore__": IGNORE_INDEX}
-        colours[red, green, blue] = len(names) if name not in BACKGROUND else ids.get(name, 0)
-    return tuple(names), tuple(colours.items())
+            class_id = len(names)
+        colour = (red, green, blue)
+        before = labels.setdefault(colour, Label(number, name, class_id))
+        if before.class_id != class_id:
+            where = f"line {before.line}: {before.name!r}" if before.line else "black is background"
+            raise WSSSError(
+                f"{path} line {number} gives {name!r} the colour {red},{green},{blue} again "
+                f"({where}), so that its pixels could be either; give each label a colour of its "
+                "own and export again"
+            )
+    return _checked(path, names), tuple((colour, one.class_id) for colour, one in labels.items())
+
+
+def _labelme_classes(path: Path) -> tuple[str, ...]:
+    """Read ``class_names.txt``, whose lines number the ids from 0."""
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    names = [name for name in lines if name]
+    late = [name for name in names[1:] if name.lower() in BACKGROUND]
+    first = names[0].lower() if names else ""
+    if late and first not in BACKGROUND:
+        raise WSSSError(
+            f"{path} has {late[0]!r} after a class, so that the ids of its masks are unsure; "
+            "expected it first"
+        )
+    return _checked(path, [name for name in names if name.lower() not in BACKGROUND])
+
+
+def _checked(path: Path, names: Sequence[str]) -> tuple[str, ...]:
+    try:
+        return check_class_names(names)
+    except WSSSError as error:
+        raise WSSSError(f"{path}: {error}") from error
 
 
 def ids_of_colours(
@@ -147,21 +277,23 @@ def _by_name(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
     return found
 
 
-def _masks(
-    root: Path,
-    colours: tuple[tuple[tuple[int, int, int], int], ...],
+def _masks(root: Path) -> dict[str, Path]:
+    """Give the masks by image name; empty where the export has none."""
+    older = root / "SegmentationClassPNG"
+    return _by_name(older if older.is_dir() else root / "SegmentationClass", {".png"})
+
+
+def _ids(
+    sources: dict[str, Path],
+    colours: tuple[tuple[Colour, int], ...],
+    staged: Path,
     jobs: int | None,
 ) -> dict[str, Path]:
-    """Give index masks by image name; empty where the export has none."""
-    older = root / "SegmentationClassPNG"
-    sources = _by_name(older if older.is_dir() else root / "SegmentationClass", {".png"})
+    """Give masks of class ids by image name, made in a folder where they were colours."""
     if not colours:
         return sources
-    target = root / FOLDER / "masks"
-    made = {name: target / f"{name}.png" for name in sources}
-    todo = [
-        ColourJob(sources[name], made[name], colours) for name in made if not made[name].is_file()
-    ]
+    made = {name: staged / f"{name}.png" for name in sources}
+    todo = [ColourJob(sources[name], made[name], colours) for name in made]
     run_all(_convert, todo, description="colours to class ids", jobs=jobs)
     return made
 
@@ -170,22 +302,66 @@ def _convert(job: ColourJob) -> None:
     write_atomically(job.target, mask_png(ids_of_colours(job.source, job.colours)))
 
 
-def _splits(root: Path) -> dict[str, str] | None:
-    """Read train, val or test of every image where the export has such lists."""
-    found = {}
+def _splits(root: Path, images: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """Read train, val or test of every image where the export has such lists.
+
+    Returns:
+        Splits by name, and what to say about the lists.
+
+    Raises:
+        WSSSError: an image is in the lists of two splits.
+    """
+    found: dict[str, tuple[str, Path]] = {}
     for kind in ("Segmentation", "Main"):
         for path in sorted((root / "ImageSets" / kind).glob("*.txt")):
             split = split_of(path.stem)
-            if split:
-                found.update(dict.fromkeys(read_split(root, str(path)), split))
-    return found or None
+            if not split:
+                continue
+            for line in read_names(path, split):
+                # CVAT names the folders too; files are told apart by their last name
+                name = PurePosixPath(line.replace("\\", "/")).name
+                before, where = found.setdefault(name, (split, path))
+                if before != split:
+                    raise WSSSError(
+                        f"{name!r} is listed in {where} and in {path}; an image is in one split, "
+                        "remove it from the others"
+                    )
+    lost = sorted({*found} - {*images})
+    notes = [f"{len(lost)} listed names have no image ({lost[0]!r} first)"] if lost else []
+    return {name: split for name, (split, _) in found.items()}, notes
+
+
+def _usable_splits(rows: list[TableRow], listed: int) -> tuple[list[TableRow], str]:
+    """Keep the splits that can be trained and validated on, else leave them to the holdout.
+
+    Args:
+        rows: the table; images in no list are of the split ``NO_LIST``.
+        listed: number of names in the lists.
+
+    Returns:
+        The rows, and what the command that uses them needs.
+    """
+    splits = {row.split for row in rows}
+    if "train" in splits and splits & {"val", "test"}:
+        if NO_LIST in splits:
+            count = sum(row.split == NO_LIST for row in rows)
+            first = next(row.image for row in rows if row.split == NO_LIST)
+            print(
+                f"warning: {count} images are in none of the lists, {first} first; their split is "
+                f"{NO_LIST!r}, which no run uses: add them to train or val in the tool"
+            )
+        return rows, "" if "val" in splits else " data.val_split=test"
+    if listed:
+        print("the lists do not name both train and val: no column split, a part is held out")
+    return [row._replace(split=None) for row in rows], ""
 
 
 def _labels(
     root: Path, name: str, image: Path, masks: dict[str, Path], class_names: Sequence[str]
 ) -> list[str]:
     if masks:
-        mask = read_mask(masks[name], num_classes=len(class_names), size=image_size(image))
+        size = image_size(image)
+        mask = read_mask(masks[name], num_classes=len(class_names), size=size, image=image)
         labels = labels_from_mask(mask, len(class_names))
     else:
         labels = labels_from_xml(root / "Annotations" / f"{name}.xml", class_names)

@@ -72,13 +72,18 @@ def prepare_voc(
     made = 0
     if not without:
         lists["train_aug"] = sorted({*lists["train"], *sbd_names} - {*lists["val"]})
-        made = _make_masks(root, lists, sbd_folder, jobs)
+        _check_list(root, lists["train_aug"])
     _check_disjoint(lists)
+    text = _labels_table(root, lists, labels, masks) if labels == "xml" else ""
+    if not without:
+        made = _make_masks(root, lists, sbd_folder, jobs)
+    text = text or _labels_table(root, lists, labels, masks)
     notes = {split: "VOC's own" for split in lists}
     if not without:
         notes["train_aug"] = _write_list(root, lists["train_aug"])
         notes["train_aug"] += f"; {made:,} masks made in {AUG}"
-    path, state = _write_labels(root, lists, labels, masks)
+    path = labels_file(root, labels)
+    state = write_text(path, text)
     _report(root, lists, notes)
     print(f"labels ({labels}) in {path}: {state}")
     return 0
@@ -145,7 +150,7 @@ def _make_masks(root: Path, lists: dict[str, list[str]], sbd: Path | None, jobs:
 def _make_mask(job: MaskJob) -> None:
     size = image_size(job.image)
     if job.source.suffix == ".png":
-        read_mask(job.source, num_classes=len(VOC_CLASSES), size=size)
+        read_mask(job.source, num_classes=len(VOC_CLASSES), size=size, image=job.image)
         content = job.source.read_bytes()
     else:
         mask = read_sbd_mask(job.source)
@@ -201,24 +206,29 @@ def _check_disjoint(lists: dict[str, list[str]]) -> None:
             )
 
 
-def _write_list(root: Path, names: list[str]) -> str:
-    """Write train_aug.txt, or check the one that is there (in whatever order)."""
+def _check_list(root: Path, names: list[str]) -> None:
+    """Check the train_aug.txt that is there, in whatever order."""
     path = list_path(root, "train_aug")
     if not path.is_file():
-        return write_text(path, "".join(f"{name}\n" for name in names))
+        return
     there = {*read_split(root, "train_aug")}
     if there != {*names}:
         raise WSSSError(
             f"{path} lacks {len({*names} - there)} images of (VOC train + SBD) minus val and has "
             f"{len(there - {*names})} others; rename it to have it written anew"
         )
-    return "as it was"
 
 
-def _write_labels(
-    root: Path, lists: dict[str, list[str]], source: LabelSource, masks: str
-) -> tuple[Path, str]:
-    """Write the table of image-level labels of everything but test."""
+def _write_list(root: Path, names: list[str]) -> str:
+    """Write train_aug.txt unless it is there."""
+    path = list_path(root, "train_aug")
+    if path.is_file():
+        return "as it was"
+    return write_text(path, "".join(f"{name}\n" for name in names))
+
+
+def _labels_table(root: Path, lists: dict[str, list[str]], source: LabelSource, masks: str) -> str:
+    """Give the table of image-level labels of everything but test."""
     names = sorted({name for split in lists if split != "test" for name in lists[split]})
 
     def row(name: str) -> TableRow:
@@ -227,8 +237,7 @@ def _write_labels(
         labels = present(derive_labels(sample, root, VOC_CLASSES, source), VOC_CLASSES)
         return TableRow(image.relative_to(root).as_posix(), labels, None, None)
 
-    path = labels_file(root, source)
-    return path, write_text(path, table_text(in_threads(row, names)))
+    return table_text(in_threads(row, names))
 
 
 def _report(root: Path, lists: dict[str, list[str]], notes: dict[str, str]) -> None:

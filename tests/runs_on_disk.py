@@ -1,5 +1,6 @@
 """Small run folders with real counts, made without training anything."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,16 @@ def make_run(
     seed: int = 0,
     quality: float = 0.7,
     draw: int | None = None,
+    data: str = "tiny",
+    classes: Sequence[str] = CLASSES,
     **card: Any,
 ) -> Path:
     """Writes a run whose seeds and segmentations are the label maps of that quality."""
-    counts = LabelMapCounts(num_classes=3)
-    for index, (truth, guess) in enumerate(label_maps(seed if draw is None else draw, quality)):
-        counts.update(
-            torch.from_numpy(guess.astype(np.uint8)), Regions.of(torch.from_numpy(truth), 3), index
-        )
+    number = len(classes)
+    counts = LabelMapCounts(num_classes=number)
+    for index, maps in enumerate(label_maps(seed if draw is None else draw, quality)):
+        truth, guess = (torch.from_numpy(m.clip(0, number - 1).astype(np.uint8)) for m in maps)
+        counts.update(guess, Regions.of(truth, number), index)
     totals = counts.compute()
     values, columns = label_map_scores(totals)
     metrics: dict[str, Any] = {
@@ -65,7 +68,7 @@ def make_run(
         "seed_curve": {"thresholds": [0.4, 0.5, 0.6], "miou": [0.5, values["miou"], 0.3]},
         "readings": 1,
         "maps": {kind: values for kind in ("seed", "seg", "seg_ms_crf")},
-        "per_class": {"class": CLASSES}
+        "per_class": {"class": list(classes)}
         | {f"{kind}_{k}": v for kind in ("seed", "seg", "seg_ms_crf") for k, v in columns.items()},
         "protocol": CARD | {"seed": seed} | card,
         "cost": {"seconds_per_image": 0.1 + quality},
@@ -78,7 +81,7 @@ def make_run(
     write_results(
         folder / RESULTS_FILE,
         {
-            "method": method, "data": "tiny", "seed": seed, "study": f"{method}-study".lower(),
+            "method": method, "data": data, "seed": seed, "study": f"{method}-study".lower(),
             "config": {"method": {"weight": 0.2}}, "cost": {"train_wall_hours": 0.5 * quality},
             "run": str(folder), "splits": {"val": metrics},
         },

@@ -55,7 +55,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))  # fails in the middle, as a full disk
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(WSSSError, match=r"results\.json: cannot be written \(File too large"):
             write_results(path, {"seed": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

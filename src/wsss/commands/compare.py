@@ -21,9 +21,6 @@ def main(arguments: list[str]) -> int:
     print_grids(grids, Console())
     if chosen.out:
         out = Path(chosen.out)
-        try:
-            write_atomically(out, FORMATS[out.suffix](grids).encode())
-        except OSError as error:
-            raise WSSSError(f"out={out}: cannot be written ({error.strerror})") from error
+        write_atomically(out, FORMATS[out.suffix](grids).encode())
         print(out)
     return 0

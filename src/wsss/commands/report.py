@@ -10,6 +10,7 @@ from wsss.comparison.tables import tables
 from wsss.core.arguments import split_arguments
 from wsss.core.errors import WSSSError
 from wsss.core.files import make_writable, write_atomically
+from wsss.core.lock import lock
 
 
 @dataclass
@@ -33,9 +34,11 @@ def main(arguments: list[str]) -> int:
     out = Path(chosen.out)
     comparisons = compare(paths, chosen)  # before anything is written
     make_writable(out)
-    write_atomically(out / PAGE, page_of(comparisons, gallery=chosen.gallery).encode())
     grids = [grid for comparison in comparisons for grid in tables(comparison)]
-    for suffix in (".md", ".csv", ".tex"):
-        write_atomically(out / f"table{suffix}", FORMATS[suffix](grids).encode())
+    with lock(out, "writing a report"):
+        # tables first: they are made in no time, pictures in minutes
+        for suffix in (".md", ".csv", ".tex"):
+            write_atomically(out / f"table{suffix}", FORMATS[suffix](grids).encode())
+        write_atomically(out / PAGE, page_of(comparisons, gallery=chosen.gallery).encode())
     print(out / PAGE)
     return 0

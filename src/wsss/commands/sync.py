@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
     if not waiting:
         print(f"{where}: nothing waits to be uploaded")
         return 0
-    import_wandb()
+    import_wandb("wsss sync", mend="")
     if not has_key():
         raise WSSSError(
             f"{len(waiting)} offline runs wait below {where}, and there is no W&B key; log in with "

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from wsss.comparison.bootstrap import Draws, draw
 from wsss.comparison.entries import MIOUS, Entry, load
 from wsss.comparison.protocols import MEASURING, TRAINING, differing_fields
 from wsss.core.errors import WSSSError
-from wsss.results.store import ROWS
+from wsss.results.store import CELLS_FILE, ROWS
 
 
 @dataclass
@@ -209,9 +211,26 @@ def _bootstrap(
             if all(entry.metrics.get(metric) is not None for entry in members)
         }
         counts = {name: [e.counts(metric) for e in es] for name, es in holders.items()}
+        _check_images([entry for es in holders.values() for entry in es], metric)
         if counts:  # a group's runs may each have something else
             result[metric] = draw(counts, resamples=resamples)
     return result
+
+
+def _check_images(entries: Sequence[Entry], metric: str) -> None:
+    """Raise WSSSError unless the same images are counted in all runs: they are drawn in pairs."""
+    kind, _ = MIOUS[metric]
+    for entry in entries:
+        images = np.unique(entry.cells[kind][:, 0])
+        if entry is entries[0]:
+            first = images
+        elif not np.array_equal(images, first):
+            raise WSSSError(
+                f"{entry.folder} and {entries[0].folder}: {CELLS_FILE} counts {kind} of "
+                f"{len(images)} and {len(first)} images, or of others; {entry.mend}"
+            )
+
+
 
 
 def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> list[str]:
@@ -220,6 +239,9 @@ def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> l
     single = [name for name, members in groups.items() if len(members) == 1]
     if single:
         notes.append(f"one seed only: {', '.join(single)}; what seeds do is not in these intervals")
+    unchecked = [e.folder.name for es in groups.values() for e in es if not e.has_counts]
+    if unchecked:
+        notes.append(f"no {CELLS_FILE} to check the numbers by: {', '.join(unchecked)}")
     if chosen.unranked:
         notes.append("not ranked: listed by request although protocols may differ")
     else:

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsss.core.errors import WSSSError
-from wsss.evaluation.per_image import per_image_counts
+from wsss.core.failures import one_line
+from wsss.core.files import first_line
+from wsss.evaluation.per_image import mean_iou, per_image_counts
 from wsss.results.store import CELLS_FILE, RESULTS_FILE, look_up, read_cells, read_results
 from wsss.runs.targets import with_current_targets
 
@@ -27,6 +29,7 @@ MIOUS = {
 }
 #: thresholds belong to a method, as its losses do: they differ between groups, never within one
 THRESHOLDS = ("cam_threshold", "cam_high", "cam_low")
+ROUNDING = 1e-6  # by which a number may differ from the same number of another sum
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ class Entry:
         """Names of the classes, background first."""
         return list(self.metrics["per_class"]["class"])
 
+    @property
+    def has_counts(self) -> bool:
+        """Whether the counts of single images lie beside the results."""
+        return (self.folder / CELLS_FILE).is_file()
+
     @cached_property
     def cells(self) -> dict[str, Any]:
         """Confusion cells of every image by kind of label map, and ``names``."""
@@ -87,6 +95,84 @@ class Entry:
             self.cells[kind], num_classes=len(self.classes), exclude_ignored=exclude
         )
         return found.values
+
+    @property
+    def mend(self) -> str:
+        """The command that makes these results anew, as far as the file says it."""
+        source = self.results.get("source")
+        if source is None:
+            elsewhere = "" if self.home == self.folder else f" out={self.folder}"
+            return f"run `wsss eval run={self.home}{elsewhere}` again"
+        key = "cams" if source.get("cams") else "masks"
+        return f"run `wsss eval {key}={source.get(key)} out={self.folder}` again, with its data"
+
+
+def check_entry(entry: Entry) -> None:
+    """Check that a split has all that a comparison reads, and that its numbers are its counts'.
+
+    ``images.npz`` holds the counts of every image; each mIoU is taken of them again.
+
+    Raises:
+        WSSSError: something is missing, or a number is not what the counts give.
+    """
+    origin = f"{entry.folder / RESULTS_FILE}: splits.{entry.split}"
+    needed = {
+        ("method",): entry.results.get("method"),
+        ("data",): entry.results.get("data"),
+        ("seed",): entry.results.get("seed"),
+        ("protocol", "supervision"): look_up(entry.metrics, ("protocol", "supervision")),
+        ("protocol", "list_sha256"): look_up(entry.metrics, ("protocol", "list_sha256")),
+        ("per_class", "class"): look_up(entry.metrics, ("per_class", "class")),
+    }
+    for path, value in needed.items():
+        if value is None:
+            raise WSSSError(f"{origin}: {'.'.join(path)} is missing; {entry.mend}")
+    for metric, (kind, _) in MIOUS.items():
+        if entry.metrics.get(metric) is None:
+            continue
+        column = class_column(metric)
+        if kind not in entry.metrics["maps"] or column not in entry.metrics["per_class"]:
+            raise WSSSError(
+                f"{origin}: has {metric}, but not maps.{kind} and {column}; {entry.mend}"
+            )
+        _check_counts(entry, metric, origin)
+
+
+def _check_counts(entry: Entry, metric: str, origin: str) -> None:
+    """Raise WSSSError unless the counts of the images give the mIoU, and the IoU of each class.
+
+    Where there are no counts nothing is compared: such a run can only be listed.
+    """
+    if not entry.has_counts:
+        return
+    kind, exclude = MIOUS[metric]
+    cells, number = entry.cells.get(kind), len(entry.classes)
+    if cells is None:
+        raise WSSSError(f"{entry.folder / CELLS_FILE}: has no counts of {kind}; {entry.mend}")
+    if (cells[:, 1] >= number * (number + 1)).any():
+        raise WSSSError(f"{entry.folder / CELLS_FILE}: counts other classes; {entry.mend}")
+    together = cells * [0, 1, 1]  # as if of one image
+    (counts,) = per_image_counts(together, num_classes=number, exclude_ignored=exclude).values
+    hit, truth, predicted = counts.T
+    stated = [(metric, entry.metrics[metric], float(mean_iou(counts)))]
+    if not exclude:
+        stated.append((f"maps.{kind}.miou", entry.metrics["maps"][kind].get("miou"), stated[0][2]))
+    column = entry.metrics["per_class"][class_column(metric)]
+    for name, value, h, t, p in zip(entry.classes, column, hit, truth, predicted, strict=True):
+        if t:  # other classes have no IoU, or one that is in no mean
+            stated.append((f"per_class.{class_column(metric)} of {name}", value, h / (t + p - h)))
+    for key, said, counted in stated:
+        if said is None or not abs(said - counted) <= ROUNDING:
+            raise WSSSError(
+                f"{origin}: {one_line(key, 100)} is {said}, but the counts in {CELLS_FILE} give "
+                f"{counted:.6g}; {entry.mend}"
+            )
+
+
+def class_column(metric: str) -> str:
+    """Give the key in ``per_class`` of the IoU behind one of ``MIOUS``."""
+    kind, excluded = MIOUS[metric]
+    return f"{kind}_iou_excluded" if excluded else f"{kind}_iou"
 
 
 def find_results(paths: Iterable[Path]) -> list[Path]:
@@ -132,14 +218,14 @@ def load(paths: Iterable[Path], *, by: str, split: str | None) -> list[Entry]:
     for folder, results in read.items():
         if split not in results["splits"]:
             raise WSSSError(f"{folder}: has no split {split}, only {', '.join(results['splits'])}")
-        if "maps" not in results["splits"][split]:
-            raise WSSSError(
-                f"{folder}: evaluated by an older version; run `wsss eval run={folder}` again"
-            )
     entries = [
         Entry(folder, results, split, _group(results, folder, by))
         for folder, results in read.items()
     ]
+    for entry in entries:
+        if "maps" not in entry.metrics:
+            raise WSSSError(f"{entry.folder}: evaluated by an older version; {entry.mend}")
+        check_entry(entry)
     _check_groups(entries, by)
     return entries
 
@@ -208,12 +294,32 @@ def _differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[st
 
 
 def logged_series(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Read everything that the run of a folder logged while it trained: name -> (step, value)."""
+    """Read everything that the run of a folder logged while it trained: name -> (step, value).
+
+    A row that a killed process left unfinished is passed over.
+
+    Raises:
+        WSSSError: a file cannot be read.
+    """
     found: dict[str, list[tuple[float, float]]] = {}
     for path in sorted(folder.glob("logs/version_*/metrics.csv")):
-        with path.open(newline="") as stream:
-            for row in csv.DictReader(stream):
-                for key, value in row.items():
-                    if "/" in key and value:
-                        found.setdefault(key, []).append((float(row["step"]), float(value)))
+        try:
+            with path.open(newline="", encoding="utf-8", errors="replace") as stream:
+                rows = list(csv.DictReader(stream))
+        except (OSError, csv.Error) as error:
+            raise WSSSError(f"{path}: cannot be read ({first_line(error)}); remove it") from error
+        for row in rows:
+            step = _number(row.get("step"))
+            for key, text in row.items():
+                value = _number(text)
+                if isinstance(key, str) and "/" in key and step is not None and value is not None:
+                    found.setdefault(key, []).append((step, value))
     return found
+
+
+def _number(text: Any) -> float | None:
+    """Read a cell; None where it is empty or no number."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsss.comparison.compare import Comparison
-from wsss.comparison.entries import MIOUS, Entry, logged_series
+from wsss.comparison.entries import MIOUS, Entry, class_column, logged_series
 from wsss.comparison.grids import html_tables
 from wsss.comparison.panels import Maps, data_uri, maps_of, open_dataset
 from wsss.comparison.svg import NUM_COLOURS, Series, bar_chart, line_chart, scatter
-from wsss.comparison.tables import class_column, tables
+from wsss.comparison.tables import tables
 from wsss.core.errors import WSSSError
 from wsss.data.images import voc_palette
 from wsss.evaluation.ledger import past_readings

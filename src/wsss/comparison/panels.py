@@ -126,8 +126,10 @@ def _from_folder(
         return Maps(read_label_map(path, num_classes=num_classes, size=(height, width)), None)
     folder = Path(source["cams"])
     path = find_files(folder, [item["name"]], (".npy", ".npz"), "cams")[item["name"]]
-    maps = read_class_maps(path, num_classes=num_classes, first_class=source["first_class"])
-    cams = resized(torch.from_numpy(maps)[None], (height, width))
+    size = (height, width)
+    first = source["first_class"]
+    maps = read_class_maps(path, num_classes=num_classes, first_class=first, size=size)
+    cams = resized(torch.from_numpy(maps)[None], size)
     labels = item["labels"][None]
     if kind == "seed" and not protocol.use_image_labels:
         labels = (cams.amax((2, 3)) > 0).float()  # as `wsss eval` scored them

@@ -6,7 +6,7 @@ import numpy as np
 
 from wsss.comparison.bootstrap import Difference
 from wsss.comparison.compare import Comparison
-from wsss.comparison.entries import MIOUS
+from wsss.comparison.entries import MIOUS, class_column
 from wsss.comparison.grids import Cell, Grid
 from wsss.results.store import MAP_NAMES, MAP_ROWS, ROWS, look_up
 
@@ -117,12 +117,6 @@ def _details(c: Comparison, primary: str) -> Grid:
         ]
         grid.rows.append((heading, [Cell(mean_and_deviation(v, True)) for v in values]))
     return grid
-
-
-def class_column(metric: str) -> str:
-    """Give the key in ``per_class`` of the IoU behind one of ``MIOUS``."""
-    kind, excluded = MIOUS[metric]
-    return f"{kind}_iou_excluded" if excluded else f"{kind}_iou"
 
 
 def _per_class(c: Comparison, primary: str) -> Grid:

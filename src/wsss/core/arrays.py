@@ -1,11 +1,10 @@
 """NumPy files of strangers: what their headers declare is checked before memory is touched."""
 
-import io
 import math
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,57 +12,81 @@ from numpy.typing import NDArray
 from wsss.core.errors import WSSSError
 from wsss.core.failures import one_line
 
-#: (name, shape, dtype) of an array that is about to be read; raises WSSSError to refuse it
-Check = Callable[[str, tuple[int, ...], np.dtype[Any]], None]
 LARGEST = 2**30  # bytes of one array, where nothing else bounds it
-# a byte of a deflated file stands for at most so many, give or take a short file
-DEFLATED = 1032
-MAGIC = {
+DEFLATED = 1032  # bytes that one byte of a deflated file stands for at most
+HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
-    (3, 0): np.lib.format.read_array_header_2_0,  # but for names of fields, which nobody has here
+    (3, 0): np.lib.format.read_array_header_2_0,  # differs in the names of fields alone
 }
+
+
+class Declared(NamedTuple):
+    """What the header of an array says.
+
+    Attributes:
+        shape: of the array.
+        fortran: whether its first axis runs fastest.
+        dtype: of its values.
+    """
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+
+    @property
+    def bytes(self) -> int:
+        """Room that it takes; values without width count one byte."""
+        return math.prod(self.shape) * max(self.dtype.itemsize, 1)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
+
+#: looks at an array by name before it is read; raises ValueError to refuse it
+Check = Callable[[str, Declared], None]
 
 
 def at_most(largest: int = LARGEST) -> Check:
     """Make a check that refuses arrays of more bytes."""
 
-    def check(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        if math.prod(shape) * dtype.itemsize > largest:
-            raise WSSSError(f"{name or 'it'} declares {dtype} {shape}, more than {largest:,} bytes")
+    def check(name: str, declared: Declared) -> None:
+        if declared.bytes > largest:
+            raise ValueError(f"{name} declares {declared}, more than {largest:,} bytes")
 
     return check
 
 
-def read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def read_header(stream: IO[bytes]) -> Declared:
     """Read the header of a ``.npy`` stream, and nothing behind it.
 
     Raises:
         ValueError: it is none, or declares no array.
     """
     version = np.lib.format.read_magic(stream)
-    if version not in MAGIC:
-        raise ValueError(f"version {version} of the format")
-    shape, _, dtype = MAGIC[version](stream)
-    if any(isinstance(side, bool) or side < 0 for side in shape):
-        raise ValueError(f"a shape {shape}")
-    return shape, dtype
+    if version not in HEADERS:
+        raise ValueError(f"version {version} of the format is unknown")
+    declared = Declared(*HEADERS[version](stream))
+    if any(isinstance(side, bool) or side < 0 for side in declared.shape):
+        raise ValueError(f"a shape {declared.shape} is none")
+    return declared
 
 
 def read_npy(path: Path, check: Check) -> NDArray[Any] | None:
     """Read the array of a ``.npy`` file; None where it holds pickled objects.
 
     Raises:
-        WSSSError: the check refused it, the file is damaged or shorter than it declares.
+        WSSSError: the check refused it, or the file is damaged or shorter than it declares.
     """
     try:
         with path.open("rb") as stream:
-            shape, dtype = read_header(stream)
-            if dtype.hasobject:
+            declared = read_header(stream)
+            if declared.dtype.hasobject:
                 return None
-            check("", shape, dtype)
+            check("it", declared)
             size = path.stat().st_size - stream.tell()
-            _check_length("it", shape, dtype, size)
+            if size < declared.bytes:
+                raise ValueError(f"it declares {declared}, but has {size:,} bytes")
             stream.seek(0)
             return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
     except Exception as error:  # whatever NumPy raises at a stranger's bytes
@@ -81,29 +104,29 @@ def read_npz(
         wanted: says by name which are read; None: all.
 
     Raises:
-        WSSSError: the check refused one, the file is damaged or shorter than it declares.
+        WSSSError: the check refused one, or the file is damaged or shorter than it declares.
     """
+    found = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            return {
-                name: _member(archive, info, name, check)
-                for info in archive.infolist()
-                if (name := info.filename.removesuffix(".npy")) is not None
-                and (wanted is None or wanted(name))
-            }
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                if wanted is None or wanted(name):
+                    found[name] = _member(archive, info, name, check)
     except Exception as error:  # zip, zlib, NumPy and memory errors share no base class
         raise unreadable(path, error) from error
+    return found
 
 
-def names_in(path: Path) -> Sequence[str]:
-    """List the names of a ``.npz`` file's arrays.
+def names_in(path: Path) -> list[str]:
+    """List the names of the arrays of a ``.npz`` file.
 
     Raises:
         WSSSError: the file is damaged.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return [info.filename.removesuffix(".npy") for info in archive.infolist()]
+            return [name.removesuffix(".npy") for name in archive.namelist()]
     except Exception as error:  # zip, zlib and OS errors share no base class
         raise unreadable(path, error) from error
 
@@ -111,32 +134,26 @@ def names_in(path: Path) -> Sequence[str]:
 def _member(
     archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, check: Check
 ) -> NDArray[Any]:
-    """Read one array of an archive, whose checksum is compared at its end."""
+    """Read one array of an archive, whose checksum is compared at the end of the stream."""
     if info.file_size > DEFLATED * info.compress_size + 1024:
-        raise ValueError(f"{name} declares {info.file_size:,} bytes, more than lie in the file")
+        raise ValueError(f"{name} declares {info.file_size:,} bytes, more than the file can hold")
     with archive.open(info) as stream:
-        shape, dtype = read_header(stream)
-        if dtype.hasobject:
+        declared = read_header(stream)
+        if declared.dtype.hasobject:
             raise ValueError(f"{name} holds pickled objects")
-        check(name, shape, dtype)
-        header = stream.tell()
-        _check_length(name, shape, dtype, info.file_size - header)
-        content = stream.read()
-    with archive.open(info) as stream:
-        content = stream.read(header) + content
-    return np.asarray(np.lib.format.read_array(io.BytesIO(content), allow_pickle=False))
-
-
-def _check_length(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> None:
-    declared = math.prod(shape) * dtype.itemsize
-    if size < declared:
-        raise ValueError(f"{name} declares {dtype} {shape}, {declared:,} bytes, but has {size:,}")
+        check(name, declared)
+        size = info.file_size - stream.tell()
+        if size != math.prod(declared.shape) * declared.dtype.itemsize:
+            raise ValueError(f"{name} declares {declared}, but has {size:,} bytes")
+        flat = np.frombuffer(stream.read(), declared.dtype) if size else np.empty(0, declared.dtype)
+    if declared.fortran:
+        return flat.reshape(declared.shape[::-1]).T
+    return flat.reshape(declared.shape)
 
 
 def unreadable(path: Path, error: Exception) -> WSSSError:
     """Say in one line why a file's arrays cannot be read."""
+    said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError):
-        said = "it needs more memory than there is"
-    else:
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = "they need more memory than there is"
     return WSSSError(f"{path}: cannot be read as arrays ({one_line(said, 200)})")

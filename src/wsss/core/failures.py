@@ -52,7 +52,7 @@ def report_error(name: str, text: str) -> None:
 def one_line(text: str, longest: int = LONGEST) -> str:
     """Put a text on one line of bounded length, whatever a file or a user wrote into it.
 
-    Characters that a terminal obeys are written out, as ``\\n``. Of a long text the middle goes.
+    Characters that a terminal obeys are written out. Of a long text the middle goes.
     """
     if len(text) > longest:
         head = min(HEAD, longest * 2 // 3)

@@ -4,11 +4,13 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from wsss.core.errors import WSSSError
 from wsss.core.failures import NO_ROOM
@@ -93,6 +95,25 @@ def append_line(path: Path, line: str) -> None:
             os.close(handle)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def read_json(path: Path, mend: str) -> Any:
+    """Read a JSON file that may be damaged or a stranger's.
+
+    Args:
+        path: the file.
+        mend: what to do where it cannot be read.
+
+    Raises:
+        WSSSError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WSSSError(f"{path}: cannot be read ({reason(error)}); {mend}") from error
+    except (ValueError, RecursionError) as error:  # also bytes that are no text, groups without end
+        said = " ".join(str(error).split())[:100]
+        raise WSSSError(f"{path}: not valid JSON ({said}); {mend}") from error
 
 
 def cannot_write(path: Path, error: OSError, *, untouched: bool = False) -> WSSSError:

@@ -1,15 +1,26 @@
 """The masks that a second stage trains on, and how it is said what they are."""
 
 import inspect
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Len
 
 from wsss.core.errors import WSSSError
+from wsss.core.files import read_json
+from wsss.core.records import Record, check_record
 from wsss.core.supervision import IMAGE_LABELS, PIXEL_MASKS
 
 GROUND_TRUTH = "ground_truth"
 CARD_FILE = "pseudo_labels.json"  # lies among the masks that `wsss pseudo` writes
+
+
+class Card(Record):
+    """What ``pseudo_labels.json`` says of the masks beside it, as far as it is read."""
+
+    made_from: dict[str, Any] = {}
+    supervision: Annotated[str, Len(1, 200)] = IMAGE_LABELS
+    status: Literal["begun", "finished"] | None = None
 
 
 def check_train_masks(train_masks: str | None, transform: Any) -> None:
@@ -45,19 +56,18 @@ def read_card(train_masks: str | None) -> dict[str, Any] | None:
     """Read what `wsss pseudo` wrote about a folder; None where it wrote nothing.
 
     Raises:
-        WSSSError: the card is not readable.
+        WSSSError: the card is not readable, or holds something else.
     """
     if train_masks is None or train_masks == GROUND_TRUTH:
         return None
     path = Path(train_masks) / CARD_FILE
     if not path.is_file():
         return None
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WSSSError(f"{path}: not readable ({error}); run wsss pseudo again") from error
+    mend = "run wsss pseudo again"
+    card = read_json(path, mend)
     if not isinstance(card, dict):
-        raise WSSSError(f"{path}: expected a JSON object; run wsss pseudo again")
+        raise WSSSError(f"{path}: expected a JSON object; {mend}")
+    check_record(Card, card, str(path), mend)
     return card
 
 

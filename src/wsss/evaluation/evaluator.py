@@ -23,7 +23,7 @@ from wsss.core.errors import WSSSError
 from wsss.core.modes import evaluating
 from wsss.core.stopwatch import device_name
 from wsss.evaluation.crf_queue import CRFQueue, crf_pool
-from wsss.evaluation.ledger import record_reading
+from wsss.evaluation.ledger import check_ledger, record_reading
 from wsss.evaluation.protocol import Protocol
 from wsss.evaluation.tally import Batch, Tally
 
@@ -106,6 +106,9 @@ class Evaluator(Callback):
         split: name of the validation split, for the ledger.
         ledger: run folder whose ledger records every reading, or None.
 
+    Raises:
+        WSSSError: the ledger cannot be read or written.
+
     Attributes:
         last: all metrics of the latest validation.
         history: (optimiser step, metrics) of every validation.
@@ -132,6 +135,8 @@ class Evaluator(Callback):
         self.tally = Tally(protocol=protocol.during_training(), class_names=class_names)
         self.split = split
         self.ledger = ledger
+        if ledger is not None:
+            check_ledger(ledger)  # not at the first validation, after hours
         self.last: dict[str, Any] = {}
         self.history: list[tuple[int, dict[str, Any]]] = []
 

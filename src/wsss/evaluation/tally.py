@@ -277,7 +277,7 @@ class Tally(nn.Module):
         values = [score.miou for score in curve]
         # the lowest of equally good thresholds; NaN only where the split has no labelled pixel
         oracle = values.index(max(values))
-        pixel_ap = self.seed_pixels.compute()
+        pixel_ap = self.seed_pixels.compute().reshape(-1)  # torchmetrics squeezes that of one class
         result |= {
             "seed_miou": curve[declared].miou,
             "seed_threshold": thresholds[declared],

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from wsss.core.files import make_writable, whole_file
 from wsss.core.modes import evaluating
 from wsss.data.images import voc_palette
 from wsss.evaluation.inference import localise, predict, pseudo_label, refinement, resized
@@ -176,6 +177,9 @@ def write_gallery(
 
     Returns:
         The sheets and what is on them.
+
+    Raises:
+        WSSSError: a sheet cannot be written.
     """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     labels: NDArray[np.float32] = dataset.labels  # type: ignore[attr-defined]
@@ -190,7 +194,7 @@ def write_gallery(
             name = batch["name"][0]
             rows.append((name, _panels(module, batch, class_names, protocol, refine)))
             further.append((name, _further_panels(module, batch, class_names)))
-    out_dir.mkdir(parents=True, exist_ok=True)
+    make_writable(out_dir)
     for old in out_dir.glob("sheet_*.png"):
         old.unlink()
     sheets = []
@@ -199,7 +203,9 @@ def write_gallery(
     for number, start in enumerate(range(0, len(rows), ROWS_PER_SHEET)):
         for suffix, content in kinds.items():
             path = out_dir / f"sheet_{number:02d}{suffix}.png"
-            draw_sheet(content[start : start + ROWS_PER_SHEET], class_names).save(path)
+            with whole_file(path) as temporary:
+                sheet = draw_sheet(content[start : start + ROWS_PER_SHEET], class_names)
+                sheet.save(temporary, format="PNG")
             sheets.append(path)
     return Gallery(sheets, rows, list(class_names))
 

@@ -17,21 +17,24 @@ import io
 import json
 import math
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from wsss.core.arrays import at_most, names_in, read_npz
 from wsss.core.errors import WSSSError
-from wsss.core.files import write_atomically
+from wsss.core.files import read_json, write_atomically
+from wsss.core.records import check_record
+from wsss.results.schema import SCHEMA, Results
 
 RESULTS_FILE = "results.json"
 CELLS_FILE = "images.npz"
-SCHEMA = 1
 #: methods that older runs wrote by the names of their classes
 RENAMED = {"TKPPCL": "TKP-PCL"}
 
@@ -138,42 +141,61 @@ def read_cells(path: Path, split: str) -> dict[str, Any]:
     """Read what :func:`write_cells` wrote for one split: ``names`` and kind -> int64 cells.
 
     Raises:
-        WSSSError: the file is missing or damaged.
+        WSSSError: the file is missing or damaged, or holds something else.
     """
+    if not path.is_file():
+        raise WSSSError(f"{path}: there is no such file; run `wsss eval`")
     try:
-        with np.load(path, allow_pickle=False) as content:
-            found = {
-                key.removeprefix(f"{split}/"): content[key]
-                for key in content.files
-                if key.startswith(f"{split}/")
-            }
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        prefix = f"{split}/"
+        if f"{prefix}names" not in names_in(path):
+            raise WSSSError(f"{path}: holds no names of {split}'s images")
+        found = read_npz(path, at_most(), lambda name: name.startswith(prefix))
+        names = found.pop(f"{prefix}names")
+        if names.ndim != 1 or names.dtype.kind != "U":
+            raise WSSSError(f"{path}: {prefix}names are no list of names")
+        cells = {
+            key.removeprefix(prefix): _cells(path, key, values, len(names))
+            for key, values in found.items()
+        }
+    except WSSSError as error:
         raise WSSSError(
-            f"{path}: the counts of single images cannot be read ({error}); run `wsss eval`"
+            f"{error}; the counts of single images are needed, run `wsss eval` again"
         ) from error
-    return {k: v.tolist() if k == "names" else v.astype(np.int64) for k, v in found.items()}
+    return {"names": names.tolist(), **cells}
+
+
+def _cells(path: Path, key: str, values: NDArray[Any], images: int) -> NDArray[np.int64]:
+    """Give one kind's cells.
+
+    Raises:
+        WSSSError: they are no counts of these images.
+    """
+    if values.ndim != 2 or values.shape[1] != 3 or values.dtype.kind not in "iu":
+        raise WSSSError(f"{path}: {key} is {values.dtype} {values.shape}, expected integers (n, 3)")
+    cells = values.astype(np.int64)
+    if (cells < 0).any() or (cells[:, 0] >= images).any():
+        raise WSSSError(f"{path}: {key} counts below zero, or of more than its {images} images")
+    return cells
 
 
 def read_results(path: Path) -> dict[str, Any]:
     """Read what :func:`write_results` wrote.
 
     Raises:
-        WSSSError: the file is missing, is no JSON or has another schema.
+        WSSSError: the file is missing, is no JSON, has another schema or a key of another type.
     """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WSSSError(f"{path}: cannot be read ({error.strerror}); run `wsss eval`") from error
-    except ValueError as error:
-        raise WSSSError(f"{path}: not valid JSON ({error}); run `wsss eval` again") from error
+    results = read_json(path, "run `wsss eval` again")
     found = results.get("schema") if isinstance(results, dict) else None
     if found != SCHEMA:
-        raise WSSSError(f"{path}: schema {found}, expected {SCHEMA}; run `wsss eval` again")
+        raise WSSSError(
+            f"{path}: schema {str(found)[:20]}, expected {SCHEMA}; run `wsss eval` again"
+        )
     if not isinstance(results.get("splits"), dict):
         raise WSSSError(f"{path}: holds no splits; run `wsss eval` again")
+    check_record(Results, results, str(path), "run `wsss eval` again")
     if (method := results.get("method")) in RENAMED:
         results["method"] = RENAMED[method]
-    return results
+    return dict(results)
 
 
 def print_table(
@@ -189,10 +211,10 @@ def print_table(
     console = console or Console()
     splits: Mapping[str, Mapping[str, Any]] = results["splits"]
     title = " · ".join(str(results[key]) for key in ("method", "data") if key in results)
-    table = Table(title=title or None, title_justify="left")
+    table = Table(title=escape(title) or None, title_justify="left")
     table.add_column("metric")
     for split in splits:
-        table.add_column(split, justify="right")
+        table.add_column(escape(split), justify="right")
     for heading, key, percent in ROWS:
         values = [metrics.get(key) for metrics in splits.values()]
         if any(value is not None for value in values):
@@ -202,7 +224,7 @@ def print_table(
         if metrics.get("maps"):
             console.print(maps_table(metrics["maps"], title=f"{split}: label maps (%)"))
         for note in metrics.get("notes", []):
-            console.print(f"{split}: {note}")
+            console.print(escape(f"{split}: {note}"))
         if per_class:
             console.print(per_class_table(metrics, title=f"{split}, per class (%)"))
 
@@ -214,7 +236,7 @@ def maps_table(maps: Mapping[str, Mapping[str, Any]], *, title: str | None = Non
         maps: ``maps`` of one entry of ``splits``.
         title: heading.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title or "") or None, title_justify="left")
     table.add_column("")
     for kind in maps:
         table.add_column(SHORT_NAMES[kind], justify="right")
@@ -240,13 +262,13 @@ def per_class_table(metrics: Mapping[str, Any], *, title: str | None = None) -> 
         title: heading.
     """
     columns: Mapping[str, list[Any]] = metrics["per_class"]
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title or "") or None, title_justify="left")
     table.add_column("class")
     shown = [(heading, columns[key]) for heading, key in CLASS_COLUMNS if key in columns]
     for heading, _ in shown:
         table.add_column(heading, justify="right")
     for row, name in enumerate(columns["class"]):
-        table.add_row(name, *(_cell(values[row], True) for _, values in shown))
+        table.add_row(escape(name), *(_cell(values[row], True) for _, values in shown))
     return table
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,18 +13,24 @@ from rich.progress import track
 from wsss.core.devices import choose_device
 from wsss.core.errors import WSSSError
 from wsss.core.files import make_writable
+from wsss.core.lock import lock
 from wsss.core.supervision import IMAGE_LABELS
 from wsss.data.datamodule import ImageDataModule
 from wsss.evaluation.card import folder_card
 from wsss.evaluation.folders import find_files, read_class_maps, read_label_map
 from wsss.evaluation.inference import resized
-from wsss.evaluation.ledger import record_reading
+from wsss.evaluation.ledger import check_ledger, record_reading
 from wsss.evaluation.protocol import Protocol
 from wsss.evaluation.tally import Tally, Truth
 from wsss.results.store import print_table
 from wsss.runs.compose import compose_run
 from wsss.runs.folder import build_data
-from wsss.runs.scoring import data_hashes, results_header, store_and_show
+from wsss.runs.scoring import (
+    data_hashes,
+    results_header,
+    shown_on_failure,
+    store_and_show,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +72,11 @@ class MapFolder:
 
     def _count_cams(self, tally: Tally, labels: torch.Tensor, truth: Truth, path: Path) -> bool:
         number = len(tally.class_names)
-        maps = read_class_maps(path, num_classes=number, first_class=self.first_class)
-        cams = resized(torch.from_numpy(maps)[None], truth.mask.shape[-2:]).to(tally.device)
+        height, width = truth.mask.shape[-2:]
+        maps = read_class_maps(
+            path, num_classes=number, first_class=self.first_class, size=(height, width)
+        )
+        cams = resized(torch.from_numpy(maps)[None], (height, width)).to(tally.device)
         present = (cams.amax((2, 3)) > 0).float()
         allowed = labels if tally.protocol.use_image_labels else present
         tally.count_cams(cams, allowed, labels, truth)
@@ -103,32 +113,35 @@ def score_folder(
     source = {maps.holds: str(maps.path), "first_class": maps.first_class}
     results |= {"cost": None, "source": source}
     declared = {item.partition("=")[0].removeprefix("eval.") for item in overrides}
-    cells: dict[str, dict[str, Any]] = {}
     folder = Path(out) if out else None
     if folder:
         make_writable(folder)
-    for split in splits or [data.val_split]:
-        metrics = _score(maps, data, protocol, split, device)
-        cells[split] = {"names": data.eval_dataset(split).names, **metrics.pop("cells")}
-        metrics["protocol"] = folder_card(
-            protocol=protocol,
-            declared=declared,
-            split=split,
-            list_hash=data.list_hash(split),
-            num_images=int(metrics["num_images"]),
-            supervision=maps.supervision,
-            seed=maps.seed,
-        ) | {"label_source": data.label_source}
-        metrics["data_sha256"] = data_hashes(data, split)
+        check_ledger(folder)
+    with lock(folder, "evaluating") if folder else nullcontext():
+        cells: dict[str, dict[str, Any]] = {}
+        with shown_on_failure(results):
+            for split in splits or [data.val_split]:
+                metrics = _score(maps, data, protocol, split, device)
+                cells[split] = {"names": data.eval_dataset(split).names, **metrics.pop("cells")}
+                metrics["protocol"] = folder_card(
+                    protocol=protocol,
+                    declared=declared,
+                    split=split,
+                    list_hash=data.list_hash(split),
+                    num_images=int(metrics["num_images"]),
+                    supervision=maps.supervision,
+                    seed=maps.seed,
+                ) | {"label_source": data.label_source}
+                metrics["data_sha256"] = data_hashes(data, split)
+                results["splits"][split] = metrics
+                if folder:
+                    reading = record_reading(folder, split=split, purpose="wsss eval of a folder")
+                    metrics["readings"] = reading
         if folder:
-            reading = record_reading(folder, split=split, purpose="wsss eval of a folder")
-            metrics["readings"] = reading
-        results["splits"][split] = metrics
-    if folder:
-        store_and_show(results, cells, folder)
-    else:
-        print_table(results)
-        print("not stored; give out=FOLDER for wsss compare and wsss report")
+            store_and_show(results, cells, folder)
+        else:
+            print_table(results)
+            print("not stored; give out=FOLDER for wsss compare and wsss report")
     return results
 
 

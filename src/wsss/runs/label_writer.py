@@ -22,6 +22,7 @@ from torch import Tensor
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256, make_writable, write_atomically
+from wsss.core.lock import lock
 from wsss.core.modes import evaluating
 from wsss.core.ranks import rank_and_count
 from wsss.data.images import write_mask
@@ -32,6 +33,7 @@ from wsss.evaluation.inference import localise, predict, pseudo_label, refinemen
 from wsss.maps.pseudo_labels import cam_probabilities
 from wsss.runs.config import config_hash
 from wsss.runs.folder import Run
+from wsss.runs.origin import check_origin
 from wsss.runs.scoring import supervision_of_run
 
 Labels = NDArray[np.uint8]
@@ -63,15 +65,18 @@ def write_pseudo_labels(
         The folder: one NAME.png an image and ``pseudo_labels.json``.
 
     Raises:
-        WSSSError: unknown source, or ``out`` holds labels made in another way.
+        WSSSError: unknown source, ``out`` holds labels made in another way, or another process
+            works there.
     """
     check_source(source)
     split = split or run.data.train_split
+    check_origin(run, [split], with_masks=False)
     identity = _identity(run, split, source)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     inside = run.folder / FOLDER / f"{Path(split).stem}-{digest[:8]}"
     folder = Path(out) if out else inside
-    if _is_finished(folder, identity):
+    mend = "give another out=" if out else "remove that folder"
+    if _is_finished(folder, identity, mend):
         print(f"{folder} is finished")
         return folder
     supervision = supervision_of_run(run.module, run.data)
@@ -80,13 +85,16 @@ def write_pseudo_labels(
     _barrier()
     if first:
         make_writable(folder)
-        _write_card(folder, card | {"status": "begun"})
     _barrier()
-    _label_all(run, split, source, folder, crf_jobs)
-    _barrier()
-    if first:
-        _write_card(folder, card | {"status": "finished"})
-        print(f"pseudo labels in {folder}")
+    with lock(folder, "labelling"):
+        if first:
+            _write_card(folder, card | {"status": "begun"})
+        _barrier()
+        _label_all(run, split, source, folder, crf_jobs)
+        _barrier()
+        if first:
+            _write_card(folder, card | {"status": "finished"})
+            print(f"pseudo labels in {folder}")
     return folder
 
 
@@ -96,8 +104,8 @@ def check_source(source: str) -> None:
         raise WSSSError(f"source={source}: expected {' or '.join(SOURCES)}")
 
 
-def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
-    """Tell whether these labels are all there; False where they are begun or not.
+def _is_finished(folder: Path, identity: dict[str, Any], mend: str) -> bool:
+    """Say whether these labels are all there; False where they are begun or not.
 
     Raises:
         WSSSError: the folder holds something else.
@@ -106,13 +114,13 @@ def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
     if card is None:
         # a hidden file is what a kill left of a card
         if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
-            raise WSSSError(f"{folder} holds files that are not these labels; give another out=")
+            raise WSSSError(f"{folder} holds files that are not these labels; {mend}")
         return False
     made_from = card.get("made_from", {})
     other = [key for key in identity if made_from.get(key) != identity[key]]
     if other:
         raise WSSSError(
-            f"{folder} holds pseudo labels of another {', '.join(other)}; give another out="
+            f"{folder} holds pseudo labels of another {', '.join(other)}; {mend}"
         )
     return bool(card.get("status") == "finished")
 
@@ -244,7 +252,8 @@ class Labeller:
         logits = prediction.single if prediction.merged is None else prediction.merged
         if logits is None:
             raise WSSSError(
-                f"source=seg: {self.module.title} has no segmentation head; use source=cam"
+                f"source=seg: {self.module.title} has no segmentation head; use source=cam (in "
+                "`wsss train`: second_stage.source=cam)"
             )
         return logits.softmax(1)
 

@@ -152,7 +152,8 @@ def write_masks(run: Run, images: ImageFolderDataset, out: Path, device: str = "
     for name, rgb, mask in track(masks, description="predicting", total=len(images)):
         _save(mask, rgb, out / name)
     names = ["background", *run.data.class_names]
-    (out / "classes.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(names)))
+    listed = "".join(f"{i} {name}\n" for i, name in enumerate(names))
+    write_atomically(out / "classes.txt", listed.encode())
 
 
 def _save(mask: Pixels, rgb: Pixels, stem: Path) -> None:

@@ -1,6 +1,7 @@
 """Score a run: ``results.json``, the table, the gallery, the same on W&B."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import make_writable
+from wsss.core.lock import lock
 from wsss.core.ranks import is_first_process
 from wsss.core.supervision import PIXEL_MASKS
 from wsss.data.datamodule import ImageDataModule
@@ -16,12 +18,13 @@ from wsss.data.train_masks import read_card
 from wsss.evaluation.card import protocol_card
 from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.holdout import HOLDOUT, Holdout, choose_threshold
-from wsss.evaluation.ledger import record_reading
+from wsss.evaluation.ledger import check_ledger, record_reading
 from wsss.methods.base import WSSSModule
 from wsss.results.gallery import Gallery, write_gallery
 from wsss.results.store import CELLS_FILE, RESULTS_FILE, print_table, write_cells, write_results
 from wsss.runs.config import config_hash
 from wsss.runs.folder import Run
+from wsss.runs.origin import check_origin
 from wsss.runs.wandb import log_results
 
 GALLERY = "gallery"  # inside the folder of results
@@ -53,39 +56,72 @@ def score(
         The content of ``results.json``.
 
     Raises:
-        WSSSError: the data is not there, or the holdout is named and not declared.
+        WSSSError: the data is not there, the holdout is named and not declared, another process
+            works in the folder of results, or that cannot be written.
     """
+    names = list(splits or [run.data.val_split, *run.data.test_splits])
+    check_origin(run, names)
     folder = Path(out) if out else _results_folder(run, splits)
+    ledger = run.path if run.path.is_dir() else folder
+    if is_first_process():
+        make_writable(folder)
+        check_ledger(ledger)
     results = results_header(run.module.title, run.data, run.config)
     results |= {"run": str(run.path), "cost": run.cost}
-    cells: dict[str, dict[str, Any]] = {}
-    ledger = run.path if run.path.is_dir() else folder
-    first = is_first_process()
-    if first:
-        make_writable(folder)
     holdout = Holdout(run.data, run.protocol) if run.protocol.holdout_per_class else None
-    chosen = _choose_threshold(run, holdout, ledger)
-    names = splits or [run.data.val_split, *run.data.test_splits]
+    with lock(folder, "evaluating"):
+        chosen = _choose_threshold(run, holdout, ledger)
+        with shown_on_failure(results):
+            cells = _measure_all(run, names, holdout, chosen, results, ledger, purpose)
+        if not is_first_process():
+            return results
+        store_and_show(results, cells, folder)
+        # drawn last, so that no number is lost where no picture can be made
+        gallery = _draw(run, _open_split(names[0], run.data, holdout), folder)
+        if gallery is not None:
+            print(f"{folder / GALLERY}")
+        if logger is not None:
+            log_results(logger, results, gallery)
+    return results
+
+
+def _measure_all(
+    run: Run,
+    names: Sequence[str],
+    holdout: Holdout | None,
+    chosen: dict[str, Any] | None,
+    results: dict[str, Any],
+    ledger: Path,
+    purpose: str,
+) -> dict[str, dict[str, Any]]:
+    """Measure every split into ``results``, and record each reading; give the images' counts."""
+    cells: dict[str, dict[str, Any]] = {}
     for name in names:
         split = _open_split(name, run.data, holdout)
         metrics = _measure(run, split)
         cells[name] = {"names": split.dataset.names, **metrics.pop("cells")}
         if chosen:
             apply_threshold(metrics, chosen)
-        if first:
+        results["splits"][name] = metrics
+        if is_first_process():
             metrics["readings"] = record_reading(
                 ledger, split=name, purpose=purpose, step=run.step, list_sha256=split.list_hash
             )
-        results["splits"][name] = metrics
-    if not first:
-        return results
-    gallery = _draw(run, _open_split(names[0], run.data, holdout), folder)
-    store_and_show(results, cells, folder)
-    if gallery is not None:
-        print(f"{folder / GALLERY}")
-    if logger is not None:
-        log_results(logger, results, gallery)
-    return results
+    return cells
+
+
+@contextmanager
+def shown_on_failure(results: dict[str, Any]) -> Iterator[None]:
+    """Print what has been measured where an error ends the block.
+
+    Hours of work do not go with a disk that is full, or with a second split that is not there.
+    """
+    try:
+        yield
+    except (WSSSError, OSError):
+        if is_first_process() and results["splits"]:
+            print_table(results)
+        raise
 
 
 def _results_folder(run: Run, splits: Sequence[str] | None) -> Path:
@@ -206,10 +242,10 @@ def data_hashes(data: ImageDataModule, split: str) -> dict[str, str | None]:
 
 
 def store_and_show(results: dict[str, Any], cells: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Write results and each image's counts, print the tables."""
+    """Print the tables, which need no room on a disk, then write counts and results."""
+    print_table(results)
     write_cells(folder / CELLS_FILE, cells)
     write_results(folder / RESULTS_FILE, results)
-    print_table(results)
     print(f"{folder / RESULTS_FILE}")
 
 

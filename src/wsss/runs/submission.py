@@ -25,6 +25,7 @@ from wsss.data.images import image_size, mask_png, read_rgb
 from wsss.data.voc import VOC_CLASSES, find_voc_root, list_path, voc_samples
 from wsss.runs.folder import Run
 from wsss.runs.masks import predict_mask
+from wsss.runs.origin import check_origin
 
 ORIGIN_FILE = "made_from.json"  # beside the archive, not in it
 
@@ -56,6 +57,7 @@ def submit(
     root = find_voc_root(run.data.root)
     samples = voc_samples(root, split, "")[: run.data.limit]
     check_files("image", [sample.image for sample in samples], list_path(root, split))
+    check_origin(run, [split], with_masks=False)
     out = out or run.folder / "submission"
     make_writable(out)
     inner = PurePosixPath("results/VOC2012/Segmentation") / f"{competition}_test_cls"
@@ -73,7 +75,7 @@ def _settle_origin(out: Path, run: Run) -> None:
     origin = {"checkpoint_sha256": file_sha256(run.checkpoint), "protocol": asdict(run.protocol)}
     text = json.dumps(origin, indent=2) + "\n"
     path = out / ORIGIN_FILE
-    if path.is_file() and path.read_text() != text:
+    if path.is_file() and path.read_bytes() != text.encode():
         raise WSSSError(f"{out} holds masks of another run or protocol; give another out=")
     write_atomically(path, text.encode())
 

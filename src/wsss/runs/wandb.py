@@ -10,6 +10,7 @@ system metrics; code and resolved configuration as artifacts.
 import contextlib
 import netrc
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from wsss.core.errors import WSSSError
+from wsss.core.files import write_atomically
 from wsss.core.places import PACKAGE
 from wsss.results.gallery import Gallery
 from wsss.runs.config import LoggerConfig
@@ -45,24 +47,33 @@ def run_id(folder: Path) -> str:
     """Give the W&B id of a run folder, made at the first call and kept in it.
 
     An interrupted run that resumes in the same folder goes on in the same W&B run.
+
+    Raises:
+        WSSSError: the file holds something else, or cannot be written.
     """
     path = folder / ID_FILE
-    if path.is_file() and (known := path.read_text().strip()):
-        return known
-    folder.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        known = path.read_bytes().decode(errors="replace").strip()
+        if known and not re.fullmatch(r"[\w-]{1,64}", known, re.ASCII):
+            raise WSSSError(f"{path}: holds no W&B id; remove it, and a new run begins there")
+        if known:
+            return known
     new = uuid.uuid4().hex[:8]
-    path.write_text(f"{new}\n")
+    write_atomically(path, f"{new}\n".encode())
     return new
 
 
-def import_wandb() -> None:
-    """Raise WSSSError unless W&B is installed."""
+def import_wandb(what: str = "logger=wandb", mend: str = ", or give logger=csv") -> None:
+    """Raise WSSSError unless W&B is installed.
+
+    Args:
+        what: what needs it.
+        mend: what else helps than to install it.
+    """
     try:
         import wandb  # noqa: F401
     except ImportError as error:
-        raise WSSSError(
-            "logger=wandb needs the package wandb (pip install wandb), or give logger=csv"
-        ) from error
+        raise WSSSError(f"{what} needs the package wandb (pip install wandb){mend}") from error
 
 
 def make_wandb_logger(config: Mapping[str, Any], folder: Path) -> WandbLogger:

@@ -4,7 +4,6 @@ Each run leaves a folder that says how it was made. Repeating the command skips 
 and goes on where it was interrupted, be it in the middle of a stage or between two.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,19 +14,18 @@ from typing import Any
 import torch
 
 from wsss.core.devices import choose_device
-from wsss.core.files import make_writable, write_atomically
+from wsss.core.files import make_writable
 from wsss.core.lock import lock
 from wsss.core.ranks import is_first_process
 from wsss.runs.compose import compose_run
 from wsss.runs.config import override_config, second_stage_config
-from wsss.runs.folder import Run, load_run, write_config
+from wsss.runs.folder import load_run
 from wsss.runs.label_writer import write_pseudo_labels
+from wsss.runs.origin import check_resumed, write_origin
 from wsss.runs.prepare import finished_folder, prepare
 from wsss.runs.scoring import score
 from wsss.runs.wandb import wandb_run
 from wsss.training.trainer import accelerate, build_trainer, fit
-
-DATA_FILE = "data.json"  # in the run folder: hashes of what it was trained and evaluated on
 
 
 def train(config: Mapping[str, Any] | Sequence[str]) -> Path:
@@ -66,22 +64,16 @@ def _train_run(config: dict[str, Any]) -> Path:
     trainer = build_trainer(run)
     make_writable(run.folder)
     with lock(run.folder):
-        _write_origin(run)
+        if is_first_process():
+            check_resumed(run)
+            write_origin(run)
+            print(f"run folder: {run.folder}")
         wandb = wandb_run(run.config, run.folder) if config["logger"]["wandb"] else nullcontext()
         with wandb as logger:
             trainer.loggers += [logger] if logger else []
             run = fit(run, trainer)
             score(run.to(trainer.strategy.root_device), logger=logger)
     return run.folder
-
-
-def _write_origin(run: Run) -> None:
-    """Write into the run folder what the run is made from."""
-    if is_first_process():
-        write_config(run.folder, run.config)
-        text = json.dumps(run.data.fingerprint(), indent=2)
-        write_atomically(run.folder / DATA_FILE, f"{text}\n".encode())
-        print(f"run folder: {run.folder}")
 
 
 def _silence_libraries() -> None:

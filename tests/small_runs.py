@@ -39,7 +39,12 @@ PLAIN = [
 ]
 #: each method, its second phase beginning with step 4 of 6
 METHODS = {
-    "clustercam": ["method.epochs=3", "method.seg_from_epoch=2", "method.decoder_channels=16"],
+    "clustercam": [
+        "method.epochs=3",
+        "method.warmup_epochs=1",
+        "method.seg_from_epoch=2",
+        "method.decoder_channels=16",
+    ],
     "getam": ["method.decoder_channels=16", "method.energy_weight=0.0"],
     "tkp_pcl": ["budget.warmup_steps=4", "method.lstm_hidden=8", "method.trained_blocks=2"],
 }

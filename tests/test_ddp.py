@@ -29,7 +29,12 @@ from wsss.training.trainer import accelerate, build_trainer
 STEPS = 6  # of which 0 to 3 are the first phase
 METHODS = {
     "toco": ["method.seg_after=0.5", "method.decoder_channels=16"],
-    "clustercam": ["method.epochs=3", "method.seg_from_epoch=2", "method.decoder_channels=16"],
+    "clustercam": [
+        "method.epochs=3",
+        "method.warmup_epochs=1",
+        "method.seg_from_epoch=2",
+        "method.decoder_channels=16",
+    ],
     "tkp_pcl": ["budget.warmup_steps=4", "method.lstm_hidden=8", "method.trained_blocks=2"],
     "getam": ["method.decoder_channels=16"],
 }

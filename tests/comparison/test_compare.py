@@ -344,7 +344,7 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
         ({"metric": "image_map"}, "expected a mIoU"),
         ({"baseline": "afa"}, "there are ToCo"),
         ({"by": "method.wieght"}, "no such key"),
-        ({"resamples": 0}, "expected at least 1 draw"),
+        ({"resamples": 0}, "resamples=0: expected a number greater than or equal to 1"),
     ):
         with pytest.raises(WSSSError, match=message):
             grid_of([run], **options)

@@ -1,7 +1,7 @@
 """`wsss data check`: every ailment is found, named in one line with its mend, and counted."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -243,7 +243,7 @@ def test_raw_category_ids_in_range_are_recognised_by_labels(
 
 def test_a_table_tells_every_bad_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = make_photos(tmp_path, 6)
-    write_table(tmp_path, [*labels[:3], "", "", labels[5]])
+    write_table(tmp_path, [*labels[:3], ";", " | ", labels[5]])
     status, lines = check(capsys, "data=table", f"root={tmp_path}", "csv=labels.csv")
     assert status == 1
     assert [line.split(" line ")[1][0] for line in findings(lines, "error")] == ["5", "6"]
@@ -258,6 +258,96 @@ def test_a_table_of_other_data_is_reported_row_by_row(
     assert status == 1
     assert len(findings(lines, "error")) == 4
     assert all("did you mean 'bicycle'" in line for line in findings(lines, "error")[:3])
+
+
+def masked_photos(root: Path, values: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
+    """Photographs whose masks hold the given values, half of them of each split."""
+    make_photos(root, len(values))
+    (root / "masks").mkdir()
+    lines = ["image,labels,mask,split"]
+    for number, (held, label) in enumerate(zip(values, labels, strict=True)):
+        mask = np.zeros((48, 56), np.uint8)
+        for row, value in enumerate(held):
+            mask[row] = value
+        Image.fromarray(mask).save(root / "masks" / f"{number}.png")
+        split = "train" if number < len(values) // 2 else "val"
+        lines.append(f"photos/{number:03}.jpg,{label},masks/{number}.png,{split}")
+    (root / "labels.csv").write_text("\n".join(lines))
+
+
+def test_masks_of_0_and_255_only_are_an_error_with_its_mend(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    masked_photos(tmp_path, [[255], [0], [255], [255], [0], [255]], ["cat", "", "cat"] * 2)
+    status, lines = check(capsys, "data=table", f"root={tmp_path}")
+    assert status == 1
+    errors = findings(lines, "error")
+    assert [line.split(":")[1] for line in errors] == [" empty masks [train]", " empty masks [val]"]
+    assert "none of 2 masks of labelled images shows a pixel of a class" in errors[0]
+    assert "only 0 and 255 occur, and 255 means ignored" in errors[0]
+    assert "1 for 'cat' (mask[mask == 255] = 1)" in errors[0]
+
+
+def test_single_masks_without_a_class_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    masked_photos(tmp_path, [[1], [255], [], [], [1], [1]], ["cat", "cat", "", "cat", "cat", "cat"])
+    status, lines = check(capsys, "data=table", f"root={tmp_path}")
+    assert status == 0
+    warnings = [line for line in findings(lines, "warning") if "empty masks" in line]
+    assert "[train]: 1 of 2 masks of labelled images show no pixel" in warnings[0]
+    assert "[val]: 1 of 3 masks" in warnings[1]
+    assert "only 0 occur, and 0 is background; a pixel of 'cat' must be 1" in warnings[1]
+
+
+def test_masks_of_several_images_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    masked_photos(tmp_path, [[1], [1], [1], [1]], ["cat", "", "cat", ""])
+    path = tmp_path / "labels.csv"
+    path.write_text(path.read_text().replace("masks/2", "masks/0"))
+    _, lines = check(capsys, "data=table", f"root={tmp_path}")
+    assert any("1 masks belong to more than one image" in line for line in lines)
+
+
+def test_one_class_without_negatives_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_photos(tmp_path, 8)
+    write_table(tmp_path, ["crack"] * 8)
+    status, lines = check(capsys, "data=table", f"root={tmp_path}")
+    assert status == 0
+    (line,) = [line for line in findings(lines, "warning") if "negatives" in line]
+    assert "crack: in every one of the 6 images" in line
+    write_table(tmp_path, ["crack", ""] * 4)
+    status, lines = check(capsys, "data=table", f"root={tmp_path}")
+    assert status == 0
+    assert not findings(lines, "warning")
+    (line, _) = findings(lines, "note")
+    assert "have an empty labels cell" in line
+    assert any("none of them (" in line for line in lines if line.startswith("classes of train"))
+
+
+def test_an_empty_cell_among_several_classes_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = make_photos(tmp_path, 12)
+    write_table(tmp_path, [*labels[:10], "", ""])
+    _, lines = check(capsys, "data=table", f"root={tmp_path}")
+    assert any("no label [" in line for line in findings(lines, "warning"))
+
+
+@pytest.mark.parametrize(
+    "name", ["a,b", "a=b", "a, b", "(a", "{a}", "[a]", "a b", "a'b", "$a", "a:b"]
+)
+def test_any_folder_can_be_checked(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / name
+    write_table(root, make_photos(root, 12), name="l,1=2.csv")
+    status, lines = check(capsys, "data=table", f"root={root}", "csv=l,1=2.csv")
+    assert status == 0
+    assert any(line.startswith("classes of train: ") for line in lines)
 
 
 def test_a_healthy_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

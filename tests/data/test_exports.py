@@ -1,6 +1,7 @@
 """What labelme and CVAT write in VOC or COCO style is read by the same code."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,119 @@ def test_lists_of_the_export_become_splits(tmp_path: Path) -> None:
     ]
 
 
+def lists(root: Path, **names: str) -> None:
+    folder = root / "ImageSets" / "Segmentation"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "default.txt").unlink(missing_ok=True)
+    for split, text in names.items():
+        (folder / f"{split}.txt").write_text(text)
+
+
+def splits(root: Path) -> list[str | None]:
+    return [row.split for row in read_table(root / "wsss" / "labels.csv", root).rows]
+
+
+def test_images_in_no_list_get_a_split_that_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cvat_voc(tmp_path)
+    lists(tmp_path, Train="000\n001\n002\n", Validation="003\n004\n", default="005\n")
+    prepare("voc", f"root={tmp_path}")
+    assert "warning: 1 images are in none of the lists" in capsys.readouterr().out
+    assert splits(tmp_path) == ["train"] * 3 + ["val"] * 2 + ["default"]
+    arguments = ["data=table", f"root={tmp_path}", "csv=wsss/labels.csv"]
+    assert main(["data", "check", *arguments]) == 0
+    assert "warning: splits: 1 of 6 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("only", ["Train", "Validation", "Test"])
+def test_one_list_alone_leaves_the_splits_to_the_holdout(
+    tmp_path: Path, only: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cvat_voc(tmp_path)
+    lists(tmp_path, **{only: "000\n001\n002\n"})
+    prepare("voc", f"root={tmp_path}")
+    assert "no column split" in capsys.readouterr().out
+    assert splits(tmp_path) == [None] * 6
+    assert main(["data", "check", "data=table", f"root={tmp_path}", "csv=wsss/labels.csv"]) == 0
+
+
+def test_train_and_test_say_how_to_validate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cvat_voc(tmp_path)
+    lists(tmp_path, Train="000\n001\n002\n", Test="003\n004\n005\n")
+    prepare("voc", f"root={tmp_path}")
+    assert capsys.readouterr().out.rstrip().endswith("wsss/labels.csv data.val_split=test")
+
+
+@pytest.mark.parametrize("line", ["photo 5", '"photo 5"', "day 1/photo 5", "day 1\\photo 5"])
+def test_names_in_lists_hold_blanks_quotes_and_folders(tmp_path: Path, line: str) -> None:
+    cvat_voc(tmp_path)
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        path = tmp_path / folder / f"005.{suffix}"
+        target = tmp_path / folder / "day 1" if "day" in line else tmp_path / folder
+        target.mkdir(exist_ok=True)
+        path.rename(target / f"photo 5.{suffix}")
+    lists(tmp_path, Train="000\n001\n002\n003\n", Validation=f"004\n{line}\n")
+    prepare("voc", f"root={tmp_path}")
+    assert splits(tmp_path).count("val") == 2
+    (photo,) = (s for s in table_of(tmp_path).samples("val") if s.image.stem == "photo 5")
+    assert photo.image.is_file()
+    assert photo.mask is not None
+    assert photo.mask.is_file()
+
+
+def test_listed_names_without_an_image_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cvat_voc(tmp_path)
+    lists(tmp_path, Train="000\n001\n002\nlost\n", Validation="003\n004\n005\n")
+    prepare("voc", f"root={tmp_path}")
+    assert "1 listed names have no image ('lost' first)" in capsys.readouterr().out
+
+
+def one_class(root: Path, *, empty: int) -> None:
+    """An export of one class whose last masks show nothing."""
+    photographs(root)
+    (root / "labelmap.txt").write_text("background:0,0,0::\ncrack:200,30,30::\n")
+    (root / "SegmentationClass").mkdir()
+    for number in range(6):
+        mask = np.zeros((48, 56, 3), np.uint8)
+        if number < 6 - empty:
+            mask[4:20, 9:30] = (200, 30, 30)
+        Image.fromarray(mask).save(root / "SegmentationClass" / f"{number:03}.png")
+
+
+def test_one_class_keeps_the_images_without_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_class(tmp_path, empty=2)
+    prepare("voc", f"root={tmp_path}")
+    assert "6 images, 1 classes, 2 without an object listed as sh" in capsys.readouterr().out
+    rows = read_table(tmp_path / "wsss" / "labels.csv", tmp_path).rows
+    assert [row.labels for row in rows] == [("crack",)] * 4 + [()] * 2
+
+
+def test_an_export_that_shows_nothing_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one_class(tmp_path, empty=6)
+    assert main(["data", "prepare", "voc", f"root={tmp_path}"]) == 2
+    assert "no mask or annotation of" in capsys.readouterr().err
+
+
+def test_a_mended_label_map_makes_all_masks_anew(tmp_path: Path) -> None:
+    labels = cvat_voc(tmp_path)
+    text = (tmp_path / "labelmap.txt").read_text()
+    swapped = text.replace("sky:255,0,10", "sky:9,9,200").replace("apple:9,9,200", "apple:255,0,10")
+    (tmp_path / "labelmap.txt").write_text(swapped)
+    prepare("voc", f"root={tmp_path}")
+    (tmp_path / "labelmap.txt").write_text(text)
+    prepare("voc", f"root={tmp_path}")
+    check_masks(tmp_path, labels)
+
+
 def test_cvat_boxes_are_image_labels(tmp_path: Path) -> None:
     labels = cvat_voc(tmp_path)
     for path in (tmp_path / "SegmentationClass").iterdir():
@@ -206,9 +320,43 @@ def separator_in_a_name(root: Path) -> None:
     (root / "labelmap.txt").write_text((root / "labelmap.txt").read_text().replace("sky", "a;b"))
 
 
+def label_map(*lines: str) -> Callable[[Path], None]:
+    def spoil(root: Path) -> None:
+        (root / "labelmap.txt").write_text("\n".join(["# label:color_rgb:parts:actions", *lines]))
+
+    return spoil
+
+
+def two_lists(root: Path) -> None:
+    lists(root, Train="000\n001\n", Validation="001\n002\n")
+
+
+def labelme_names(root: Path) -> None:
+    (root / "labelmap.txt").unlink()
+    (root / "class_names.txt").write_text("sky\n_background_\nleaf\n")
+
+
+def small_mask(root: Path) -> None:
+    Image.new("RGB", (5, 5)).save(root / "SegmentationClass" / "005.png")
+
+
+CAT = "cat:255,0,10::"
+
+
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
+        (label_map(CAT, "dog:255,0,10::"), "line 3 gives 'dog' the colour 255,0,10 again (line 2:"),
+        (label_map(CAT, "void:0,0,0::"), "the colour 0,0,0 again (black is background)"),
+        (label_map(CAT, "ignored:255,0,10::"), "line 3 gives 'ignored' the colour 255,0,10 again"),
+        (label_map(CAT, "cat:1,2,3::"), "labelmap.txt: class_names holds 'cat' twice"),
+        (label_map(CAT, "Cat:1,2,3::"), "'cat' and 'Cat', which differ only in case"),
+        (label_map(CAT, ":1,2,3::"), "line 3 reads ':1,2,3::'"),
+        (label_map(CAT, "dog:1,2,300::"), "line 3 reads 'dog:1,2,300::'"),
+        (label_map("background:0,0,0::"), "holds 0 classes"),
+        (two_lists, "'001' is listed in"),
+        (labelme_names, "has '_background_' after a class"),
+        (small_mask, "005.png is 5x5"),
         (other_colour, "002.png has the colour (1, 2, 3)"),
         (no_colour, "line 2 reads 'sky:red::'"),
         (no_picture, "002.png has no image"),
@@ -221,7 +369,10 @@ def test_bad_exports_are_one_line(
 ) -> None:
     cvat_voc(tmp_path)
     spoil(tmp_path)  # type: ignore[operator]
+    before = contents(tmp_path)
     assert main(["data", "prepare", "voc", f"root={tmp_path}"]) == 2
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "wsss").exists()
     error = capsys.readouterr().err.strip()
     assert expected in error
     assert len(error.splitlines()) == 1

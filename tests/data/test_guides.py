@@ -145,3 +145,18 @@ def test_ground_truth_needs_a_mask_of_every_image(tmp_path: Path) -> None:
     with pytest.raises(WSSSError, match=r"'photos/002' \(1 of 6 images\) has no mask"):
         data.setup("fit")
     assert "mask" not in data.unmasked_dataset("train")[0]
+
+
+def test_ground_truth_of_255_trains_nothing_and_is_refused(tmp_path: Path) -> None:
+    build("table", tmp_path)
+    for number in range(6):
+        path = tmp_path / "masks" / f"{number:03}.png"
+        write_atomically(path, mask_png(np.full((48, 56), 255, np.uint8)))
+    data = table(tmp_path, train_transform=with_mask, train_masks="ground_truth")
+    with pytest.raises(WSSSError, match=r"none of 6 masks .* only 255 occur"):
+        data.check_contents()
+    table(tmp_path, train_transform=plain).check_contents()  # image labels need none of them
+    folder = tmp_path / "pseudo"  # what a method could not label is no mistake in the data
+    for number in range(6):
+        write_atomically(folder / f"photos/{number:03}.png", mask_png(np.zeros((48, 56), np.uint8)))
+    table(tmp_path, train_transform=with_mask, train_masks=str(folder)).check_contents()

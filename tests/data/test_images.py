@@ -1,5 +1,8 @@
 import io
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,12 +97,47 @@ def test_floating_point_and_32_bit_images_are_refused(tmp_path: Path) -> None:
     one_line(error, tmp_path / "i.tif")
 
 
-def test_orientation_tag_is_not_applied(tmp_path: Path) -> None:
+def test_orientation_tag_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees
     Image.fromarray(ramp()).save(tmp_path / "a.jpg", exif=exif)
     assert Image.open(tmp_path / "a.jpg").getexif()[0x0112] == 6
-    assert read_rgb(tmp_path / "a.jpg").shape == (12, 16, 3)
+    assert read_rgb(tmp_path / "a.jpg").shape == (16, 12, 3)
+
+
+@pytest.mark.parametrize("read", [read_rgb, image_size])
+def test_a_huge_image_is_to_be_scaled_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Any
+) -> None:
+    path = tmp_path / "a.png"
+    Image.new("1", (15, 14)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(WSSSError, match=r"has 210 pixels, at most 200 are read; scale it") as error:
+        read(path)
+    assert "copy" not in one_line(error, path)
+
+
+def test_a_large_image_is_read_without_a_warning_of_attacks(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("1", (15, 14)).save(path)
+    limit = "from PIL import Image; Image.MAX_IMAGE_PIXELS = 110"
+    read = "import sys, pathlib, wsss.data.images as i; i.read_rgb(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"{limit}; {read}", str(path)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("read", [read_rgb, image_size])
+def test_an_unknown_format_is_to_be_converted(tmp_path: Path, read: Any) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    with pytest.raises(WSSSError, match="convert it") as error:
+        read(path)
+    one_line(error, path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(WSSSError, match="Is a directory"):
+        read(path)
 
 
 def test_missing_image_is_named(tmp_path: Path) -> None:
@@ -263,3 +301,9 @@ def test_bad_folders_of_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(WSSSError, match="share the name 'a'") as error:
         ImageFolderDataset(tmp_path)
     one_line(error, tmp_path / "a.png")
+
+
+def test_a_black_and_white_mask_says_what_to_write(tmp_path: Path) -> None:
+    Image.new("1", (4, 4), 1).save(tmp_path / "m.png")
+    with pytest.raises(WSSSError, match=r"mode 1.*with 1 \(the class\) where it is white"):
+        read_mask(tmp_path / "m.png", num_classes=1)

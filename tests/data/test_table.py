@@ -79,6 +79,11 @@ BAD = {
     "path upwards": (["image,labels", "x/../../1.jpg,apple"], "below the data's root"),
     "mask outside": (["image,labels,mask", "1.jpg,apple,../m.png"], "below the data's root"),
     "no image": (["image,labels", ",apple"], "line 2 names ''"),
+    "path of Windows": (
+        ["image,labels", "C:\\\\data\\\\1.jpg,apple"],
+        "an absolute path of Windows",
+    ),
+    "backslashes upwards": (["image,labels", "..\\\\1.jpg,apple"], "below the data's root"),
     "empty split": (["image,labels,split", "1.jpg,apple,"], "line 2 has no split"),
     "open quote": (["image,labels", '"1.jpg,apple'], "is no CSV"),
 }
@@ -98,6 +103,26 @@ def test_bad_rows_are_one_line(tmp_path: Path, case: str) -> None:
 def test_classes_that_differ_in_case_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "image,labels", "1.jpg,Cat", "2.jpg,cat")
     with pytest.raises(WSSSError, match="differ only in case"):
+        read_table(path, tmp_path)
+
+
+def test_backslashes_separate_folders(tmp_path: Path) -> None:
+    path = write(tmp_path, "image,labels,mask", "a\\b\\1.jpg,x,m\\1.png", "c\\2.jpg,x,")
+    (tmp_path / "c\\2.jpg").touch()  # a file of that very name, as bad archives unpack them
+    first, second = (row.sample for row in read_table(path, tmp_path).rows)
+    assert (first.name, first.image) == ("a/b/1", tmp_path / "a" / "b" / "1.jpg")
+    assert first.mask == tmp_path / "m" / "1.png"
+    assert second.image == tmp_path / "c\\2.jpg"
+
+
+def test_an_empty_cell_says_that_no_class_is_shown(tmp_path: Path) -> None:
+    path = write(tmp_path, "image,labels", "1.jpg,", "2.jpg,cat", "3.jpg,  ")
+    rows = read_table(path, tmp_path).rows
+    assert [row.labels for row in rows] == [(), ("cat",), ()]
+    labels_of = module(tmp_path, global_batch_size=1).label_reader()
+    assert [labels_of(row.sample).tolist() for row in rows] == [[0], [1], [0]]
+    path = write(tmp_path, "image,labels", "1.jpg,", "2.jpg,")
+    with pytest.raises(WSSSError, match="no label in any row"):
         read_table(path, tmp_path)
 
 
@@ -159,6 +184,14 @@ def test_holdout_is_fixed_and_leaves_every_class_an_image(tmp_path: Path) -> Non
         module(tmp_path, holdout=1.0)
 
 
+def test_holdout_leaves_an_image_without_a_class(tmp_path: Path) -> None:
+    rows = [f"{number}.jpg,{'' if number in (2, 3) else 'crack'}" for number in range(12)]
+    write(tmp_path, "image,labels", *rows)
+    for share in (0.2, 0.5, 0.9):
+        train = names(module(tmp_path, holdout=share), "train")
+        assert {"2", "3"} & {*train}
+
+
 def test_a_table_too_small_for_a_holdout_says_so(tmp_path: Path) -> None:
     write(tmp_path, "image,labels", "1.jpg,a", "2.jpg,b")
     with pytest.raises(WSSSError, match="no image can be held out"):
@@ -172,6 +205,50 @@ def test_splits_of_the_file_are_used_and_unknown_ones_named(tmp_path: Path) -> N
     assert names(data, "test") == ["3"]
     with pytest.raises(WSSSError, match=r"no row of split 'val' \(it has test, train\)"):
         data.samples("val")
+
+
+def test_rows_of_splits_not_in_use_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_photos(tmp_path, 6)
+    splits = ["train", "train", "val", "vla", "trian", "vla"]
+    rows = [f"photos/{number:03}.jpg,a,{split}" for number, split in enumerate(splits)]
+    write(tmp_path, "image,labels,split", *rows)
+    data = module(tmp_path)
+    assert "3 of 6 rows" in data.left_out()
+    assert "not in use (train, val): 'vla' (2), 'trian' (1); did you mean" in data.left_out()
+    data.check_contents()
+    assert capsys.readouterr().err == f"warning: {data.left_out()}\n"
+    assert module(tmp_path, test_splits=["vla", "trian"]).left_out() == ""
+
+
+def test_masks_of_0_and_255_only_are_named_before_training(tmp_path: Path) -> None:
+    table_with_masks(tmp_path, with_mask=range(8))
+    for path in (tmp_path / "masks").iterdir():
+        ids = np.zeros((48, 56), np.uint8)
+        ids[:9] = 255
+        Image.fromarray(ids).save(path)
+    data = module(tmp_path)
+    with pytest.raises(WSSSError) as error:
+        data.check_contents()
+    assert "none of 4 masks of labelled images shows a pixel of a class" in str(error.value)
+    assert "255 means ignored" in str(error.value)
+    assert "1 for 'apple' (mask[mask == 255] = 1)" in str(error.value)
+    assert data.eval_dataset("val").mask_sha256() is not None  # an evaluation gives no score
+    Image.fromarray(np.ones((48, 56), np.uint8)).save(tmp_path / "masks" / "005.png")
+    module(tmp_path).check_contents()
+
+
+def test_a_missing_file_under_another_spelling_is_named(tmp_path: Path) -> None:
+    make_photos(tmp_path, 4)
+    photos = tmp_path / "photos"
+    photos.joinpath("000.jpg").rename(photos / "B\u00e4r.JPG")
+    rows = ["photos/000.jpg,a", *(f"photos/{n:03}.jpg,a" for n in range(1, 4))]
+    for spelt, shown in (("Ba\u0308r.jpg", r"'B\\xe4r.JPG'"), ("b\u00e4r.jpg", "'B\u00e4r.JPG'")):
+        rows[0] = f"photos/{spelt},a"
+        write(tmp_path, "image,labels,split", *(f"{row},train" for row in rows))
+        with pytest.raises(WSSSError, match=f"is missing .*there is {shown}, name it so"):
+            module(tmp_path).unmasked_dataset("train")
 
 
 def table_with_masks(root: Path, with_mask: Sequence[int]) -> None:

@@ -47,6 +47,28 @@ def test_list_ignores_empty_lines_and_needs_no_final_newline(tmp_path: Path) -> 
     assert read_split(root, "odd") == ["img001", "img000", "img002"]
 
 
+def test_names_in_lists_may_hold_blanks(tmp_path: Path) -> None:
+    root = make_voc(tmp_path)
+    for folder, suffix in (
+        ("JPEGImages", "jpg"),
+        ("Annotations", "xml"),
+        ("SegmentationClass", "png"),
+    ):
+        (root / folder / f"img007.{suffix}").rename(root / folder / f"photo 1 (2).{suffix}")
+    path = root / "ImageSets" / "Segmentation" / "odd.txt"
+    path.write_text('img006\n"photo 1 (2)"\n')
+    assert read_split(root, "odd") == ["img006", "photo 1 (2)"]
+    assert dataset(root, "odd")[1]["labels"].tolist() == [0, 1, 0]
+    path.write_text("photo 1 (2)\n")
+    assert dataset(root, "odd")[0]["name"] == "photo 1 (2)"
+    path.write_text("img006  1\n")  # VOC's Main lists of classes
+    with pytest.raises(WSSSError, match="one name a line and no further column"):
+        dataset(root, "odd")
+    path.write_text("img006.jpg\n")
+    with pytest.raises(WSSSError, match=r"there is 'img006\.jpg', name it so"):
+        dataset(root, "odd")
+
+
 def test_list_may_lie_elsewhere(tmp_path: Path) -> None:
     root = make_voc(tmp_path / "data")
     (tmp_path / "mine.txt").write_text("img004\nimg002\n")

@@ -138,3 +138,11 @@ def test_bad_cams_and_thresholds_are_named() -> None:
         metric.update(torch.rand(1, 3, 4, 4), target)
     with pytest.raises(WSSSError, match="NaN"):
         metric.update(torch.full((1, 2, 4, 4), torch.nan), target)
+
+
+def test_background_alone_has_no_score() -> None:
+    metric = ConfusionMatrix(num_classes=3)
+    metric.update(torch.tensor([0, 0, 1]), torch.tensor([0, 0, 255]))
+    score = scores(metric.compute().matrix)
+    assert np.isnan(score.miou)
+    assert score.iou[0] == 1

@@ -16,7 +16,7 @@ from wsss.evaluation.confusion import ConfusionMatrix, scores
 from wsss.evaluation.evaluator import Evaluator, evaluate
 from wsss.evaluation.inference import predict, predicted_labels
 from wsss.evaluation.protocol import Protocol
-from wsss.evaluation.tally import NO_SEGMENTATION
+from wsss.evaluation.tally import NO_CLASS_PIXELS, NO_SEGMENTATION
 from wsss.maps.pseudo_labels import cam_to_label, refine_cam_to_label
 from wsss.maps.refine.dense_crf import CRF_PRESETS, dense_crf
 from wsss.maps.refine.par import PAR
@@ -198,6 +198,36 @@ def test_per_class_columns_are_complete() -> None:
     assert {len(values) for values in columns.values()} == {4}
     assert math.isnan(columns["image_ap"][0])
     assert {"seed_iou", "seed_iou_oracle", "seg_iou", "seg_ms_iou"} <= set(columns)
+
+
+@pytest.mark.parametrize("values", [(0,), (0, 255)])
+def test_masks_without_a_class_give_no_score(values: tuple[int, ...]) -> None:
+    scenes = Scenes(3)
+    for item in scenes.items:
+        mask = item["mask"]
+        mask[mask < 255] = 0
+        mask[:2] = values[-1]
+    result = evaluate(TinyModule(), batches(scenes, range(3)), FULL, CLASS_NAMES)
+    for key, value in result.items():
+        if key.startswith(("seed", "seg", "pseudo")):
+            assert value is None, key
+    assert result["image_map"] is not None
+    assert result["maps"] == result["confusion"] == result["cells"] == {}
+    assert list(result["per_class"]) == ["class", "image_ap"]
+    assert result["notes"] == [NO_CLASS_PIXELS]
+
+
+def test_one_class_has_all_numbers() -> None:
+    scenes = Scenes(3)
+    for item in scenes.items:
+        item["mask"][(item["mask"] > 0) & (item["mask"] < 255)] = 1
+        item["labels"] = item["labels"].max(0, keepdim=True).values
+    module = TinyModule()
+    module.conv = torch.nn.Conv2d(3, 2, 4, stride=4)
+    result = evaluate(module, batches(scenes, range(3)), FULL, ["thing"])
+    assert len(result["per_class"]["seed_pixel_ap"]) == 2
+    assert result["seed_pixel_map"] is not None
+    assert result["seg_miou"] is not None
 
 
 def test_modes_are_restored_one_by_one() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -202,3 +203,129 @@ def test_names_with_folders_are_found_in_them_or_in_one_folder(tmp_path: Path) -
 def test_exactly_one_source_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", f"masks={tmp_path}", f"cams={tmp_path}", *SMALL]) == 2
     assert "one of run=" in capsys.readouterr().err
+
+
+def header(shape: tuple[int, ...], kind: str = "<f4") -> bytes:
+    """Of a .npy file of version 1.0, by hand."""
+    text = repr({"descr": kind, "fortran_order": False, "shape": shape}).encode().ljust(117)
+    return b"\x93NUMPY\x01\x00" + (len(text) + 1).to_bytes(2, "little") + text + b"\n"
+
+
+def test_maps_of_terabytes_are_refused_by_their_header(tmp_path: Path) -> None:
+    sparse = tmp_path / "sparse.npy"
+    with sparse.open("wb") as stream:
+        stream.write(header((K, 2**18, 2**18)))
+        stream.truncate(128 + 4 * K * 2**36)
+    lying = tmp_path / "lying.npy"
+    lying.write_bytes(header((K, 2**18, 2**18)))
+    npz = tmp_path / "lying.npz"
+    with zipfile.ZipFile(npz, "w") as archive:
+        archive.writestr("keys.npy", header((1,), "<i8") + bytes(8))
+        archive.writestr("cam.npy", header((1, 2**20, 2**20)))
+    for path in (sparse, lying, npz):
+        with pytest.raises(WSSSError, match=rf"{path.name}: cannot be read .*declares"):
+            read_class_maps(path, num_classes=K, size=(48, 64))
+    for path in (sparse, lying):
+        with pytest.raises(WSSSError, match=rf"{path.name}: cannot be read .*declares"):
+            read_label_map(path, num_classes=K, size=(48, 64))
+
+
+def test_maps_much_larger_than_their_image_are_refused(tmp_path: Path) -> None:
+    side = 1200
+    maps = np.zeros((1, side, side), np.uint8)
+    np.save(tmp_path / "plain.npy", np.zeros((2, side, side), np.uint8))
+    np.save(tmp_path / "keys.npy", {"keys": np.array([0]), "cam": maps}, allow_pickle=True)  # type: ignore[arg-type]
+    np.savez_compressed(tmp_path / "keys.npz", keys=[0], cam=np.repeat(maps, 3, 0))
+    view = torch.zeros(1, 1, 1).expand(1, 2**20, 2**20)  # a byte that says it is a terabyte
+    (tmp_path / "view.npy").write_bytes(pickle.dumps({"keys": [0], "cam": view}))
+    for name in ("plain.npy", "keys.npy", "keys.npz", "view.npy"):
+        with pytest.raises(WSSSError, match=rf"{name}: .*image"):
+            read_class_maps(tmp_path / name, num_classes=1, size=(48, 64))
+    found = read_class_maps(tmp_path / "keys.npy", num_classes=1, size=(300, 300))
+    assert found.shape == (1, side, side), "four times the image's sides"
+
+
+class Uninitialised:
+    """A call that NumPy's own pickles make with a shape of 0."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def __reduce__(self) -> tuple:
+        return np._core.multiarray._reconstruct, (np.ndarray, self.shape, "f4")  # type: ignore[attr-defined]
+
+
+def test_pickles_without_the_values_they_claim_are_refused(tmp_path: Path) -> None:
+    whole = pickle.dumps({"keys": [0], "cam": torch.zeros(1, 2, 2)})
+    shape = b"K\x01K\x02K\x02\x87"
+    call = b"cnumpy\nndarray\n" + shape + b"\x85R"
+    contents = {
+        "short": whole.replace(shape, shape.replace(b"\x02", b"\x09")),
+        "empty": pickle.dumps({"keys": [0], "cam": Uninitialised((1, 2, 2))}),
+        "called": b"\x80\x02}(X\x04\0\0\0keys]K\0aX\x03\0\0\0cam" + call + b"u.",
+    }
+    assert contents["short"] != whole
+    messages = {
+        "short": "larger than its values",
+        "empty": r"maps of shape \(0,\)",
+        "called": "'str' object is not callable",
+    }
+    for name, content in contents.items():
+        (tmp_path / f"{name}.npy").write_bytes(content)
+        with pytest.raises(WSSSError, match=rf"{name}\.npy.*{messages[name]}"):
+            read_class_maps(tmp_path / f"{name}.npy", num_classes=K)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"keys": [np.nan], "cam": np.zeros((1, 4, 4))},
+        {"keys": np.array([np.inf]), "cam": np.zeros((1, 4, 4))},
+        {"keys": np.array([0.5]), "cam": np.zeros((1, 4, 4))},
+        {"keys": ["cat"], "cam": np.zeros((1, 4, 4))},
+        {"keys": [0, 0], "cam": np.zeros((2, 4, 4))},
+        {"keys": None, "cam": np.zeros((1, 4, 4))},
+        {"keys": [0], "cam": [[[0.0]]]},
+        {"keys": [0], "cam": None},
+        {"keys": [0], "cam": np.zeros((1, 4, 4), complex)},
+        {"keys": [0], "cam": np.zeros((1, 0, 4))},
+        {float("inf"): np.zeros((4, 4))},
+        {0.5: np.zeros((4, 4))},
+        {None: np.zeros((4, 4))},
+        [1, 2],
+        None,
+        "text",
+    ],
+)
+def test_contents_of_another_kind_are_one_line(content: object, tmp_path: Path) -> None:
+    path = tmp_path / "odd.npy"
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(WSSSError, match=r"odd\.npy"):
+        read_class_maps(path, num_classes=K)
+
+
+def test_damaged_maps_are_one_line(tmp_path: Path) -> None:
+    classes, maps = maps_of(NAMES[0])
+    rng, refused = np.random.default_rng(0), []
+    for write in (irn, seam, arrays, dense):
+        write(tmp_path / "a.npy", classes, maps[:, ::8, ::8])
+        (path,) = tmp_path.iterdir()
+        whole = path.read_bytes()
+        for _ in range(100):
+            damaged = bytearray(whole[: rng.integers(len(whole))] if rng.random() < 0.3 else whole)
+            for _ in range(rng.integers(1, 4) if damaged else 0):
+                damaged[rng.integers(min(len(damaged), 400))] ^= 1 << int(rng.integers(8))
+            path.write_bytes(damaged)
+            try:
+                read_class_maps(path, num_classes=K, size=(120, 160))
+            except WSSSError as error:
+                refused.append(str(error))
+        path.unlink()
+    assert len(refused) > 100
+    assert all("\n" not in text and len(text) < 600 for text in refused)
+
+
+def test_bfloat16_tensors_are_read(tmp_path: Path) -> None:
+    content = {"keys": torch.tensor([2]), "cam": torch.full((1, 2, 2), 0.5, dtype=torch.bfloat16)}
+    (tmp_path / "a.npy").write_bytes(pickle.dumps(content))
+    assert read_class_maps(tmp_path / "a.npy", num_classes=K)[2].tolist() == [[0.5, 0.5]] * 2

@@ -91,9 +91,7 @@ def fit(method: str, path: Path, *, stop: int = STEPS) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_resuming_over_the_boundary_ends_the_same(
-    method: str, tmp_path: Path
-) -> None:
+def test_resuming_over_the_boundary_ends_the_same(method: str, tmp_path: Path) -> None:
     """Both sides of the boundary, and the boundary itself."""
     straight = fit(method, tmp_path / "straight.ckpt")
     for stop in (3, 4, 5):

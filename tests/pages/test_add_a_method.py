@@ -118,9 +118,7 @@ def test_the_toys_page_is_what_is_asked_of_pages(
     }
     for name, folder in folders.items():
         monkeypatch.setattr(test_docs_methods, name, folder)
-    test_docs_methods.test_every_marker_and_link_leads_somewhere(
-        "methods/toy.md"
-    )
+    test_docs_methods.test_every_marker_and_link_leads_somewhere("methods/toy.md")
     test_docs_methods.test_a_page_has_its_sections_in_order("toy")
     test_docs_methods.test_configuration_is_that_of_the_method("toy")
     test_docs_methods.test_departures_are_those_of_the_docstring("toy")

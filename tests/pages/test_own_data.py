@@ -73,6 +73,8 @@ def test_run_records_classes_and_hashes(finished: tuple[Path, Path]) -> None:
     recorded = json.loads((run / "data.json").read_text())
     assert isinstance(loaded.data, TableDataModule)
     assert loaded.data.root == photos
+    root = recorded.pop("data.root")
+    assert root["absolute"] == str(photos)
     assert recorded == loaded.data.fingerprint()
     assert recorded["train"]["images"] + recorded["val"]["images"] == 12
     assert recorded["val"]["masks_sha256"] is None

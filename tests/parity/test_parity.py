@@ -78,13 +78,13 @@ def test_corrupt_and_crippled_files_fail_with_a_reason(
 ) -> None:
     content = (GOLDEN / "e_par.npz").read_bytes()
     (tmp_path / "e_par.npz").write_bytes(content[: len(content) // 2])
-    copied("f_ptc", tmp_path, in_tokens=None)
+    copied("f_ctc", tmp_path, in_student=None)
     copied("f_seg", tmp_path, as_name="f_seg_empty", **{k: None for k in seg_outputs()})
     copied("j_crf", tmp_path, out_prob_seg=np.zeros((2, 2), np.float32))
     assert run_parity("toco", tmp_path) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "FAILED: not a readable .npz file" in lines[0]
-    assert "FAILED: KeyError: 'tokens'" in lines[1]
+    assert "FAILED: nothing could be compared (the file lacks in_student; 14 arrays" in lines[1]
     assert "FAILED: the file holds no out_* array" in lines[2]
     assert "FAILED: out_prob_seg has shape (6, 64, 64) instead of (2, 2)" in lines[3]
 

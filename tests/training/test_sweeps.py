@@ -62,9 +62,7 @@ def test_ctrl_c_stops_the_jobs_of_a_sweep_with_checkpoints(runs: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_same_command_goes_on_and_lists_failures(
-    runs: Path, tmp_path: Path
-) -> None:
+def test_same_command_goes_on_and_lists_failures(runs: Path, tmp_path: Path) -> None:
     sweep = Command([*SWEEP, RATES, f"runs_dir={runs}"], tmp_path / "log")
     assert sweep.end() == 2, sweep.text()
     first, second, third = logs(runs)

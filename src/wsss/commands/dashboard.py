@@ -9,6 +9,7 @@ from omegaconf import MISSING
 from wsss.comparison.dashboard import SPECIFICATION_FILE, build_workspace, read_study
 from wsss.core.arguments import parse_arguments
 from wsss.core.files import write_atomically
+from wsss.core.ranges import FolderName
 from wsss.runs.config import LoggerConfig
 from wsss.runs.wandb import has_key
 
@@ -24,7 +25,7 @@ class DashboardArguments:
         entity: account or team; null: the runs' own, else the key's.
     """
 
-    study: str = MISSING
+    study: FolderName = MISSING
     runs_dir: str = "runs"
     project: str | None = None
     entity: str | None = None
@@ -35,12 +36,12 @@ def main(arguments: list[str]) -> int:
     chosen, _ = parse_arguments(DashboardArguments, arguments)
     folder = Path(chosen.runs_dir) / chosen.study
     runs = read_study(folder)
-    settings = LoggerConfig(**runs[0].config["logger"])
+    settings = runs[0].config["logger"]
     workspace = build_workspace(
         runs,
         name=chosen.study,
-        project=chosen.project or settings.project,
-        entity=chosen.entity or settings.entity or "",
+        project=chosen.project or settings.get("project") or LoggerConfig.project,
+        entity=chosen.entity or settings.get("entity") or "",
     )
     specification = workspace._to_model().spec.model_dump(by_alias=True, exclude_none=True)
     path = folder / SPECIFICATION_FILE

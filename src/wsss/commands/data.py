@@ -72,9 +72,9 @@ class COCOArguments:
 
     Attributes:
         root: folder of COCO 2014, or of a COCO-style export.
-        annotations: an instances file, or the folder that holds them; null: searched.
-        overlap: ``smallest`` (the instance of least area is on top, as in coco2voc) or ``last``
-            (later annotations are on top).
+        annotations: an instances file, or the folder that it lies in; null: searched.
+        overlap: ``smallest`` (the instance of fewest pixels is on top; coco2voc goes by the area
+            that the file declares) or ``last`` (later annotations are on top).
         crowd: crowd regions are painted as their class (``paint``, as in coco2voc), are 255 where
             no instance lies (``ignore``), or are left out (``skip``).
         jobs: processes; null: one a core.
@@ -158,9 +158,9 @@ def show(report: Report, title: str) -> None:
         table.add_row(row.split, *(f"{number:,}" for number in numbers))
     Console().print(table)
     for row in report.rows:
-        counts = [f"{name} ({count})" for name, count in row.classes]
-        counts += [f"none of them ({row.without})"] if row.without else []
-        print(f"classes of {row.split}: {', '.join(counts) or '-'}")
+        classes = [f"{name} ({count})" for name, count in row.classes]
+        classes += [f"none of them ({row.without})"] if row.without else []
+        print(f"classes of {row.split}: {', '.join(classes) or '-'}")
     for row in report.rows:  # printed plainly: a table would cut them
         for what in ("list", "labels", "masks"):
             print(f"sha256 of {row.split} {what}: {getattr(row, f'{what}_sha256') or '-'}")

@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge, Le
 
 from wsss.core.arguments import parse_arguments
 from wsss.core.devices import choose_device
 from wsss.core.errors import WSSSError
+from wsss.core.ranges import Seed
 from wsss.evaluation.tally import LABEL_MAPS
 from wsss.runs.folder import load_run
 from wsss.runs.folder_scoring import MapFolder, score_folder
@@ -41,9 +45,9 @@ class EvalArguments:
     out: str | None = None
     name: str | None = None
     supervision: str = "image labels"
-    seed: int = 0
+    seed: Seed = 0
     kind: str = "pseudo_label"
-    first_class: int = 0
+    first_class: Annotated[int, Ge(0), Le(1)] = 0
     device: str = "auto"
     trust: list[str] = field(default_factory=list)
 

@@ -6,6 +6,7 @@ from omegaconf import MISSING
 
 from wsss.core.arguments import parse_arguments
 from wsss.core.devices import choose_device
+from wsss.core.ranges import Count
 from wsss.runs.folder import load_run
 from wsss.runs.label_writer import check_source, write_pseudo_labels
 
@@ -30,7 +31,7 @@ class PseudoArguments:
     out: str | None = None
     device: str = "auto"
     trust: list[str] = field(default_factory=list)
-    crf_jobs: int | None = None
+    crf_jobs: Count | None = None
 
 
 def main(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ from wsss.core.arguments import split_arguments
 from wsss.core.errors import WSSSError
 from wsss.core.files import make_writable, write_atomically
 from wsss.core.lock import lock
+from wsss.core.ranges import Pictures
 
 
 @dataclass
@@ -21,7 +22,7 @@ class ReportArguments(CompareArguments):
         gallery: images of each kind (best, median, worst, largest disagreement); 0: no pictures.
     """
 
-    gallery: int = 3
+    gallery: Pictures = 3
 
 
 def main(arguments: list[str]) -> int:
@@ -29,8 +30,6 @@ def main(arguments: list[str]) -> int:
     paths, chosen = split_arguments(ReportArguments, arguments)
     if not chosen.out:
         raise WSSSError("out is missing; give the folder of the report: out=report")
-    if chosen.gallery < 0:
-        raise WSSSError(f"gallery={chosen.gallery}: expected 0 or more images of each kind")
     out = Path(chosen.out)
     comparisons = compare(paths, chosen)  # before anything is written
     make_writable(out)

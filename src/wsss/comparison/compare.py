@@ -3,14 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge, Le
 
 from wsss.comparison.bootstrap import Draws, draw
 from wsss.comparison.entries import MIOUS, Entry, load
 from wsss.comparison.protocols import MEASURING, TRAINING, differing_fields
 from wsss.core.errors import WSSSError
+from wsss.core.schema import check_value
 from wsss.results.store import CELLS_FILE, ROWS
+
+Resamples = Annotated[int, Ge(1), Le(10**6)]
 
 
 @dataclass
@@ -40,7 +45,7 @@ class CompareArguments:
     allow: list[str] = field(default_factory=list)
     unranked: bool = False
     out: str | None = None
-    resamples: int = 2000
+    resamples: Resamples = 2000
 
 
 @dataclass(frozen=True)
@@ -127,8 +132,7 @@ def _check_requested(entries: Sequence[Entry], chosen: CompareArguments) -> None
             f"allow={unknown[0]}: only {', '.join(TRAINING)} may differ among ranked runs; list "
             "runs of different protocols with unranked=true"
         )
-    if chosen.resamples < 1:
-        raise WSSSError(f"resamples={chosen.resamples}: expected at least 1 draw")
+    check_value("resamples", chosen.resamples, Resamples)
     have = _metrics_of(entries)
     for key in chosen.metrics or ():
         if key not in have:
@@ -229,8 +233,6 @@ def _check_images(entries: Sequence[Entry], metric: str) -> None:
                 f"{entry.folder} and {entries[0].folder}: {CELLS_FILE} counts {kind} of "
                 f"{len(images)} and {len(first)} images, or of others; {entry.mend}"
             )
-
-
 
 
 def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> list[str]:

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
+from pydantic import Field
 
 from wsss.comparison.entries import logged_series
 from wsss.core.errors import WSSSError
+from wsss.core.files import first_line
+from wsss.core.records import Record, check_record
 from wsss.results.store import MAP_NAMES, RESULTS_FILE, read_results
 from wsss.runs.folder import CONFIG_FILE, method_name
 from wsss.runs.wandb import CONFUSION_COLUMNS, ID_FILE, numbers
@@ -76,10 +79,10 @@ def read_study(folder: Path) -> list[LoggedRun]:
 
 
 def _read_run(folder: Path) -> LoggedRun:
-    config: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))
+    config = _read_config(folder / CONFIG_FILE)
     finished = (folder / RESULTS_FILE).is_file()
-    results = read_results(folder / RESULTS_FILE) if finished else {"splits": {}, "cost": None}
-    final = [*numbers(results["splits"]), *numbers({"cost": results["cost"] or {}})]
+    results = read_results(folder / RESULTS_FILE) if finished else {"splits": {}}
+    final = [*numbers(results["splits"]), *numbers({"cost": results.get("cost") or {}})]
     return LoggedRun(
         config,
         method_name(config),
@@ -87,6 +90,44 @@ def _read_run(folder: Path) -> LoggedRun:
         results["splits"],
         [f"final/{key}" for key, _ in final],
     )
+
+
+class _Target(Record):
+    """A group that names its class."""
+
+    name: str = Field(alias="_target_")
+
+
+class _Logger(Record):
+    """Where a run was logged."""
+
+    project: str = "wsss"
+    entity: str | None = None
+    group: str | None = None
+
+
+class _Config(Record):
+    """What is read of a run's ``config.yaml``."""
+
+    method: _Target
+    study: str
+    gallery: int
+    logger: _Logger
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read a run's configuration; nothing in it is interpolated.
+
+    Raises:
+        WSSSError: it is damaged.
+    """
+    mend = "restore it, or move the run out of the study"
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # YAML, text and OmegaConf errors share no base class
+        raise WSSSError(f"{path}: cannot be read ({first_line(error)}); {mend}") from error
+    check_record(_Config, config, str(path), mend)
+    return dict(config)
 
 
 def varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:

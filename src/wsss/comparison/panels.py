@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from wsss.comparison.entries import Entry
+from wsss.core.errors import WSSSError
+from wsss.core.files import first_line
 from wsss.core.modes import evaluating
 from wsss.evaluation.folders import find_files, read_class_maps, read_label_map
 from wsss.evaluation.holdout import HOLDOUT, Holdout
@@ -52,13 +54,34 @@ def open_dataset(entry: Entry) -> Any:
     """Open the split of an entry with its images and masks.
 
     Raises:
-        WSSSError: the data is not where the run found it.
+        WSSSError: the data is not where the run found it, or not what it was.
     """
-    config = entry.results["config"]
-    data = build_data(check_stored(config, str(entry.folder)), for_training=False)
+    config = check_stored(entry.results["config"], str(entry.folder))
+    if "data" not in config:
+        raise WSSSError(f"{entry.folder}: its configuration has no data")
+    data = build_data(config, for_training=False)
     if entry.split == HOLDOUT:
-        return Holdout(data, Protocol(**config["eval"]))
-    return data.eval_dataset(entry.split)
+        dataset: Any = Holdout(data, _protocol(entry))
+    else:
+        dataset = data.eval_dataset(entry.split)
+    if list(dataset.names) != entry.cells["names"]:
+        raise WSSSError(f"{data.root}: its {entry.split} holds other images than were evaluated")
+    return dataset
+
+
+def _protocol(entry: Entry) -> Protocol:
+    """Read the protocol of an entry's configuration.
+
+    Raises:
+        WSSSError: it is none.
+    """
+    try:
+        return Protocol(**entry.results["config"]["eval"])
+    except (KeyError, TypeError) as error:
+        raise WSSSError(
+            f"{entry.folder}: its configuration has no protocol of this version "
+            f"({first_line(error)})"
+        ) from error
 
 
 def maps_of(entry: Entry, kind: str, dataset: Any, indices: list[int]) -> list[Maps]:
@@ -73,7 +96,7 @@ def maps_of(entry: Entry, kind: str, dataset: Any, indices: list[int]) -> list[M
     Raises:
         WSSSError: the checkpoint or the folder is gone.
     """
-    protocol = Protocol(**entry.results["config"]["eval"])
+    protocol = _protocol(entry)
     source: Mapping[str, Any] | None = entry.results.get("source")
     if source is not None:
         return [_from_folder(source, protocol, kind, dataset, index) for index in indices]
@@ -122,10 +145,10 @@ def _from_folder(
     num_classes = len(item["labels"])
     if "masks" in source:
         folder = Path(source["masks"])
-        path = find_files(folder, [item["name"]], (".png", ".npy"), "masks")[item["name"]]
+        path = _file_of(item["name"], folder, (".png", ".npy"), "masks")
         return Maps(read_label_map(path, num_classes=num_classes, size=(height, width)), None)
     folder = Path(source["cams"])
-    path = find_files(folder, [item["name"]], (".npy", ".npz"), "cams")[item["name"]]
+    path = _file_of(item["name"], folder, (".npy", ".npz"), "cams")
     size = (height, width)
     first = source["first_class"]
     maps = read_class_maps(path, num_classes=num_classes, first_class=first, size=size)
@@ -136,6 +159,18 @@ def _from_folder(
     cams = cams * labels[..., None, None]
     rgb = torch.from_numpy(item["rgb"])[None]
     return Maps(_from_cams(kind, cams, labels, rgb, protocol), cams[0].numpy())
+
+
+def _file_of(name: str, folder: Path, suffixes: tuple[str, ...], key: str) -> Path:
+    """Find the file of an image in a folder that was evaluated.
+
+    Raises:
+        WSSSError: it is not there any more.
+    """
+    try:
+        return find_files(folder, [name], suffixes, key)[name]
+    except WSSSError as error:
+        raise WSSSError(f"{folder}: has no file of {name} any more") from error
 
 
 def data_uri(pixels: NDArray[np.uint8]) -> str:

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wsss.core.errors import WSSSError
-from wsss.core.schema import nearest_key
+from wsss.core.failures import one_line
+from wsss.core.schema import check_value, nearest_key
 
 T = TypeVar("T")
 
@@ -20,7 +21,8 @@ def parse_arguments(
     """Read arguments into a dataclass; missing ones are those without a default.
 
     Args:
-        schema: a dataclass of plain types; its defaults are the arguments' defaults.
+        schema: a dataclass of plain types, numbers with a range among them; its defaults are the
+            arguments' defaults.
         arguments: ``KEY=VALUE`` strings.
         passed_on: groups (``eval``, ``data``) whose keys belong to a stored configuration.
 
@@ -28,30 +30,35 @@ def parse_arguments(
         The dataclass, and the arguments that are passed on.
 
     Raises:
-        WSSSError: not ``KEY=VALUE``, unknown key, wrong type, missing key.
+        WSSSError: not ``KEY=VALUE``, unknown key, wrong type, out of range, missing key.
     """
     settings: list[str] = []
     others: list[str] = []
     for argument in [argument.removeprefix("+") for argument in arguments]:  # Hydra's habit
         key, equals, _ = argument.partition("=")
         if not equals:
-            raise WSSSError(f"{argument!r}: expected KEY=VALUE")
+            raise WSSSError(f"{one_line(argument, 200)!r}: expected KEY=VALUE")
         (others if key.split(".")[0] in passed_on else settings).append(argument)
     merged: Any = OmegaConf.structured(schema)
     for argument in settings:
         key = argument.partition("=")[0]
         if key not in {field.name for field in fields(schema)}:  # type: ignore[arg-type]
-            raise WSSSError(f"{key}: unknown key{nearest_key(key, merged)}")
+            raise WSSSError(f"{one_line(key, 200)}: unknown key{nearest_key(key, merged)}")
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([argument]))
         except OmegaConfBaseException as error:
             kind = get_type_hints(schema)[key]
             expected = getattr(kind, "__name__", str(kind))
-            raise WSSSError(f"{argument}: expected {expected}, lists as {key}=[a,b]") from error
+            raise WSSSError(
+                f"{one_line(argument, 200)}: expected {expected}, lists as {key}=[a,b]"
+            ) from error
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise WSSSError(f"{missing[0]} is missing; give it on the command line: {missing[0]}=...")
-    return OmegaConf.to_object(merged), others  # type: ignore[return-value]
+    chosen: Any = OmegaConf.to_object(merged)
+    for name, kind in get_type_hints(schema, include_extras=True).items():
+        check_value(name, getattr(chosen, name), kind)
+    return chosen, others
 
 
 def split_arguments(schema: type[T], arguments: Sequence[str]) -> tuple[list[Path], T]:

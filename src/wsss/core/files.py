@@ -40,8 +40,9 @@ def whole_file(path: Path) -> Iterator[Path]:
             try:
                 yield temporary
                 os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            except BaseException:
+                temporary.unlink(missing_ok=True)  # not after the move: by then it is another's
+                raise
     except OSError as error:
         own = {str(each) for each in (temporary, path, *path.parents)}
         if error.filename is not None and str(error.filename) not in own:

@@ -1,9 +1,12 @@
-"""Types of numbers with a range, checked wherever a configuration or a constructor takes them."""
+"""Types of numbers with a range and of names, checked wherever a configuration takes them."""
 
-from typing import Annotated, TypeVar
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import AllowInfNan
+from pydantic import AfterValidator, AllowInfNan
+from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
 Finite = Annotated[float, AllowInfNan(False)]
@@ -14,6 +17,60 @@ BelowOne = Annotated[float, Ge(0), Lt(1)]
 Share = Annotated[float, Gt(0), Le(1)]  # of something, more than nothing
 Part = Annotated[float, Gt(0), Lt(1)]  # of something, neither nothing nor all
 Count = Annotated[int, Ge(1)]
+Side = Annotated[int, Ge(1), Le(2**14)]  # of an image or a crop in pixels
+Pictures = Annotated[int, Ge(0), Le(1000)]  # that are drawn, and kept in memory until they are
+Scale = Annotated[float, Ge(0.05), Le(16), AllowInfNan(False)]  # of images, of a few pixels too
+Seed = Annotated[int, Ge(0), Lt(2**32)]
 Number = Annotated[int, Ge(0)]
 GreyLevel = Annotated[int, Ge(0), Le(254)]  # a threshold below which 255 never lies
 Some = Annotated[tuple[T, ...], MinLen(1)]  # one at least, in any number
+
+
+def folder_name(text: str) -> str:
+    """Give a text back if a folder may be called so, and lies where it is made.
+
+    Raises:
+        PydanticCustomError: it is empty, a path, hidden, too long or has characters that a
+            terminal does not show.
+    """
+    plain = text.isprintable() and text == text.strip() and 1 <= len(text.encode()) <= 200
+    if not plain or text.startswith(".") or any(c in text for c in "/\\"):
+        raise PydanticCustomError(
+            "folder_name",
+            "the name of one folder: 1 to 200 characters without / and \\, no dot at its "
+            "beginning, no blanks around it",
+        )
+    return text
+
+
+FolderName = Annotated[str, AfterValidator(folder_name)]
+
+
+def one_of(names: Sequence[str]) -> Any:
+    """Make the type of a text that is one of some names."""
+
+    def check(text: str) -> str:
+        if text not in names:
+            raise PydanticCustomError("one_of", "one of " + ", ".join(names))
+        return text
+
+    return Annotated[str, AfterValidator(check)]
+
+
+def _devices(value: int | str | list[int]) -> int | str | list[int]:
+    if isinstance(value, str):
+        right = re.fullmatch(r"auto|-1|[1-9]\d*|\d+(,\d+)+", value) is not None
+    elif isinstance(value, list):
+        right = bool(value) and min(value) >= 0 and len(set(value)) == len(value)
+    else:
+        right = value == -1 or value >= 1
+    if not right:
+        raise PydanticCustomError(
+            "devices",
+            "a number of processes, -1 or auto for all devices, or a list of their numbers",
+        )
+    return value
+
+
+#: processes of a run on one machine
+Devices = Annotated[int | str | list[int], AfterValidator(_devices)]

@@ -15,11 +15,22 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
 from wsss.core.errors import WSSSError
+from wsss.core.failures import one_line
 
 # arguments that the training code passes itself, so a configuration need not
 SUPPLIED = {"backbone", "num_classes"}
+LONGEST_VALUE = 300  # characters of a value in an error
 # kinds of pydantic's errors that say a number is out of its range
 RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
+
+
+class MissingKeyError(WSSSError):
+    """A configuration lacks a key."""
+
+    @property
+    def key(self) -> str:
+        """The dotted key."""
+        return str(self).partition(" ")[0]
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -123,7 +134,8 @@ def check_node(
     """
     prefix = f"{path}." if path else ""
     if not isinstance(node, dict):
-        raise WSSSError(f"{path}={node!r}: expected a group of keys ({', '.join(parameters)})")
+        said = one_line(repr(node), LONGEST_VALUE)
+        raise WSSSError(f"{path}={said}: expected a group of keys ({', '.join(parameters)})")
     for key, value in node.items():
         if key in ("_target_", "_partial_", "_convert_", "_recursive_"):
             continue
@@ -138,7 +150,7 @@ def check_node(
             check_value(f"{prefix}{key}", value, annotation)
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in {*node, *supplied}:
-            raise WSSSError(
+            raise MissingKeyError(
                 f"{prefix}{key} is missing; give it on the command line: {prefix}{key}=..."
             )
 
@@ -156,7 +168,7 @@ def check_value(path: str, value: Any, annotation: Any) -> Any:
     """
     if annotation in (Any, inspect.Parameter.empty):
         return value
-    kinds = _kinds(annotation)
+    kinds, said = _kinds(annotation), one_line(repr(value), LONGEST_VALUE)
     # pydantic would read "1" as a number, true as 1 and 1 as true
     if (
         (isinstance(value, str) and kinds <= {int, float, bool, type(None)})
@@ -164,11 +176,11 @@ def check_value(path: str, value: Any, annotation: Any) -> Any:
         or (kinds == {bool} and not isinstance(value, bool))
     ):
         names = sorted(kind.__name__ for kind in kinds if kind is not type(None))
-        raise WSSSError(f"{path}={value!r}: expected {' or '.join(names)}")
+        raise WSSSError(f"{path}={said}: expected {' or '.join(names)}")
     try:
         return _adapter(annotation).validate_python(value)
     except ValidationError as error:
-        raise WSSSError(f"{path}={value!r}: expected {_expected(annotation, error)}") from error
+        raise WSSSError(f"{path}={said}: expected {_expected(annotation, error)}") from error
 
 
 def check_fields(instance: Any, path: str) -> None:

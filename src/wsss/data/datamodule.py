@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsss.core.errors import WSSSError
-from wsss.core.ranges import Count, GreyLevel, Number
+from wsss.core.ranges import Count, FolderName, GreyLevel, Number
 from wsss.core.ranks import is_first_process
 from wsss.core.schema import check_fields
 from wsss.core.supervision import IMAGE_LABELS
@@ -62,7 +62,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             names the key as YAML does, ``data.limit``.
     """
 
-    name: str = field()  # of the data set, for reports; field(): Lightning's class has a name too
+    name: FolderName = field()  # of the data set; field(): Lightning's class has a name too
     root: Path  # folder of the data; a string is taken too
     class_names: tuple[str, ...]  # the K foreground classes
     # training never opens the masks of this list, unless image labels are taken from them
@@ -145,7 +145,12 @@ class ImageDataModule(L.LightningDataModule, ABC):
         datasets = {
             split: self.eval_dataset(split) for split in splits if split != self.train_split
         }
-        datasets = {self.train_split: self._make_train_dataset(), **datasets}
+        training = (
+            self.unmasked_dataset(self.train_split)
+            if self.train_transform is None
+            else self._make_train_dataset()
+        )
+        datasets = {self.train_split: training, **datasets}
         return {
             split: {
                 "images": len(dataset),
@@ -221,7 +226,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
                 f"data.train_masks={GROUND_TRUTH}: {without[0]!r} ({len(without)} of "
                 f"{len(samples)} images) has no mask; add it or train on image labels"
             )
-        return Guide("mask", paths, partial(read_mask, num_classes=self.num_classes))
+        read = partial(read_mask, num_classes=self.num_classes)
+        return Guide("mask", paths, read, truth=self.train_masks == GROUND_TRUTH)
 
     def unmasked_dataset(self, split: str) -> ImageDataset:
         """Give a split at native size whose masks are never opened: for pseudo labels."""

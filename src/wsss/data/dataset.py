@@ -51,11 +51,13 @@ class Guide(NamedTuple):
         kind: what they are, for messages.
         paths: by image name.
         read: (path, size=(H, W), image=its path) -> uint8 (H, W).
+        truth: whether they are ground truth, which shows the classes of the labels.
     """
 
     kind: str
     paths: dict[str, Path]
     read: Callable[..., NDArray[np.uint8]]
+    truth: bool = False
 
     def map(self, sample: Sample, size: tuple[int, int]) -> NDArray[np.uint8]:
         """Give the map (H, W) of an image."""
@@ -164,12 +166,17 @@ class ImageDataset(Dataset[dict[str, Any]]):
         digests = in_threads(self._digest, range(len(self)))
         self._mask_sha256 = _hash_lines(line for line, _ in digests)
         shown = {
-            self.samples[index].mask: ids
+            self._truth(index): ids
             for index, (_, ids) in enumerate(digests)
             if ids is not None and self.labels[index].any()
         }
         if shown and not any(ids - {0, IGNORE_INDEX} for ids in shown.values()):
             raise WSSSError(no_class_shown(shown, self.class_names, len(shown)))
+
+    def _truth(self, index: int) -> Path | None:
+        """Give the mask of an image that evaluation or a second stage sees."""
+        sample = self.samples[index]
+        return self.guide.paths[sample.name] if self.guide else sample.mask
 
     def mask_sha256(self) -> str | None:
         """Give a hash of names, sizes and class ids of all masks; None where there is none.
@@ -195,13 +202,15 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return in_threads(lambda sample: image_size(sample.image), self.samples)
 
     def _digest(self, index: int) -> tuple[str, frozenset[int] | None]:
-        """Give the line of a mask in the hash of all, and its ids; None without a mask."""
+        """Give the line of a mask in the hash of all, and the ids in ground truth, if any."""
         sample = self.samples[index]
         size = image_size(sample.image)
+        ids = None
         if self.guide is not None:
-            self.guide.map(sample, size)
+            guide = self.guide.map(sample, size)
+            ids = ids_in(guide) if self.guide.truth else None
         if sample.mask is None:
-            return f"{sample.name} -", None
+            return f"{sample.name} -", ids
         mask = self._mask(index, size)
         return f"{sample.name} {mask_digest(mask)}", ids_in(mask)
 
@@ -341,7 +350,8 @@ def spelling(name: str) -> str:
 
 def _visibly(name: str, other: str) -> str:
     """Quote a name, with its code points where it would print like the other one."""
-    alike = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other)
+    forms = [unicodedata.normalize("NFC", text.lower()) for text in (name, other)]
+    alike = forms[0] == forms[1] and name.lower() != other.lower()
     return ascii(name) if alike else repr(name)
 
 
@@ -353,10 +363,10 @@ def same_spelling(names: Iterable[str]) -> str | None:
         if first == name:
             continue
         what = "case or blanks"
-        if first.lower() == name.lower():
-            what = "case"
-        elif _visibly(first, name) == ascii(first):
+        if _visibly(first, name) != repr(first) or _visibly(name, first) != repr(name):
             what = "Unicode form"
+        elif first.lower() == name.lower():
+            what = "case"
         return f"{_visibly(first, name)} and {_visibly(name, first)}, which differ only in {what}"
     return None
 

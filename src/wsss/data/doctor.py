@@ -31,7 +31,7 @@ from wsss.data.dataset import (
 )
 from wsss.data.images import TURNED, orientation, read_mask, read_rgb, voc_palette
 from wsss.data.prepare import coco, voc
-from wsss.data.table import PICKLES, Table, joined, read_table
+from wsss.data.table import CLASSES_FILE, PICKLES, Table, joined, read_classes, read_table
 from wsss.data.voc import VOCLabels, derive_labels
 from wsss.maps.pixels import IGNORE_INDEX
 
@@ -152,6 +152,7 @@ def examine_table(data: dict[str, Any], report: Report) -> dict[str, Any] | None
     if table.undeclared:
         report.add("error", "classes", "", table.undeclared)
     _compare_names(table, report)
+    _compare_lists(table, root / data["csv"], report)
     shared = Counter(row.sample.mask for row in table.rows if row.sample.mask)
     doubled = [path for path, count in shared.items() if count > 1]
     if doubled:
@@ -185,6 +186,20 @@ def _compare_names(table: Table, report: Report) -> None:
                 "of an image are separated by ;"
             )
             report.add("warning", "classes", "", text)
+
+
+def _compare_lists(table: Table, path: Path, report: Report) -> None:
+    """Report a list of classes beside the table that is not the one in use."""
+    try:
+        listed = read_classes(path.parent / CLASSES_FILE)
+    except WSSSError:  # it is not in use, or it was reported
+        return
+    if listed and listed != table.class_names and any(row.sample.mask for row in table.rows):
+        text = (
+            f"data.class_names is another list than {path.parent / CLASSES_FILE}; the ids of the "
+            "masks must follow the order of data.class_names, or leave it out"
+        )
+        report.add("warning", "classes", "", text)
 
 
 def examine(data: ImageDataModule, *, fast: bool = False) -> Report:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Len
+from pydantic import Field
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import read_json
@@ -18,7 +19,7 @@ CARD_FILE = "pseudo_labels.json"  # lies among the masks that `wsss pseudo` writ
 class Card(Record):
     """What ``pseudo_labels.json`` says of the masks beside it, as far as it is read."""
 
-    made_from: dict[str, Any] = {}
+    made_from: dict[str, Any] = Field(default_factory=dict)
     supervision: Annotated[str, Len(1, 200)] = IMAGE_LABELS
     status: Literal["begun", "finished"] | None = None
 

@@ -20,6 +20,8 @@ from wsss.data.dataset import (
     check_class_names,
     check_files,
     multi_hot,
+    same_spelling,
+    spelling,
 )
 from wsss.data.images import read_mask
 from wsss.data.table import read_table
@@ -143,9 +145,12 @@ def labels_from_xml(path: Path, class_names: Sequence[str]) -> NDArray[np.float3
         ) from error
     for name in names:
         if name not in class_names:
+            alike = [known for known in class_names if spelling(known) == spelling(name)]
+            pair = same_spelling([name, *alike])
             raise WSSSError(
                 f"annotation {path} names the object {name!r}, which is none of the "
-                f"{len(class_names)} classes; correct it or the class list"
+                f"{len(class_names)} classes{f' ({pair})' if pair else ''}; correct it or the "
+                "class list"
             )
     return multi_hot(names, class_names)
 

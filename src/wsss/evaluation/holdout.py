@@ -8,6 +8,7 @@ a budget that everybody can have (field.md D).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from wsss.core.errors import WSSSError
 from wsss.core.modes import evaluating
 from wsss.data.datamodule import ImageDataModule
 from wsss.data.dataset import hash_names
@@ -124,6 +126,11 @@ def choose_threshold(
                 labels = predicted_labels(plain.class_logits).to(labels)
             counts.update(localise(module, images, labels, size, protocol), target)  # type: ignore[arg-type]
     values = [scores(matrix).miou for matrix in counts.compute()]
+    if math.isnan(values[0]):
+        raise WSSSError(
+            f"holdout of {holdout.source}: its masks show no class, so no threshold can be chosen "
+            "on it; look at them with `wsss data check`, or give eval.holdout_per_class=0"
+        )
     best = values.index(max(values))
     return {
         "threshold": thresholds[best],

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from wsss.core.errors import WSSSError
+from wsss.core.ranges import Fraction, Number, Scale, Side, Some
+from wsss.core.schema import check_fields
 from wsss.maps.refine.dense_crf import CRF_PRESETS, CRFPreset
 
 Merge = Literal["sum", "max"]
@@ -50,11 +52,11 @@ class Protocol:
         holdout_split: list that the holdout is taken from; None: the training list.
     """
 
-    resize: int | None = None
-    single_resize: int | None = None
-    cam_resize: int | None = None
-    seg_scales: tuple[float, ...] = (1.0,)
-    seg_sizes: tuple[int, ...] | None = None
+    resize: Side | None = None
+    single_resize: Side | None = None
+    cam_resize: Side | None = None
+    seg_scales: Some[Scale] = (1.0,)
+    seg_sizes: Some[Side] | None = None
     flip: bool = False
     flip_merge: Merge = "sum"
     scale_merge: ScaleMerge = "sum"
@@ -63,23 +65,17 @@ class Protocol:
     crf: str | None = None
     crf_prune: bool = False
     crf_backend: Literal["pydensecrf", "torch"] = "pydensecrf"
-    cam_threshold: float = 0.5
-    cam_high: float | None = None
-    cam_low: float | None = None
+    cam_threshold: Fraction = 0.5
+    cam_high: Fraction | None = None
+    cam_low: Fraction | None = None
     refine: Literal["par", "pamr"] | None = None
     use_image_labels: bool = True
-    oracle_thresholds: tuple[float, ...] = ORACLE_THRESHOLDS
-    holdout_per_class: int = 0
+    oracle_thresholds: Some[Fraction] = ORACLE_THRESHOLDS
+    holdout_per_class: Number = 0
     holdout_split: str | None = None
 
     def __post_init__(self) -> None:
-        # YAML gives lists; a frozen, hashable protocol needs tuples.
-        for name in ("seg_scales", "oracle_thresholds"):
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-        if self.seg_sizes is not None:
-            object.__setattr__(self, "seg_sizes", tuple(int(side) for side in self.seg_sizes))
-        self._check_sizes()
-        self._check_thresholds()
+        check_fields(self, "eval")  # of YAML's lists it makes tuples, so that it can be hashed
         if self.crf is not None and self.crf not in CRF_PRESETS:
             names = ", ".join(CRF_PRESETS)
             raise WSSSError(f"eval.crf={self.crf}: expected one of {names} or null")
@@ -88,44 +84,12 @@ class Protocol:
                 "eval.crf_prune=true uses image labels, which eval.use_image_labels=false "
                 "forbids; set one of the two"
             )
-        if self.flip_merge not in ("sum", "max"):
-            raise WSSSError(f"eval.flip_merge={self.flip_merge}: expected sum or max")
-        if self.scale_merge not in ("sum", "max", "mean"):
-            raise WSSSError(f"eval.scale_merge={self.scale_merge}: expected sum, max or mean")
-        if self.merge_of not in ("logits", "probabilities"):
-            raise WSSSError(f"eval.merge_of={self.merge_of}: expected logits or probabilities")
-        if self.refine not in ("par", "pamr", None):
-            raise WSSSError(f"eval.refine={self.refine}: expected par, pamr or null")
-        if self.crf_backend not in ("pydensecrf", "torch"):
-            raise WSSSError(f"eval.crf_backend={self.crf_backend}: expected pydensecrf or torch")
-        if self.holdout_per_class < 0:
-            raise WSSSError(
-                f"eval.holdout_per_class={self.holdout_per_class}: expected 0 or more images"
-            )
-
-    def _check_sizes(self) -> None:
-        for name in ("resize", "single_resize", "cam_resize"):
-            side = getattr(self, name)
-            if side is not None and side < 1:
-                raise WSSSError(f"eval.{name}={side}: expected a positive side in pixels or null")
-        if not self.seg_scales or min(self.seg_scales) <= 0:
-            raise WSSSError(f"eval.seg_scales={list(self.seg_scales)}: expected positive scales")
-        if self.seg_sizes is not None and (not self.seg_sizes or min(self.seg_sizes) < 1):
-            raise WSSSError(f"eval.seg_sizes={list(self.seg_sizes)}: expected sides in pixels")
-
-    def _check_thresholds(self) -> None:
-        if not 0 <= self.cam_threshold <= 1:
-            raise WSSSError(f"eval.cam_threshold={self.cam_threshold}: expected 0..1")
         high, low = self.cam_high, self.cam_low
         if (high is None) != (low is None):
             raise WSSSError("eval.cam_high and eval.cam_low: give both, or neither (null)")
-        if high is not None and low is not None and not 0 <= low <= high <= 1:
+        if high is not None and low is not None and low > high:
             raise WSSSError(
                 f"eval.cam_high={high}, eval.cam_low={low}: expected 0 <= low <= high <= 1"
-            )
-        if not self.oracle_thresholds or not all(0 <= t <= 1 for t in self.oracle_thresholds):
-            raise WSSSError(
-                f"eval.oracle_thresholds={list(self.oracle_thresholds)}: expected values in 0..1"
             )
 
     @property

@@ -29,7 +29,14 @@ from wsss.core.errors import WSSSError
 from wsss.maps.pixels import IGNORE_INDEX
 from wsss.methods.base import Batch, Outputs, Step, WSSSModule
 from wsss.methods.schedules import poly_warmup
-from wsss.methods.settings import Count, NotNegative, Positive, Settings, Some
+from wsss.methods.settings import (
+    Count,
+    NotNegative,
+    Positive,
+    Settings,
+    Some,
+    check_scales,
+)
 from wsss.models.backbone import Backbone, Features
 from wsss.models.conv_backbone import ConvBackbone
 from wsss.models.decoders import ASPPSum
@@ -52,6 +59,10 @@ class SegmenterSettings(Settings):
 
     # losses
     loss_scales: Some[Positive] = (1.0, 0.75, 0.5)  # of the input; of several, the maximum too
+
+    def check_training(self, crop_size: int, patch_size: int) -> None:
+        """Raise WSSSError where a scale leaves nothing."""
+        check_scales("method.loss_scales", self.loss_scales, crop_size, least=1)
 
 
 class Segmenter(WSSSModule):

@@ -1,10 +1,11 @@
-"""What a method can be told: settings that check themselves, and quirks of official codes.
+"""What a method can be set to: settings that check themselves, and quirks of official codes.
 
 A setting is declared once, as a field of a frozen dataclass: a type with its range, a default, a
 line of meaning. YAML, command line and Python are all checked by the same function against the
 field's type, so a wrong value is refused with the same words everywhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -35,6 +36,8 @@ __all__ = [
     "Share",
     "Some",
     "ThresholdSettings",
+    "check_not_longer",
+    "check_scales",
 ]
 
 
@@ -55,6 +58,37 @@ class Settings:
 
     def check(self) -> None:
         """Raise WSSSError where two fields contradict each other; by default none do."""
+
+    def check_training(self, crop_size: int, patch_size: int) -> None:
+        """Raise WSSSError where no run should be trained so, though an old one can be read.
+
+        Args:
+            crop_size: side of a training crop in pixels.
+            patch_size: side of the encoder's patches, the least that it sees.
+        """
+
+
+def check_not_longer(key: str, length: float, whole_key: str, whole: float) -> None:
+    """Raise WSSSError unless a part of a run, such as its warm-up, is as long as the run at most.
+
+    Args:
+        key: of the setting that gives the part.
+        length: its value.
+        whole_key: of the setting that gives the run's length.
+        whole: its value.
+    """
+    if length > whole:
+        raise WSSSError(f"{key}={length:g}: longer than the run, {whole_key}={whole:g}")
+
+
+def check_scales(key: str, scales: Sequence[float], crop_size: int, least: int) -> None:
+    """Raise WSSSError where a scale makes a crop smaller than so many pixels."""
+    for scale in scales:
+        if int(scale * crop_size) < least:
+            raise WSSSError(
+                f"{key}: scale {scale:g} of a {crop_size} px crop leaves {int(scale * crop_size)} "
+                f"px, expected {least} or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """What a golden file holds, and what a method says about a kind of them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from wsss.parity.tolerances import Array, Tolerance, default_tolerance
+from wsss.parity.tolerances import Array, Tolerance, default_tolerance, rounding_error, widened
 
 # in files with plain names: how weights are made, and how far mistakes and rounding move a result
 NOT_OUTPUTS = (
@@ -23,6 +24,46 @@ NOT_OUTPUTS = (
 )
 
 Produced = Mapping[str, Array | Tensor | float | bool | list[str]]
+
+
+class AbsentError(Exception):
+    """The file has no array or setting of this name."""
+
+
+class Parts(dict[str, Any]):
+    """Arrays or settings of a file; the name of one that it has not is an :class:`AbsentError`.
+
+    Args:
+        prefix: what the file puts before the names.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def __missing__(self, key: str) -> Any:
+        """Name the missing one as the file would."""
+        raise AbsentError(self.prefix + key)
+
+
+class Found(dict[str, Any]):
+    """What the product gives for a case, and which parts of the file were missing for the rest.
+
+    Attributes:
+        absent: names of the missing parts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.absent: list[str] = []
+
+    @contextmanager
+    def given(self) -> Iterator[None]:
+        """Leave out what this block computes where the file lacks something that it needs."""
+        try:
+            yield
+        except AbsentError as error:
+            self.absent.append(str(error))
 
 
 @dataclass(frozen=True)
@@ -42,6 +83,22 @@ class Case:
     settings: dict[str, Any]
     extra: dict[str, Array]
     outputs: dict[str, Array]
+
+    def suffixes(self, before: str, *results: str) -> list[str]:
+        """List what follows the given beginnings in the names of inputs and of outputs.
+
+        An output without its input is then noticed as such.
+
+        Args:
+            before: beginning of the inputs' names.
+            results: beginnings of the outputs' names, ``out_`` removed; none is the beginning of
+                another.
+        """
+        found = [n.removeprefix(before) for n in self.inputs if n.startswith(before)]
+        for name in self.outputs:
+            plain = name.removeprefix("out_").removeprefix("out64_")
+            found += [plain.removeprefix(stem) for stem in results if plain.startswith(stem)]
+        return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -68,9 +125,30 @@ def tolerance_of(kind: Kind, name: str, expected: Array) -> Tolerance:
     return kind.tolerances[max(own, key=len)] if own else default_tolerance(name, expected)
 
 
+def allowed_for(kind: Kind, case: Case, key: str, expected: Array) -> Tolerance:
+    """Give the tolerance of :func:`tolerance_of`, widened to the case's own rounding error.
+
+    Args:
+        kind: of the case.
+        case: may hold the output of a float32 run beside that of a float64 run.
+        key: name of the output in the file.
+        expected: its values.
+    """
+    if kind.inputs is None:
+        stated = key.partition("_")[2]
+        pair = f"out_{stated}", f"out64_{stated}"
+    else:
+        stated = key
+        pair = key.removesuffix("_fp64"), f"{key.removesuffix('_fp64')}_fp64"
+    single, double = (case.outputs.get(name) for name in pair)
+    error = 0.0 if single is None or double is None else rounding_error(single, double)
+    return widened(tolerance_of(kind, stated, expected), expected, error)
+
+
 def read_case(path: Path, inputs: tuple[str, ...] | None = None) -> Case:
     """Read a file; ``inputs`` as of :class:`Kind`."""
-    case = Case(path.stem, {}, {}, {}, {})
+    named = Parts("in_" if inputs is None else "")
+    case = Case(path.stem, named, Parts("setting "), Parts(), Parts())
     with np.load(path, allow_pickle=False) as content:
         for key in content.files:
             if key in ("cfg", "config"):

@@ -18,7 +18,7 @@ from wsss.evaluation.inference import ModuleLike, predict
 from wsss.evaluation.protocol import Protocol
 from wsss.maps.refine.dense_crf import CRF_PRESETS, dense_crf
 from wsss.methods.base import Outputs
-from wsss.parity.cases import Case, Kind, Produced
+from wsss.parity.cases import Case, Found, Kind, Produced
 from wsss.parity.clustercam_network import build_clustercam, cam, cluster_block, network, stem
 from wsss.parity.clustercam_start import init_map, rng_mix, schedule
 from wsss.parity.clustercam_steps import (
@@ -43,16 +43,14 @@ class StoredLogits:
     """The file's logits in the place of a network: found by the size of the input."""
 
     def __init__(self, case: Case) -> None:
-        self.by_size = {}
-        for name, array in case.inputs.items():
-            if name.startswith("logits_scale_"):
-                scale = float(name.removeprefix("logits_scale_"))
-                size = tuple(int(scale * side) for side in case.inputs["image"].shape[:2])
-                self.by_size[size] = as_tensor(array)
+        self.case, self.names = case, {}
+        for scale in case.settings["scales"]:
+            size = tuple(int(scale * side) for side in case.inputs["image"].shape[:2])
+            self.names[size] = f"logits_scale_{scale}"
 
     def __call__(self, images: Tensor) -> Outputs:
         """Find the logits for an image of one of the file's scales."""
-        logits = self.by_size[tuple(images.shape[-2:])]
+        logits = as_tensor(self.case.inputs[self.names[tuple(images.shape[-2:])]])
         return Outputs(logits.mean((-2, -1))[:, 1:], logits)
 
     def cams(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -66,32 +64,38 @@ def _protocol(case: Case) -> Protocol:
 
 
 @torch.no_grad()
-def _predicted(case: Case, module: ModuleLike) -> dict[str, Any]:
+def _predicted(case: Case, module: ModuleLike) -> Found:
     """Give probabilities, labels and scores of one image under the method's protocol."""
-    image, protocol = case.inputs["image"], _protocol(case)
+    image, protocol, produced = case.inputs["image"], _protocol(case), Found()
     merged = predict(module, network_images(image)[None], image.shape[:2], protocol).merged
     assert merged is not None
     # what the CRF gets in evaluation: renormalised, which only its clipping can see
     posterior = dense_crf(image, merged[0].softmax(0).numpy(), CRF_PRESETS[CRF])
     plain = merged[0].argmax(0)
     label = as_tensor(posterior.argmax(0)) if case.settings.get("use_crf", True) else plain
-    counter = ConfusionMatrix(num_classes=len(posterior))
-    counter.update(label[None], as_tensor(case.inputs["gt"].astype(np.int64))[None])
+    produced |= {
+        "probs": merged[0].exp(),
+        "label_no_crf": plain,
+        "label": label,
+        "crf_top": np.sort(posterior, axis=0)[-2:],
+        "crf_label_changed": int((label != plain).sum()),
+    }
+    with produced.given():
+        truth = as_tensor(case.inputs["gt"].astype(np.int64))
+        produced |= _scores(label, truth, len(posterior))
+    return produced
+
+
+def _scores(label: Tensor, truth: Tensor, num_classes: int) -> dict[str, Any]:
+    """Give confusion matrix and IoU of one image's label map (H, W)."""
+    counter = ConfusionMatrix(num_classes=num_classes)
+    counter.update(label[None], truth[None])
     matrix = counter.compute().matrix
     hit = matrix.diagonal()
     union = matrix.sum(0) + matrix.sum(1) - hit
     # of one image; classes that were predicted and do not occur count, other than in our scores
     iou = torch.where(union > 0, hit.double() / union.clamp_min(1), -1.0)
-    return {
-        "probs": merged[0].exp(),
-        "label_no_crf": plain,
-        "label": label,
-        "confusion": matrix,
-        "iou": iou,
-        "miou": float(iou[union > 0].mean()),
-        "crf_top": np.sort(posterior, axis=0)[-2:],
-        "crf_label_changed": int((label != plain).sum()),
-    }
+    return {"confusion": matrix, "iou": iou, "miou": float(iou[union > 0].mean())}
 
 
 @torch.no_grad()

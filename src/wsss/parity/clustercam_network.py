@@ -22,7 +22,7 @@ from wsss.methods.clustercam.official import OFFICIAL, official_name
 from wsss.methods.official import load_official
 from wsss.models.backbone import Backbone
 from wsss.models.vit import resize_positions
-from wsss.parity.cases import Case, Produced
+from wsss.parity.cases import Case, Found, Produced
 from wsss.parity.inputs import as_tensor, network_images
 
 EPOCHS = 80  # of the networks built here; a step is an epoch
@@ -114,19 +114,19 @@ def official_parameters(case: Case, model: ClusterCAM) -> list[nn.Parameter]:
 @torch.no_grad()
 def stem(case: Case) -> Produced:
     """Compute positions and input of block 0 at every size."""
-    model = build_clustercam(case)
-    produced = {}
-    for name, array in case.inputs.items():
-        images, size = network_images(array), name.removeprefix("image")
-        tokens, grid = model.backbone.embed(images)
-        produced[f"tokens{size}"] = tokens
-        produced[f"pos{size}"] = resize_positions(
-            model.backbone.vit.pos_embed,
-            grid,
-            model.num_classes,
-            offset=model.backbone.position_offset,
-            square=images.shape[-1] == images.shape[-2],
-        )
+    model, produced = build_clustercam(case), Found()
+    for size in case.suffixes("image", "tokens", "pos"):
+        with produced.given():
+            images = network_images(case.inputs[f"image{size}"])
+            tokens, grid = model.backbone.embed(images)
+            produced[f"tokens{size}"] = tokens
+            produced[f"pos{size}"] = resize_positions(
+                model.backbone.vit.pos_embed,
+                grid,
+                model.num_classes,
+                offset=model.backbone.position_offset,
+                square=images.shape[-1] == images.shape[-2],
+            )
     return produced
 
 

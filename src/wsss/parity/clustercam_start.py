@@ -19,12 +19,13 @@ from wsss.methods.clustercam.official import (
     official_start,
 )
 from wsss.models.weights import load_encoder
-from wsss.parity.cases import Case, Produced
+from wsss.parity.cases import Case, Found, Produced
 from wsss.parity.clustercam_network import build_backbone
 from wsss.parity.tolerances import Array
 from wsss.runs.compose import compose_run
 from wsss.runs.folder import build_method, build_module
 
+DEPTH = 12  # of DeiT, where a file does not name its blocks
 EXPERIMENTS = {"voc": "voc_deits", "coco": "coco"}  # whose schedules the files ask for
 
 
@@ -33,8 +34,10 @@ EXPERIMENTS = {"voc": "voc_deits", "coco": "coco"}  # whose schedules the files 
 
 def schedule(case: Case) -> Produced:
     """Give rates and phases of both experiments, decay of every parameter, sizes of networks."""
-    produced: dict[str, Any] = {}
-    for name in [name for name in EXPERIMENTS if f"lr_{name}" in case.outputs]:
+    produced = Found()
+    for name in EXPERIMENTS:
+        if not any(key.endswith(f"_{name}") for key in case.outputs):
+            continue
         settings = _experiment(name)["method"]
         model = _tiny(case, settings, official_compat=True)
         steps, lr = model.settings.max_steps, model.settings.lr
@@ -45,7 +48,8 @@ def schedule(case: Case) -> Produced:
     settings = _experiment("voc")["method"]
     for name, compat in (("weight_decay", True), ("weight_decay_unwrapped", False)):
         model = _tiny(case, settings, official_compat=compat)
-        produced[name] = _decays(case, model)
+        with produced.given():
+            produced[name] = _decays(case, model)
     optimizer = model.optimizer(model.param_groups())
     stated = {key: optimizer.defaults[key] for key in ("betas", "eps", "amsgrad")}
     produced["optimizer"] = [json.dumps({"name": type(optimizer).__name__, **stated})]
@@ -63,8 +67,9 @@ def _experiment(name: str) -> dict[str, Any]:
 
 def _tiny(case: Case, settings: dict[str, Any], *, official_compat: bool) -> ClusterCAM:
     """Put an experiment's settings on a small encoder with the file's number of blocks."""
-    blocks = {n.split(".")[1] for n in case.inputs["wd_param_names"].tolist() if "blocks." in n}
-    backbone = build_backbone(dim=48, depth=len(blocks), heads=6, hidden=192, patch=16, side=14)
+    names = case.inputs["wd_param_names"].tolist() if "wd_param_names" in case.inputs else []
+    depth = len({n.split(".")[1] for n in names if "blocks." in n}) or DEPTH
+    backbone = build_backbone(dim=48, depth=depth, heads=6, hidden=192, patch=16, side=14)
     own = {"official_compat": official_compat, "decoder_channels": 16}
     model = build_method(settings | own, backbone, 4)
     assert isinstance(model, ClusterCAM)
@@ -97,15 +102,25 @@ def init_map(case: Case) -> Produced:
             quirks=OFFICIAL,
         )
     values = {official_name(n): p.detach() for n, p in model.named_parameters()}
-    names = [name for name in case.inputs["names"].tolist() if name in values]
-    names += sorted(values.keys() - set(names))
-    sources = {name: _source(values[name], stand_in, cfg["classes"]) for name in names}
+    sources = {name: _source(one, stand_in, cfg["classes"]) for name, one in values.items()}
     used = {source.partition(" ")[0] for source in sources.values()}
+    produced = Found()
+    produced["unused_deit"] = [name for name in stand_in if name not in used]
+    with produced.given():
+        produced |= _in_order(case.inputs["names"].tolist(), values, sources)
+    return produced
+
+
+def _in_order(
+    listed: list[str], values: Mapping[str, Tensor], sources: Mapping[str, str]
+) -> dict[str, Any]:
+    """Give the parameters' sources in the file's order, and facts of those that are random."""
+    names = [name for name in listed if name in values]
+    names += sorted(values.keys() - set(names))
     random = [name for name in names if sources[name] == "random"]
     flat = [values[name].double() for name in random]
     return {
         "source": [sources[name] for name in names],
-        "unused_deit": [name for name in stand_in if name not in used],
         "random_names": random,
         "random_mean_std_max": np.array(
             [
@@ -133,9 +148,12 @@ def _source(value: Tensor, stand_in: Mapping[str, Tensor], classes: int) -> str:
 
 def rng_mix(case: Case) -> Produced:
     """Give mixing scalars of seed 0, and the draws that lead to them."""
-    produced: dict[str, Any] = {}
-    for key in [name for name in case.outputs if name.startswith("sequence_")]:
-        build = key.removeprefix("sequence")
+    produced = Found()
+    for build in _builds(case):
+        key = f"sequence{build}"
+        if key not in case.outputs:  # its sizes say which network it is
+            produced.absent.append(key)
+            continue
         stored = json.loads(str(case.outputs[key]))
         counts = {name: count for _, count, name, *_ in stored}
         sizes = _sizes(counts)
@@ -157,6 +175,12 @@ def rng_mix(case: Case) -> Produced:
             key: [json.dumps(listed)],
         }
     return produced
+
+
+def _builds(case: Case) -> list[str]:
+    """List the networks that the file is about, each with the underscore before its name."""
+    named = (re.fullmatch(r"(?:mix_offset|mix|next_rand|sequence)(_.+)", n) for n in case.outputs)
+    return list(dict.fromkeys(match[1] for match in named if match))
 
 
 def _sizes(counts: Mapping[str, int]) -> dict[str, int]:

@@ -17,9 +17,9 @@ from wsss.maps.pseudo_labels import (
 )
 from wsss.maps.refine.par import PAR
 from wsss.methods.clustercam.method import ClusterCAM
-from wsss.methods.clustercam.official import MIXING
+from wsss.methods.clustercam.official import MIXING, official_name
 from wsss.methods.losses import balanced_segmentation_loss
-from wsss.parity.cases import Case, Produced
+from wsss.parity.cases import Case, Found, Produced
 from wsss.parity.clustercam_network import (
     EPOCHS,
     both_precisions,
@@ -45,15 +45,15 @@ def _par(case: Case, iterations: int) -> PAR:
 
 def par(case: Case) -> Produced:
     """Compute affinity and refined maps after every number of iterations in the file."""
-    images, masks = unit_images(case.inputs["image"]), as_tensor(case.inputs["masks"])
+    images, produced = unit_images(case.inputs["image"]), Found()
     iterations = case.settings.get("iterations", 10)
     rounds = {int(name[4:]) for name in case.outputs if re.fullmatch(r"out_\d+", name)}
-    produced: dict[str, Any] = {
-        f"out_{count}": _par(case, count)(images, masks) for count in sorted(rounds)
-    }
-    refined = _par(case, iterations)(images, masks)
-    before = F.interpolate(masks, refined.shape[-2:], mode="bilinear", align_corners=True)
-    produced["growth"] = float(refined.double().sum() / before.double().sum())
+    with produced.given():
+        masks = as_tensor(case.inputs["masks"])
+        produced |= {f"out_{count}": _par(case, count)(images, masks) for count in sorted(rounds)}
+        refined = _par(case, iterations)(images, masks)
+        before = F.interpolate(masks, refined.shape[-2:], mode="bilinear", align_corners=True)
+        produced["growth"] = float(refined.double().sum() / before.double().sum())
     if "affinity_crop" in case.outputs:
         crop = as_tensor(case.outputs["affinity_crop"])
         whole = _par(case, 1).affinity(images)
@@ -92,9 +92,8 @@ def ms_cam_labels(case: Case) -> Produced:
     model, images = build_clustercam(case), network_images(case.inputs["image"])
     targets = as_tensor(case.inputs["targets"])
     every = torch.ones_like(targets)
-    guide = model.guide(images)
-    stored, stored_guide = as_tensor(case.outputs["cam_ms"]), unit_images(case.outputs["denorm"])
-    produced: dict[str, Any] = {
+    guide, produced = model.guide(images), Found()
+    produced |= {
         "cam_ms": model.cams(images, every),
         "denorm": (guide * 255).round().byte().permute(0, 2, 3, 1),
         "denorm_offby1": int(
@@ -107,12 +106,16 @@ def ms_cam_labels(case: Case) -> Produced:
         scaled = images if scale == 1 else F.interpolate(images, size, mode="bilinear")
         both = torch.cat([scaled, scaled.flip(-1)])
         produced[name] = model.raw_cam(both, torch.arange(model.num_classes))
-    produced |= _labels(case, stored_guide, stored, targets)
-    produced |= _refined_planes(case, stored_guide, stored, targets)
-    label = as_tensor(case.outputs["pseudo_label"])
-    produced["seg_loss"] = model.losses_of(
-        model.encode(images), targets, {"pseudo_label": label}
-    ).losses["seg_loss"]
+    with produced.given():
+        stored = as_tensor(case.outputs["cam_ms"])
+        stored_guide = unit_images(case.outputs["denorm"])
+        produced |= _labels(case, stored_guide, stored, targets)
+        produced |= _refined_planes(case, stored_guide, stored, targets)
+    with produced.given():
+        label = as_tensor(case.outputs["pseudo_label"])
+        produced["seg_loss"] = model.losses_of(
+            model.encode(images), targets, {"pseudo_label": label}
+        ).losses["seg_loss"]
     return produced
 
 
@@ -138,49 +141,44 @@ def _refined_planes(case: Case, guide: Tensor, cam: Tensor, targets: Tensor) -> 
 def gradients(case: Case) -> Produced:
     """Compute gradients of each loss alone and of the total."""
     model, images = build_clustercam(case), network_images(case.inputs["image"])
-    targets, label = as_tensor(case.inputs["targets"]), as_tensor(case.inputs["seg_label"])
-    produced: dict[str, Any] = {}
+    targets, produced = as_tensor(case.inputs["targets"]), Found()
+    known = {}
+    with produced.given():
+        known["pseudo_label"] = as_tensor(case.inputs["seg_label"])
     for suffix, network, kind in both_precisions(model):
-        encoded, known = network.encode(images.to(kind)), {"pseudo_label": label}
-        result = network.losses_of(encoded, targets.to(kind), known)
-        losses = {
-            "cls": result.losses["cls_loss"],
-            "pat": result.losses["patch_loss"],
-            "seg": result.losses["seg_loss"],
-            "total": result.total,
-        }
-        parameters = official_parameters(case, network)
-        trained = [p for p in parameters if p.requires_grad]
-        for name, loss in losses.items():
-            found = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
-            by_id = {id(p): gradient for p, gradient in zip(trained, found, strict=True)}
-            own = [by_id.get(id(p)) for p in parameters]
-            produced[f"loss_{name}{suffix}"] = loss
-            produced[f"gradnorm_{name}{suffix}"] = np.array([gradient_norm([g]) for g in own])
-            if kind == torch.float64:
-                produced |= _gradient_facts(case, name, own, parameters)
+        result = network.losses_of(network.encode(images.to(kind)), targets.to(kind), known)
+        losses = {"cls": result.losses["cls_loss"], "pat": result.losses["patch_loss"]}
+        if known:
+            losses |= {"seg": result.losses["seg_loss"], "total": result.total}
+        produced |= {f"loss_{name}{suffix}": loss for name, loss in losses.items()}
+        with produced.given():
+            parameters = official_parameters(case, network)
+            trained = [p for p in parameters if p.requires_grad]
+            for name, loss in losses.items():
+                found = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+                by_id = {id(p): gradient for p, gradient in zip(trained, found, strict=True)}
+                own = [by_id.get(id(p)) for p in parameters]
+                produced[f"gradnorm_{name}{suffix}"] = np.array([gradient_norm([g]) for g in own])
+                if kind == torch.float64:
+                    produced |= _gradient_facts(case, name, own, parameters)
+                    with produced.given():
+                        produced[f"groupnorm_{name}"] = _group_norms(case, own)
     return produced
 
 
 def _gradient_facts(
     case: Case, loss: str, own: list[Tensor | None], parameters: list[torch.nn.Parameter]
 ) -> dict[str, Any]:
-    """Say which gradients are missing or zero; give group norms, and gradients in the file."""
+    """Say which gradients are missing or zero; give the gradients that are in the file."""
     absent = np.array([gradient_norm([g]) == 0 for g in own])
     # None and zero both mean no gradient; which of them it is depends on autograd's layout
-    stored_zero = case.outputs.get(f"zero_{loss}", np.zeros_like(absent))
+    stored_zero = case.outputs.get(f"zero_{loss}")
     names = case.inputs["grad_names"].tolist()
-    groups = case.inputs["group_of_param"]
-    produced: dict[str, Any] = {
-        f"none_{loss}": absent & ~stored_zero,
-        f"zero_{loss}": absent & stored_zero,
-        f"groupnorm_{loss}": np.array(
-            [
-                gradient_norm(g for g, group in zip(own, groups, strict=True) if group == index)
-                for index in range(len(case.inputs["group_names"]))
-            ]
-        ),
-    }
+    produced: dict[str, Any] = (
+        {f"none_{loss}": np.ma.array(absent, mask=absent)}
+        if stored_zero is None
+        else {f"none_{loss}": absent & ~stored_zero, f"zero_{loss}": absent & stored_zero}
+    )
     full = [torch.zeros_like(p) if g is None else g for g, p in zip(own, parameters, strict=True)]
     for name, gradient in zip(names, full, strict=True):
         if f"grad_{loss}/{name}" in case.outputs:
@@ -189,6 +187,17 @@ def _gradient_facts(
         [g for name, g in zip(names, full, strict=True) if name.endswith(MIXING)]
     )
     return produced
+
+
+def _group_norms(case: Case, own: list[Tensor | None]) -> Array:
+    """Compute the norm of each group of parameters' gradients."""
+    groups = case.inputs["group_of_param"]
+    return np.array(
+        [
+            gradient_norm(g for g, group in zip(own, groups, strict=True) if group == index)
+            for index in range(len(case.inputs["group_names"]))
+        ]
+    )
 
 
 def seg_loss(case: Case) -> Produced:
@@ -213,42 +222,46 @@ def train_phase(case: Case) -> Produced:
     cfg = case.settings
     model = build_clustercam(case, lr=cfg["lr"], weight_decay=cfg["weight_decay"])
     model.train(cfg["training_mode"])
-    parameters = official_parameters(case, model)
-    start = [p.detach().clone() for p in parameters]
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = model.optimizer(model.param_groups())
     targets = as_tensor(case.inputs["targets"])
     step = EPOCHS - 1 if cfg["phase"] == 2 else 0
-    produced: dict[str, Any] = {}
+    produced = Found()
     for index in range(cfg["steps"]):
+        if f"image_step{index}" not in case.inputs:
+            produced.absent.append(f"image_step{index}")
+            break
         images = network_images(case.inputs[f"image_step{index}"])
         result = model.losses({"image": images, "labels": targets}, step)
         optimizer.zero_grad()
         result.total.backward()
-        gradients = [p.grad for p in parameters]
         produced |= {
             f"losses_step{index}": _four_losses(result.losses, result.total),
             f"cls_logits_step{index}": result.outputs.class_logits,
             f"pat_logits_step{index}": result.seen["patch_logits"],
-            f"gradnorm_step{index}": np.array([gradient_norm([g]) for g in gradients]),
-            f"gradnone_step{index}": np.array([g is None for g in gradients]),
             f"mixgrad_step{index}": _mixing_gradients(model),
         }
+        with produced.given():
+            gradients = [p.grad for p in official_parameters(case, model)]
+            produced[f"gradnorm_step{index}"] = np.array([gradient_norm([g]) for g in gradients])
+            produced[f"gradnone_step{index}"] = np.array([g is None for g in gradients])
         if "cam" in result.seen:
             # the file's means are of all classes, ours are computed for the present ones alone
             produced[f"cam_ms_mean_step{index}"] = _present_means(result.seen["cam"], targets)
             produced[f"pseudo_label_step{index}"] = result.seen["pseudo_label"]
         optimizer.step()
-        moved = [gradient_norm([p - q]) for p, q in zip(parameters, start, strict=True)]
-        # softmax ignores the key third of these biases: its gradient is rounding, which Adam
-        # brings to full size
-        noise = [name.endswith(("qkv.bias", "qkv_stsa.bias")) for name in _names(case)]
-        produced[f"deltanorm_step{index}"] = np.ma.array(np.array(moved), mask=noise)
+        moved = {
+            official_name(name): gradient_norm([p - start[name]])
+            for name, p in model.named_parameters()
+        }
+        with produced.given():
+            names = case.inputs["grad_names"].tolist()
+            # softmax ignores the key third of these biases: its gradient is rounding, which Adam
+            # brings to full size
+            noise = [name.endswith(("qkv.bias", "qkv_stsa.bias")) for name in names]
+            norms = np.array([moved[name] for name in names])
+            produced[f"deltanorm_step{index}"] = np.ma.array(norms, mask=noise)
     return produced
-
-
-def _names(case: Case) -> list[str]:
-    names: list[str] = case.inputs["grad_names"].tolist()
-    return names
 
 
 def _four_losses(losses: Mapping[str, Tensor], total: Tensor) -> Array:

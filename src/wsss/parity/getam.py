@@ -30,7 +30,7 @@ from wsss.methods.getam.labels import (
 )
 from wsss.methods.getam.maps import class_slots, enlarged
 from wsss.methods.getam.method import GETAM
-from wsss.parity.cases import Case, Kind, Produced
+from wsss.parity.cases import Case, Found, Kind, Produced
 from wsss.parity.energy import ENERGY_TOLERANCES, energy_outputs
 from wsss.parity.getam_network import (
     a_encoder,
@@ -89,30 +89,34 @@ def _official_labels(maps: Tensor, ids: Tensor, salient: Tensor, quantile: float
 
 def e_complete(case: Case) -> Produced:
     """Make labels, completed saliency and thresholds of every scenario."""
-    produced: dict[str, Any] = {}
-    quantile = _quantile(case)
-    for name in case.inputs:
-        if not name.startswith("label_"):
-            continue
-        scenario = name.removeprefix("label_")
-        labels = as_tensor(case.inputs[name])[None]
-        maps = as_tensor(case.inputs[f"cam_{scenario}"])[None]
-        salient = as_tensor(case.inputs[f"sal_{scenario}"])[None] > 0
-        slots, ids = _slots_of(maps, labels)
-        result = _official_labels(slots, ids, salient, quantile)
-        thresholds = completion_thresholds(slots, quantile)
-        count = (maps > 0).sum((2, 3)) * (labels > 0)
-        index = (quantile * count.double()).long().masked_fill(labels <= 0, -1)
-        above = (slots > thresholds[:, :, None, None]).sum(1)
-        produced |= {
-            f"label_{scenario}": result.label[0],
-            f"sal_{scenario}": completed_saliency(result)[0],
-            f"thr_{scenario}": _by_class(thresholds, ids, labels)[0],
-            f"count_{scenario}": count[0],
-            f"index_{scenario}": index[0],
-            f"contested_{scenario}": int(((above > 1) & ~salient).sum()),
-        }
+    produced = Found()
+    results = ("label_", "sal_", "thr_", "count_", "index_", "contested_")
+    for scenario in case.suffixes("label_", *results):
+        with produced.given():
+            produced |= _scenario(case, scenario)
     return produced
+
+
+def _scenario(case: Case, name: str) -> dict[str, Any]:
+    """Make labels, completed saliency and thresholds of one scenario."""
+    quantile = _quantile(case)
+    labels = as_tensor(case.inputs[f"label_{name}"])[None]
+    maps = as_tensor(case.inputs[f"cam_{name}"])[None]
+    salient = as_tensor(case.inputs[f"sal_{name}"])[None] > 0
+    slots, ids = _slots_of(maps, labels)
+    result = _official_labels(slots, ids, salient, quantile)
+    thresholds = completion_thresholds(slots, quantile)
+    count = (maps > 0).sum((2, 3)) * (labels > 0)
+    index = (quantile * count.double()).long().masked_fill(labels <= 0, -1)
+    above = (slots > thresholds[:, :, None, None]).sum(1)
+    return {
+        f"label_{name}": result.label[0],
+        f"sal_{name}": completed_saliency(result)[0],
+        f"thr_{name}": _by_class(thresholds, ids, labels)[0],
+        f"count_{name}": count[0],
+        f"index_{name}": index[0],
+        f"contested_{name}": int(((above > 1) & ~salient).sum()),
+    }
 
 
 def e_pipeline(case: Case) -> Produced:
@@ -123,20 +127,25 @@ def e_pipeline(case: Case) -> Produced:
     upsampled = enlarged(maps, guide.shape[-2:])
     after = PAMR()(guide, upsampled)
     refined = normalise_maximum(after)
-    salient = as_tensor(case.inputs["sal"]) > 0
-    result = _official_labels(refined, ids, salient, quantile)
-    everywhere = _official_labels(refined, ids, torch.ones_like(salient), quantile)
+    whole = torch.ones(refined[:, 0].shape, dtype=torch.bool)
     thresholds = completion_thresholds(refined, quantile)
-    return {
+    produced = Found()
+    produced |= {
         "upsampled": of_pairs(upsampled, ids, pairs),
         "after_pamr": of_pairs(after, ids, pairs),
         "normalised": of_pairs(refined, ids, pairs),
-        "label": result.label,
-        "sal": completed_saliency(result),
-        "label_saliency_all_one": everywhere.label,
+        "label_saliency_all_one": _official_labels(refined, ids, whole, quantile).label,
         "threshold": _by_class(thresholds, ids, labels),
-        "margin": margin_of(refined, salient, quantile),
     }
+    with produced.given():
+        salient = as_tensor(case.inputs["sal"]) > 0
+        result = _official_labels(refined, ids, salient, quantile)
+        produced |= {
+            "label": result.label,
+            "sal": completed_saliency(result),
+            "margin": margin_of(refined, salient, quantile),
+        }
+    return produced
 
 
 # ---- cases: losses -------------------------------------------------------------------------------
@@ -144,12 +153,12 @@ def e_pipeline(case: Case) -> Produced:
 
 def f_ce(case: Case) -> Produced:
     """Compute the split cross-entropy with and without pixels of either kind."""
-    produced: dict[str, Any] = {}
-    for name, array in case.inputs.items():
-        if name.startswith("label_"):
+    produced = Found()
+    for scenario in case.suffixes("label_", "loss_", "grad_"):
+        with produced.given():
+            label = as_tensor(case.inputs[f"label_{scenario}"])
             logits = as_tensor(case.inputs["logits"]).requires_grad_()
-            loss = split_cross_entropy(logits, as_tensor(array), guard=False)
-            scenario = name.removeprefix("label_")
+            loss = split_cross_entropy(logits, label, guard=False)
             value, gradient = loss_and_gradients(loss, logits)
             produced |= {f"loss_{scenario}": value, f"grad_{scenario}": gradient}
     return produced
@@ -165,13 +174,15 @@ def f_energy(case: Case) -> Produced:
 def f_saliency(case: Case) -> Produced:
     """Compute the saliency loss as coded and as corrected, and its target."""
     completed = as_tensor(case.inputs["sal_completed"])
-    produced: dict[str, Any] = {}
+    produced = Found()
     for name, inverted in (("coded", True), ("corrected", False)):
-        logits = as_tensor(case.inputs["logits"]).requires_grad_()
-        loss = saliency_loss(logits, completed, inverted=inverted)
-        value, gradient = loss_and_gradients(loss, logits)
-        target = saliency_target(completed, inverted=inverted).to(torch.uint8)
-        produced |= {f"target_{name}": target, f"loss_{name}": value, f"grad_{name}": gradient}
+        target = saliency_target(completed, inverted=inverted)
+        produced[f"target_{name}"] = target.to(torch.uint8)
+        with produced.given():
+            logits = as_tensor(case.inputs["logits"]).requires_grad_()
+            loss = saliency_loss(logits, completed, inverted=inverted)
+            value, gradient = loss_and_gradients(loss, logits)
+            produced |= {f"loss_{name}": value, f"grad_{name}": gradient}
     return produced
 
 
@@ -195,7 +206,8 @@ def i_inference(case: Case) -> Produced:
     images, size = normalise(rgb)[None], rgb.shape[:2]
     assert INFERENCE.seg_sizes is not None
     assert INFERENCE.crf_preset is not None
-    produced: dict[str, Any] = {"sizes": np.array(INFERENCE.seg_sizes)}
+    produced = Found()
+    produced["sizes"] = np.array(INFERENCE.seg_sizes)
     for side in INFERENCE.seg_sizes:
         squashed = squash_pixels(images, side)
         produced[f"input_{side}_stride8"] = squashed[0, :, ::8, ::8]
@@ -207,19 +219,20 @@ def i_inference(case: Case) -> Produced:
     preset = INFERENCE.crf_preset
     posterior = dense_crf(rgb, prob, preset)
     label = posterior.argmax(0)
-    confusion = ConfusionMatrix(num_classes=len(prob))
-    confusion.update(torch.from_numpy(label)[None], as_tensor(case.inputs["gt"]).long()[None])
-    matrix = confusion.compute().matrix
-    hit = matrix.diagonal().double()
-    iou = hit / (matrix.sum(0) + matrix.sum(1) - hit)  # NaN: neither there nor predicted
+    with produced.given():
+        truth = as_tensor(case.inputs["gt"]).long()
+        confusion = ConfusionMatrix(num_classes=len(prob))
+        confusion.update(torch.from_numpy(label)[None], truth[None])
+        matrix = confusion.compute().matrix
+        hit = matrix.diagonal().double()
+        iou = hit / (matrix.sum(0) + matrix.sum(1) - hit)  # NaN: neither there nor predicted
+        produced |= {"confusion": matrix, "miou": float(iou.nanmean())}
     other = dense_crf(rgb, prob, replace(preset, bgr=False)).argmax(0)
-    return produced | {
+    produced |= {
         "mean_logits": merged[0],
         "label": merged[0].argmax(0),
         "crf_label": label,
         "crf_prob": posterior,
-        "confusion": matrix,
-        "miou": float(iou.nanmean()),
         "crf_params": json.dumps(
             {
                 "iterations": preset.iterations,
@@ -233,6 +246,7 @@ def i_inference(case: Case) -> Produced:
         ),
         "control_crf_rgb_differs": float((label != other).mean()),
     }
+    return produced
 
 
 _NONE: dict[str, Tolerance] = {}

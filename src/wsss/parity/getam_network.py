@@ -20,7 +20,7 @@ from wsss.methods.getam.official import OFFICIAL, Quirks
 from wsss.methods.official import load_official
 from wsss.models.backbone import Backbone, Features
 from wsss.models.vit import resize_positions
-from wsss.parity.cases import Case, Produced
+from wsss.parity.cases import Case, Found, Produced
 from wsss.parity.inputs import as_tensor, network_images
 from wsss.parity.networks import build_backbone, official_weights
 from wsss.parity.tolerances import Array
@@ -118,23 +118,25 @@ def a_encoder(case: Case) -> Produced:
     """Compute positions, taps, readouts and maps of all four levels at every size."""
     model = build_getam(case)
     backbone = model.backbone
-    produced: dict[str, Any] = {}
-    for name, array in case.inputs.items():
-        size = name.removeprefix("img")  # "_64x96"
-        features = model.encode(network_images(array), levels=(1, 2, 3, 4)).features
-        produced[f"pos{size}"] = resize_positions(
-            backbone.vit.pos_embed,
-            features.grid,
-            backbone.num_prefix_tokens,
-            mode=backbone.position_mode,
-        )
-        for level, block in model.taps.items():
-            prefix, patches = features.prefixes[block], features.intermediates[block]
-            produced[f"hook{level}{size}"] = torch.cat([prefix, patches], dim=1)
-            readout: Any = model.reassemble[str(level)]
-            produced[f"readout{level}{size}"] = readout.read(patches, prefix[:, 0])
-            produced[f"layer{level}{size}"] = model.level_map(features, level)
-        produced[f"cls{size}"] = model.classify(model.level_map(features, 4))
+    produced = Found()
+    results = [f"{stem}{level}" for stem in ("hook", "readout", "layer") for level in model.taps]
+    for size in case.suffixes("img", "pos", "cls", *results):  # "_64x96"
+        with produced.given():
+            images = network_images(case.inputs[f"img{size}"])
+            features = model.encode(images, levels=(1, 2, 3, 4)).features
+            produced[f"pos{size}"] = resize_positions(
+                backbone.vit.pos_embed,
+                features.grid,
+                backbone.num_prefix_tokens,
+                mode=backbone.position_mode,
+            )
+            for level, block in model.taps.items():
+                prefix, patches = features.prefixes[block], features.intermediates[block]
+                produced[f"hook{level}{size}"] = torch.cat([prefix, patches], dim=1)
+                readout: Any = model.reassemble[str(level)]
+                produced[f"readout{level}{size}"] = readout.read(patches, prefix[:, 0])
+                produced[f"layer{level}{size}"] = model.level_map(features, level)
+            produced[f"cls{size}"] = model.classify(model.level_map(features, 4))
     return produced
 
 
@@ -229,8 +231,8 @@ def d_pamr(case: Case) -> Produced:
     """Refine masks: ``in_masks_x`` gives ``refined_x``."""
     pamr = PAMR(dilations=case.settings["dilations"], num_iter=case.settings["num_iter"])
     images = pixels(case.inputs["img"])
-    return {
-        name.replace("masks", "refined"): pamr(images, as_tensor(masks))
-        for name, masks in case.inputs.items()
-        if name.startswith("masks")
-    }
+    produced = Found()
+    for suffix in case.suffixes("masks", "refined"):
+        with produced.given():
+            produced[f"refined{suffix}"] = pamr(images, as_tensor(case.inputs[f"masks{suffix}"]))
+    return produced

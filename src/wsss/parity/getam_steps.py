@@ -16,7 +16,7 @@ from wsss.methods.getam.labels import Targets, saliency_loss
 from wsss.methods.getam.maps import class_slots
 from wsss.methods.getam.method import GETAM
 from wsss.methods.getam.official import CORRECTED, official_name
-from wsss.parity.cases import Case, Produced
+from wsss.parity.cases import Case, Found, Produced
 from wsss.parity.getam_network import (
     box_of,
     build_getam,
@@ -42,8 +42,6 @@ def batch_of(case: Case) -> dict[str, Any]:
         "labels": as_tensor(case.inputs["cls_label"]),
         "box": box_of(case.inputs["crop_mask"]),
     }
-    if "sal" in case.inputs:
-        batch["saliency"] = as_tensor(case.inputs["sal"]) > 0
     return batch
 
 
@@ -114,17 +112,20 @@ def _official_state(case: Case, model: GETAM) -> dict[str, Tensor]:
 
 def g_phase1(case: Case) -> Produced:
     """Make one step of the first phase."""
-    model = build_getam(case).train()
-    result = model.losses(batch_of(case), case.settings["global_step"])
+    model, produced = build_getam(case).train(), Found()
+    # any step of the phase computes the same; the rate alone follows the step
+    result = model.losses(batch_of(case), case.settings.get("global_step", 0))
     gradients = _gradients(model, result.total)
-    return {
+    produced |= {
         "grad_param_names": _parameter_names(case),
         "logits": result.outputs.class_logits,
         "loss": result.total,
         "gradnorm_phase1": _norms(case, gradients),
         **_single("grad_phase1", gradients),
-        **_after_step(case, model, gradients, "phase1"),
     }
+    with produced.given():
+        produced |= _after_step(case, model, gradients, "phase1")
+    return produced
 
 
 class StoredDropout(nn.Module):
@@ -150,10 +151,13 @@ def _second_phase(case: Case, *, with_dropout: bool) -> tuple[GETAM, Step]:
         if isinstance(layer, nn.Dropout):
             keep = as_tensor(case.inputs["dropout_keep"]) if with_dropout else torch.ones(())
             model.decoder.head[index] = StoredDropout(keep, layer.p if with_dropout else 0.0)
-    # the stored guide: one pixel on the other side of an integer would be another image
-    guide = pixels(case.inputs["guide"]).double()
-    model.guide = lambda images: guide  # type: ignore[method-assign]
     batch = batch_of(case)
+    # the stored guide, or that of float32 images: one pixel on the other side of an integer would
+    # be another image
+    stored = case.inputs.get("guide")
+    guide = (model.guide(batch["image"]) if stored is None else pixels(stored)).double()
+    model.guide = lambda images: guide  # type: ignore[method-assign]
+    batch["saliency"] = as_tensor(case.inputs["sal"]) > 0
     batch |= {name: batch[name].double() for name in ("image", "labels")}
     return model, model.losses(batch, case.settings["global_step"])
 
@@ -172,7 +176,8 @@ def g_phase2(case: Case) -> Produced:
     )
     values = {term: float(loss.detach()) for term, loss in losses.items()}
     gradients = {term: _gradients(model, loss) for term, loss in losses.items()}
-    produced: dict[str, Any] = {
+    produced = Found()
+    produced |= {
         "grad_param_names": _parameter_names(case),
         "term_names": list(losses),
         "terms": np.array(list(values.values())),
@@ -199,9 +204,10 @@ def g_phase2(case: Case) -> Produced:
     agrees = np.isclose(float(result.total.detach()), produced["total_coded"], rtol=1e-5)
     produced["official_loop_agrees"] = bool(agrees)
     produced |= _after_step(case, model, coded, "coded")
-    model, result = _second_phase(case, with_dropout=True)
-    produced["dropout_total_coded"] = result.total
-    produced["dropout_gradnorm_coded"] = _norms(case, _gradients(model, result.total))
+    with produced.given():
+        model, result = _second_phase(case, with_dropout=True)
+        produced["dropout_total_coded"] = result.total
+        produced["dropout_gradnorm_coded"] = _norms(case, _gradients(model, result.total))
     return produced
 
 
@@ -260,12 +266,14 @@ def h_optim(case: Case) -> Produced:
     cfg = case.settings
     phases = {"phase_one": cfg["cls_step"], "phase_two_lr_scale": cfg["seg_lr_scale"]}
     voc_steps = (10582 // 4) * 20
-    produced: dict[str, Any] = {"voc_T": voc_steps}
+    produced = Found()
+    produced["voc_T"] = voc_steps
     for suffix, decay in (("", False), ("_steplr", True)):
         build = partial(tiny_getam, lr=cfg["lr"], step_decay=decay, **phases)
         short, voc = build(max_steps=cfg["short_T"]), build(max_steps=voc_steps)
         produced[f"sched_short{suffix}"] = _schedule(short, range(cfg["short_T"] + 1))
-        produced[f"sched_voc{suffix}"] = _schedule(voc, case.inputs["voc_iters"])
+        with produced.given():
+            produced[f"sched_voc{suffix}"] = _schedule(voc, case.inputs["voc_iters"])
     second = sum(voc.in_phase_two(t) for t in range(voc_steps + 1))
     produced["voc_phase_counts"] = np.array([voc_steps + 1 - second, second])
     defaults = voc.optimizer(voc.param_groups()).defaults
@@ -274,8 +282,10 @@ def h_optim(case: Case) -> Produced:
     half = voc.lr_multiplier(voc_steps // 4)
     produced["poly_power"] = float(np.log(half) / np.log(0.75))
     toy = partial(tiny_getam, max_steps=cfg["toy_T"], lr=cfg["toy_lr"], **phases)
-    produced["toy_param_after_step"] = _toy_run(case, toy())
-    produced["control_toy_momentum09_decay"] = _toy_run(case, toy(quirks=CORRECTED, momentum=0.9))
+    with produced.given():
+        produced["toy_param_after_step"] = _toy_run(case, toy())
+        wrong = _toy_run(case, toy(quirks=CORRECTED, momentum=0.9))
+        produced["control_toy_momentum09_decay"] = wrong
     return produced
 
 
@@ -305,8 +315,7 @@ def j_data(case: Case) -> Produced:
     draws, views = OfficialDraws(case.settings["seed"]), GETAMViews(crop_size=case.settings["crop"])
     samples: list[dict[str, Tensor]] = []
     draws_of = []
-    while f"bgr{len(samples)}" in case.inputs:
-        number = len(samples)
+    for number in range(len(case.settings["shapes"])):
         rgb = np.ascontiguousarray(case.inputs[f"bgr{number}"][..., ::-1])
         samples.append(views(rgb, draws, case.inputs[f"sal{number}"]))
         draws_of.append(draws.drawn)

@@ -12,15 +12,27 @@ from torch import Tensor
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import first_line
-from wsss.parity.cases import Case, Kind, Produced, read_case, tolerance_of
+from wsss.parity.cases import (
+    AbsentError,
+    Case,
+    Found,
+    Kind,
+    Produced,
+    allowed_for,
+    read_case,
+)
 from wsss.parity.tolerances import Array, Tolerance, deviation
 
+NAMED = 4  # of the arrays that could not be compared
 METHODS = ("toco", "clustercam", "getam")
 
 
 @dataclass(frozen=True)
 class Report:
-    """The result of one case; ``problem`` is empty where all is well."""
+    """The result of one case; ``problem`` is empty where all is well.
+
+    ``note`` says what the file lacks and what could not be compared for that.
+    """
 
     name: str
     compared: int
@@ -28,12 +40,15 @@ class Report:
     relative: float
     problem: str
     covered: bool = True
+    note: str = ""
 
     def line(self) -> str:
         """Format one line for the terminal."""
         if not self.covered:
             return f"{self.name:<28} not covered: {self.problem}"
         verdict = f"FAILED: {self.problem}" if self.problem else "ok"
+        if self.note:
+            verdict += f" ({self.note})"
         return (
             f"{self.name:<28} {self.compared:>3} arrays  max abs {self.absolute:.2e}  "
             f"max rel {self.relative:.2e}  {verdict}"
@@ -45,13 +60,20 @@ def _as_array(value: Any) -> Array:
 
 
 def compare(kind: Kind, case: Case, produced: Produced) -> Report:
-    """Compare every stored output; the float64 ones of marked files with the same product value."""
+    """Compare every stored output; the float64 ones of marked files with the same product value.
+
+    What could not be computed because the file lacks something that goes in is only named.
+    """
     worst, problems = [0.0, 0.0], []
-    compared = 0
+    absent = produced.absent if isinstance(produced, Found) else []
+    compared, left = 0, []
     for key, expected in case.outputs.items():
         plain = key.partition("_")[2] if kind.inputs is None else key
         if plain not in produced:
-            problems.append(f"{key} was not produced")
+            if absent:
+                left.append(key)
+            else:
+                problems.append(f"{key} was not produced")
             continue
         actual = _as_array(produced[plain])
         if isinstance(actual, np.ma.MaskedArray):
@@ -59,7 +81,7 @@ def compare(kind: Kind, case: Case, produced: Produced) -> Report:
             actual = actual.data
         absolute, relative = deviation(actual, expected)
         compared += 1
-        allowed = tolerance_of(kind, plain, expected)
+        allowed = allowed_for(kind, case, key, expected)
         spared = _spared(allowed, case, expected)
         worst = [max(worst[0], absolute), max(worst[1], relative)]
         # An infinite deviation is another shape, text or NaN: no tolerance covers it.
@@ -72,7 +94,24 @@ def compare(kind: Kind, case: Case, produced: Produced) -> Report:
             problems.append(f"{key} is off by {absolute:.2e} (relative {relative:.2e})")
     if not case.outputs:
         problems.append(f"the file holds no {'out_* ' if kind.inputs is None else 'output '}array")
-    return Report(case.name, compared, worst[0], worst[1], "; ".join(problems))
+    elif not compared and left:
+        problems.append("nothing could be compared")
+    note = ""
+    if left:
+        named = f"{', '.join(left[:NAMED])}{', ...' if len(left) > NAMED else ''}"
+        lacking = ", ".join(dict.fromkeys(absent))
+        note = f"the file lacks {lacking}; {len(left)} arrays not compared: {named}"
+    return Report(case.name, compared, worst[0], worst[1], "; ".join(problems), note=note)
+
+
+def _produce(kind: Kind, case: Case) -> Produced:
+    """Run a case; a missing part that everything needs leaves nothing."""
+    try:
+        return kind.run(case)
+    except AbsentError as error:
+        nothing = Found()
+        nothing.absent.append(str(error))
+        return nothing
 
 
 def _spared(allowed: Tolerance, case: Case, expected: Array) -> int:
@@ -99,7 +138,7 @@ def run_case(path: Path, kinds: Mapping[str, Kind]) -> Report:
     kind = kinds[max(stems, key=len)]
     try:
         case = read_case(path, kind.inputs)
-        return compare(kind, case, kind.run(case))
+        return compare(kind, case, _produce(kind, case))
     except Exception as error:
         # A corrupt file can break anything from the zip reader to a tensor shape.
         reason = f"{type(error).__name__}: {first_line(error)}"

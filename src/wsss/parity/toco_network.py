@@ -12,7 +12,7 @@ from wsss.methods.toco.method import ToCo, ToCoSettings
 from wsss.methods.toco.official import OFFICIAL, official_name, our_name
 from wsss.models.backbone import Backbone
 from wsss.models.weights import load_encoder
-from wsss.parity.cases import Case, Produced
+from wsss.parity.cases import Case, Found, Produced
 from wsss.parity.inputs import network_images
 from wsss.parity.networks import build_backbone, official_weights
 from wsss.parity.tolerances import Array
@@ -68,6 +68,17 @@ def build_toco(case: Case, **overrides: Any) -> ToCo:
     return model.eval()
 
 
+def tiny_toco(**settings: Any) -> ToCo:
+    """Build a small network of its own, for what does not depend on the network."""
+    backbone = Backbone(
+        name="vit_tiny_patch16_224",
+        weights="random",
+        overrides={"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32},
+    )
+    chosen = ToCoSettings(max_steps=ITERATIONS, aux_layer=-1, decoder_channels=16, **settings)
+    return ToCo(backbone=backbone, num_classes=2, settings=chosen, quirks=OFFICIAL)
+
+
 @torch.no_grad()
 def projections(model: ToCo, class_tokens: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
     """Compute what both heads make of the views.
@@ -121,43 +132,46 @@ def a_backbone(case: Case) -> Produced:
     backbone = _encoder(case, state).eval()
     load_encoder(backbone.vit, state, case.name)
     aux = case.settings.get("aux_layer", -3) % backbone.depth
-    produced = {}
-    for name, array in case.inputs.items():
-        size = name.removeprefix("img")  # "_64x96"
-        features = backbone(network_images(array), taps=(aux,))
-        last = aux == backbone.depth - 1  # the last list entry is the normed output
-        produced[f"cls{size}"] = features.cls_tokens[:, 0]
-        produced[f"patch{size}"] = features.patch_tokens
-        produced[f"aux{size}"] = features.patch_tokens if last else features.intermediates[aux]
+    produced = Found()
+    for size in case.suffixes("img", "cls", "patch", "aux"):  # "_64x96"
+        with produced.given():
+            features = backbone(network_images(case.inputs[f"img{size}"]), taps=(aux,))
+            last = aux == backbone.depth - 1  # the last list entry is the normed output
+            produced[f"cls{size}"] = features.cls_tokens[:, 0]
+            produced[f"patch{size}"] = features.patch_tokens
+            produced[f"aux{size}"] = features.patch_tokens if last else features.intermediates[aux]
     return produced
 
 
 @torch.no_grad()
 def b_network(case: Case) -> Produced:
     """Compute every output of the network, and the teacher's moving average."""
-    model, images = build_toco(case), network_images(case.inputs["img"])
-    outputs, features = model(images), model.encode(images)
-    cam, cam_aux = model.raw_cams(images)
-    token = features.cls_tokens[:, 0]
-    produced: dict[str, Any] = {
-        "cls": outputs.class_logits,
-        "seg": outputs.seg_logits,
-        "fmap": features.patch_map,
-        "cls_aux": model.classify(model.aux_classifier, model.aux_map(features)),
-        "cam": cam,
-        "cam_aux": cam_aux,
-        "cls_token": token,
-        "head_student": model.ctc_student(token),
-        "head_teacher": model.ctc_teacher(token),
-    }
-    if "locals" in case.inputs:
+    model, produced = build_toco(case), Found()
+    with produced.given():
+        images = network_images(case.inputs["img"])
+        outputs, features = model(images), model.encode(images)
+        cam, cam_aux = model.raw_cams(images)
+        token = features.cls_tokens[:, 0]
+        produced |= {
+            "cls": outputs.class_logits,
+            "seg": outputs.seg_logits,
+            "fmap": features.patch_map,
+            "cls_aux": model.classify(model.aux_classifier, model.aux_map(features)),
+            "cam": cam,
+            "cam_aux": cam_aux,
+            "cls_token": token,
+            "head_student": model.ctc_student(token),
+            "head_teacher": model.ctc_teacher(token),
+        }
+    model.update_teacher()
+    produced |= {f"ema_{k}": v for k, v in teacher_summary(model).items()}
+    with produced.given():
+        produced["cls_with_crops"] = model(network_images(case.inputs["img"])).class_logits
+    with produced.given():
         views = torch.cat([network_images(case.inputs[v]) for v in ("view1", "view2")])
         crops = network_images(case.inputs["locals"]).flatten(0, 1)
-        model.update_teacher()
         student, teacher = projections(model, model.encode(views).cls_tokens[:, 0], crops)
         produced |= {"ctc_student": student, "ctc_teacher": teacher}
-        produced["cls_with_crops"] = model(images).class_logits
-        produced |= {f"ema_{k}": v for k, v in teacher_summary(model).items()}
     return produced
 
 

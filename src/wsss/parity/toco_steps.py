@@ -14,7 +14,7 @@ from wsss.methods.base import Step
 from wsss.methods.schedules import poly_warmup
 from wsss.methods.toco.contrast import NUM_LOCALS, crop_local_views
 from wsss.methods.toco.method import ToCo
-from wsss.parity.cases import Case, Produced
+from wsss.parity.cases import Case, Found, Produced
 from wsss.parity.inputs import as_tensor, gradient_norm, network_images
 from wsss.parity.toco_network import (
     GATED_ITERATIONS,
@@ -24,6 +24,7 @@ from wsss.parity.toco_network import (
     teacher_parameters,
     teacher_summary,
     thresholds,
+    tiny_toco,
 )
 from wsss.parity.tolerances import Array
 
@@ -74,7 +75,7 @@ def g_crops(case: Case) -> Produced:
 
 def _rates(case: Case, steps: Iterable[int], max_steps: int, warmup_steps: int) -> Array:
     """Compute the rates (step, group) of a run of the method."""
-    model = build_toco(case, lr=case.settings.get("lr", 6e-5))
+    model = tiny_toco(lr=case.settings.get("lr", 6e-5))
     base = [group["lr"] for group in model.param_groups()]
     multiplier = _multiplier(case, max_steps, warmup_steps)
     return np.array([[lr * multiplier(int(s)) for lr in base] for s in steps])
@@ -90,8 +91,9 @@ def _multiplier(case: Case, max_steps: int, warmup_steps: int) -> Callable[[int]
     )
 
 
-def _toy_run(case: Case, model: ToCo, multiplier: Callable[[int], float]) -> Array:
+def _toy_run(case: Case, multiplier: Callable[[int], float]) -> Array:
     """Train a toy parameter by the method's optimiser and schedule, at base and ten-fold rate."""
+    model = tiny_toco()
     rate, gradients = case.settings["toy_lr"], as_tensor(case.inputs["toy_grads"])
     toys = [nn.Parameter(as_tensor(case.inputs["toy_param"]).clone()) for _ in range(2)]
     optimizer = model.optimizer(
@@ -125,20 +127,27 @@ def _group_names(case: Case, model: ToCo) -> dict[str, list[str]]:
 
 def h_optim(case: Case) -> Produced:
     """Compute rates, optimiser steps, parameter groups and moving averages."""
-    cfg = case.settings
-    model = build_toco(case)
-    produced: dict[str, Any] = {}
-    if "short_max" in cfg:
+    cfg, produced = case.settings, Found()
+    with produced.given():
+        short = cfg["short_max"], cfg["short_warmup"]
+        produced["toy_param_after_step"] = _toy_run(case, _multiplier(case, *short))
+    with produced.given():
         short = cfg["short_max"], cfg["short_warmup"]
         produced["lr_short"] = _rates(case, range(cfg["short_steps"]), *short)
-        if "toy_param" in case.inputs:
-            toy = _toy_run(case, model, _multiplier(case, *short))
-            produced["toy_param_after_step"] = toy
     for name, length in (("voc", 20_000), ("coco", 80_000)):
-        if f"{name}_iters" in case.inputs:
+        with produced.given():
             steps = case.inputs[f"{name}_iters"]
             produced[f"lr_{name}"] = _rates(case, steps, length, 1500)
-    produced |= _group_names(case, model)
+    with produced.given():
+        produced |= _groups_and_averages(case)
+    return produced
+
+
+def _groups_and_averages(case: Case) -> dict[str, Any]:
+    """Give the names of every group, and the teacher head after up to ten moves."""
+    # no group depends on the auxiliary layer, and a tiny network has fewer of them
+    model = build_toco(case, aux_layer=-1)
+    produced: dict[str, Any] = dict(_group_names(case, model))
     for moves in range(1, 11):
         model.update_teacher()
         summary = teacher_summary(model)
@@ -155,7 +164,7 @@ def h_optim(case: Case) -> Produced:
 
 def _step(case: Case, step: int) -> tuple[ToCo, Step]:
     """Compute one training step's losses on a fresh model."""
-    model = build_toco(case).train()
+    model = build_toco(case, local_size=case.settings["local_size"]).train()
     boxes = as_tensor(case.inputs["box"]).long()
     batch = {
         "image": network_images(case.inputs["img"]),

@@ -12,15 +12,14 @@ SCHEMA = 1
 Figure = Annotated[float, AllowInfNan(False)] | None  # null where a number does not exist
 Share = Annotated[float, Ge(0), Le(1 + 1e-6)] | None  # float32 may round above 1
 Size = Annotated[int, Ge(0), Le(2**53)]
-Kind = Literal[tuple(LABEL_MAPS)]  # type: ignore[valid-type]  # the keys, written once
 
 
 class _Configuration(Record):
     """The stored configuration as far as a comparison reads it; `wsss.runs.stored` checks all."""
 
-    method: dict[str, Any] = {}
-    data: dict[str, Any] = {}
-    eval: dict[str, Any] = {}
+    method: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any] = Field(default_factory=dict)
+    eval: dict[str, Any] = Field(default_factory=dict)
 
 
 class _Cost(Record):
@@ -50,8 +49,8 @@ class _Maps(Record):
     under: Figure = None
     image_miou: Share = None
     boundary_iou: Share = None
-    trimap_iou: dict[str, Share] = {}
-    size_iou: dict[str, Share] = {}
+    trimap_iou: dict[str, Share] = Field(default_factory=dict)
+    size_iou: dict[str, Share] = Field(default_factory=dict)
     hallucinated: Share = None
 
 
@@ -105,12 +104,12 @@ class _Split(Record):
 
     num_images: Size | None = None
     readings: Size | None = None
-    maps: dict[Kind, _Maps] = {}
+    maps: dict[str, _Maps] = Field(default_factory=dict)
     per_class: _PerClass | None = None
-    confusion: dict[str, list[list[Size]] | list[Size]] = {}
+    confusion: dict[str, list[list[Size]] | list[Size]] = Field(default_factory=dict)
     protocol: _Card | None = None
     cost: _Cost | None = None
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
     data_sha256: dict[str, str | None] | None = None
     seed_curve: _Curve | None = None
     seed_miou: Share = None
@@ -130,6 +129,13 @@ class _Split(Record):
     seg_miou_ms_crf: Share = None
     image_map: Share = None
     image_f1: Share = None
+
+    @model_validator(mode="after")
+    def _of_known_maps(self) -> Self:
+        for kind in self.maps:
+            if kind not in LABEL_MAPS:
+                raise ValueError(f"maps.{kind} is none of {', '.join(LABEL_MAPS)}")
+        return self
 
 
 class Results(Record):

@@ -58,6 +58,9 @@ ROWS = (
     ("image F1", "image_f1", True),
 )
 
+#: what a sweeper may work on
+NUMBERS = (*(key for _, key, _ in ROWS), "seed_precision", "seed_recall")
+
 #: kind of label map -> its name in tables
 MAP_NAMES = {
     "seed": "CAM seed",

@@ -131,8 +131,29 @@ def with_search_path(overrides: Sequence[str]) -> list[str]:
     return [*overrides, f"hydra.searchpath=[file://{config_root()}]"]
 
 
+def _unquoted(overrides: Sequence[str]) -> str:
+    """Say how to quote a value that Hydra reads as several, or cannot read; empty where none."""
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        try:
+            (parsed,) = OverridesParser.create().parse_overrides([override])
+            if not parsed.is_sweep_override():
+                continue
+        except HydraException:
+            if not equals:
+                continue
+        line = f"{key}={quoted(value)}"
+        return (
+            f"{override}: several values are swept with -m; a text with , = or brackets is quoted "
+            f'twice, "{line}" (lists: [a,b])'
+        )
+    return ""
+
+
 def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
     """Put a Hydra error into one line, with the nearest valid key where a key was mistyped."""
+    if text := _unquoted(overrides):
+        return text
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
         # what the others give: another method has other keys; the defaults where an overlay errs

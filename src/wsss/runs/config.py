@@ -16,9 +16,23 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wsss.core.errors import WSSSError
+from wsss.core.ranges import (
+    Count,
+    Devices,
+    FolderName,
+    Number,
+    Pictures,
+    Positive,
+    Scale,
+    Seed,
+    Side,
+    one_of,
+)
 from wsss.core.schema import (
     SUPPLIED,
+    MissingKeyError,
     arguments_of,
+    check_fields,
     check_finite,
     check_node,
     nearest,
@@ -28,6 +42,7 @@ from wsss.core.schema import (
     targets,
 )
 from wsss.evaluation.protocol import Protocol
+from wsss.results.store import NUMBERS
 from wsss.runs.stored import check_place
 from wsss.runs.targets import with_former_targets
 
@@ -49,22 +64,18 @@ class Budget:
         eval_every: steps between validations.
     """
 
-    max_steps: int
-    warmup_steps: int
-    global_batch_size: int
-    crop_size: int
-    scale_range: tuple[float, float]
-    blur_radius: tuple[float, float]
-    local_size: int
-    cam_size: int | None
-    eval_every: int
+    max_steps: Count
+    warmup_steps: Number
+    global_batch_size: Count
+    crop_size: Side
+    scale_range: tuple[Scale, Scale]
+    blur_radius: tuple[Positive, Positive]
+    local_size: Side
+    cam_size: Side | None
+    eval_every: Count
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "global_batch_size", "crop_size", "local_size", "eval_every"):
-            if getattr(self, name) < 1:
-                raise WSSSError(f"budget.{name}={getattr(self, name)}: must be at least 1")
-        if self.warmup_steps < 0:
-            raise WSSSError(f"budget.warmup_steps={self.warmup_steps}: must not be negative")
+        check_fields(self, "budget")
         if self.local_size >= self.crop_size:
             raise WSSSError(
                 f"budget.local_size={self.local_size}: must be smaller than "
@@ -126,6 +137,27 @@ ACCELERATION = tuple(field.name for field in fields(Acceleration))
 
 
 @dataclass(frozen=True)
+class TrainerSettings(Acceleration):
+    """Ranges of what ``lightning.Trainer`` takes as any number, so that no run has no end.
+
+    Attributes:
+        max_steps: optimiser steps; Lightning's -1 would never stop.
+        devices: processes on one machine, -1 or ``auto`` for all devices, or their numbers.
+        num_nodes: machines.
+        accumulate_grad_batches: forward passes a step.
+        log_every_n_steps: steps between logged values.
+        gradient_clip_val: largest norm of a gradient; None: any.
+    """
+
+    max_steps: Count = 1
+    devices: Devices = 1
+    num_nodes: Count = 1
+    accumulate_grad_batches: Count = 1
+    log_every_n_steps: Count = 50
+    gradient_clip_val: Positive | None = None
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Top level of ``conf/train.yaml``; groups are checked against their own targets."""
 
@@ -136,11 +168,11 @@ class TrainConfig:
     eval: Protocol
     logger: LoggerConfig
     budget: Budget
-    study: str
-    seed: int
+    study: FolderName
+    seed: Seed
     runs_dir: Path
-    gallery: int
-    objective: str = "seed_miou"
+    gallery: Pictures
+    objective: one_of(NUMBERS) = "seed_miou"  # type: ignore[valid-type]
     second_stage: Mapping[str, Any] | None = None
 
 
@@ -238,15 +270,11 @@ def check_config(config: DictConfig) -> None:
         check_place(target, node["_target_"], path)
         parameters = parameters_of(target)
         if path == "trainer":
-            parameters |= parameters_of(Acceleration)
+            parameters |= parameters_of(TrainerSettings)
         check_node(node, parameters, path, supplied=SUPPLIED)
         arguments_of(target, node)  # what settings say of each other
     _check_group(content["eval"], Protocol, "eval")
     _check_group(content["logger"], LoggerConfig, "logger")
-    if not 0 <= content["seed"] < 2**32:
-        raise WSSSError(f"seed={content['seed']}: expected 0 to 2**32 - 1")
-    if content["gallery"] < 0:
-        raise WSSSError(f"gallery={content['gallery']}: expected 0 or more images")
     if content.get("second_stage"):
         check_config(OmegaConf.create(second_stage_config(content, "written by the first stage")))
 
@@ -272,7 +300,13 @@ def override_config(config: dict[str, Any], overrides: list[str]) -> dict[str, A
         if OmegaConf.select(node, key, default=_ABSENT) is _ABSENT:
             raise WSSSError(f"{key}: unknown key{nearest_key(key, node)}")
         node = OmegaConf.merge(node, OmegaConf.from_dotlist([override]))
-    check_config(node)
+    try:
+        check_config(node)
+    except MissingKeyError as error:  # no verb takes every key of a configuration
+        raise WSSSError(
+            f"{error.key} is missing in the stored configuration: it was altered, or written by "
+            "another version of wsss, which can still use it"
+        ) from error
     return plain(node)
 
 

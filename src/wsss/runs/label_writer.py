@@ -119,9 +119,7 @@ def _is_finished(folder: Path, identity: dict[str, Any], mend: str) -> bool:
     made_from = card.get("made_from", {})
     other = [key for key in identity if made_from.get(key) != identity[key]]
     if other:
-        raise WSSSError(
-            f"{folder} holds pseudo labels of another {', '.join(other)}; {mend}"
-        )
+        raise WSSSError(f"{folder} holds pseudo labels of another {', '.join(other)}; {mend}")
     return bool(card.get("status") == "finished")
 
 

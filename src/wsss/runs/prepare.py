@@ -11,7 +11,7 @@ from wsss.data.datamodule import ImageDataModule
 from wsss.evaluation.holdout import Holdout
 from wsss.evaluation.protocol import Protocol
 from wsss.maps.refine.dense_crf import import_pydensecrf
-from wsss.results.store import RESULTS_FILE, print_table, read_results
+from wsss.results.store import RESULTS_FILE, look_up, print_table, read_results
 from wsss.runs.folder import Run, build_data, build_module, run_folder
 from wsss.runs.wandb import import_wandb
 
@@ -39,11 +39,10 @@ def prepare(config: Mapping[str, Any]) -> Run:
     if protocol.holdout_per_class:
         Holdout(data, protocol)
     module = build_module(settings, data.num_classes)
-    if module.backbone.patch_size > settings["budget"]["crop_size"]:
-        raise WSSSError(
-            f"budget.crop_size={settings['budget']['crop_size']}: smaller than one patch of "
-            f"{module.backbone.patch_size} px"
-        )
+    crop, patch = settings["budget"]["crop_size"], module.backbone.patch_size
+    if patch > crop:
+        raise WSSSError(f"budget.crop_size={crop}: smaller than one patch of {patch} px")
+    module.settings.check_training(crop, patch)
     if protocol.crf and protocol.crf_backend == "pydensecrf":
         import_pydensecrf()
     if settings["logger"]["wandb"]:
@@ -65,7 +64,7 @@ def finished_folder(config: Mapping[str, Any]) -> Path | None:
     if results.get("status") != "finished":
         return None
     for split, metrics in results["splits"].items():
-        if metrics["protocol"]["list_sha256"] != data.list_hash(split):
+        if look_up(metrics, ("protocol", "list_sha256")) != data.list_hash(split):
             raise WSSSError(
                 f"{folder} holds results of another list {split!r} than data.root has; give "
                 "another study= or runs_dir="

@@ -20,7 +20,7 @@ from rich.table import Table
 from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256, write_atomically
 from wsss.data.dataset import in_threads, missing_files
-from wsss.data.images import image_size, mask_png
+from wsss.data.images import ON_ITS_SIDE, image_size, mask_png, orientation
 from wsss.data.prepare.common import (
     TABLE_FILE,
     TableRow,
@@ -260,11 +260,17 @@ def locate_images(root: Path, content: Instances) -> list[Path]:
 
 def _check_size(job: MaskJob) -> None:
     height, width = image_size(job.image)
-    if (height, width) != (job.picture.height, job.picture.width):
-        raise WSSSError(
-            f"{job.image} is {width}x{height} (width x height), {job.origin} says "
-            f"{job.picture.width}x{job.picture.height}; use the images that belong to it"
-        )
+    declared = (job.picture.height, job.picture.width)
+    if declared == (height, width):
+        return
+    tag = orientation(job.image)
+    if tag >= ON_ITS_SIDE and declared == (width, height):
+        return  # drawn on the stored pixels: the mask is turned with the image when it is read
+    turned = f" as its EXIF orientation tag {tag} turns it" if tag > 1 else ""
+    raise WSSSError(
+        f"{job.image} is {width}x{height} (width x height){turned}, {job.origin} says "
+        f"{job.picture.width}x{job.picture.height}; use the images that belong to it"
+    )
 
 
 def _paint_file(job: MaskJob) -> None:

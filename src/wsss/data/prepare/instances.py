@@ -14,6 +14,7 @@ from wsss.data.table import read_text
 from wsss.maps.pixels import IGNORE_INDEX
 
 OFFICIAL = {"train2014": 82081, "val2014": 40137}
+LONGEST_NAME = 255  # bytes of a file's name
 PARTS = ("images", "annotations", "categories")
 COCO_CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
@@ -171,7 +172,7 @@ def _by_id(path: Path, kind: str, entries: list[Any]) -> dict[Key, Any]:
 
 def _name(content: _Content, key: Key) -> str:
     name = content.categories[key].get("name")
-    if type(name) not in (str, int) or not str(name).strip():
+    if type(name) not in (str, int) or not _is_text(str(name)):
         raise WSSSError(
             f"{content.path}: category {shown(key)} has the name {shown(name)}; expected a text"
         )
@@ -269,7 +270,7 @@ def _picture(content: _Content, key: Key, instances: list[Instance]) -> Picture:
     height, width = (plain_id(image.get(side)) for side in ("height", "width"))
     if not (
         isinstance(name, str)
-        and name.strip()
+        and _is_text(name)
         and isinstance(height, int)
         and isinstance(width, int)
         and min(height, width) > 0
@@ -279,12 +280,21 @@ def _picture(content: _Content, key: Key, instances: list[Instance]) -> Picture:
             f"{shown(image.get('height'))}, {shown(image.get('width'))}); export it again"
         )
     inside = PurePosixPath(with_slashes(name))
-    if inside.is_absolute() or PureWindowsPath(name).drive or ".." in inside.parts:
+    outside = inside.is_absolute() or PureWindowsPath(name).drive or ".." in inside.parts
+    if outside or max(len(part.encode()) for part in (*inside.parts, "")) > LONGEST_NAME:
         raise WSSSError(
             f"{where} has the file_name {shown(name)}; expected a path below the folder of images, "
             "export it again"
         )
     return Picture(name, height, width, instances)
+
+
+def _is_text(text: str) -> bool:
+    """Say whether a text can name a file or class: no blank, control character or half of a pair.
+
+    JSON can write one half of a pair of UTF-16, which no file can.
+    """
+    return bool(text.strip()) and all(unicodedata.category(c) not in ("Cc", "Cs") for c in text)
 
 
 def with_slashes(name: str) -> str:

@@ -47,6 +47,8 @@ from wsss.methods.settings import (
     Positive,
     Some,
     ThresholdSettings,
+    check_not_longer,
+    check_scales,
 )
 from wsss.models.backbone import Backbone
 from wsss.models.decoders import LargeFOV
@@ -90,6 +92,17 @@ class ClusterCAMSettings(ThresholdSettings):
     low_threshold: Fraction = 0.3  # background score below which all is background; bg - delta
     seg_weight: NotNegative = 0.1  # of the segmentation loss
 
+    def check_training(self, crop_size: int, patch_size: int) -> None:
+        """Raise WSSSError where a part never comes or never ends, or a scale leaves nothing."""
+        check_not_longer("method.warmup_epochs", self.warmup_epochs, "epochs", self.epochs)
+        if self.seg_weight > 0 and self.seg_from_epoch >= self.epochs:
+            raise WSSSError(
+                f"method.seg_from_epoch={self.seg_from_epoch}: beyond the run, whose last epoch is "
+                f"{self.epochs - 1} (method.epochs={self.epochs}); without segmentation give "
+                "method.seg_weight=0"
+            )
+        check_scales("method.scales", self.scales, crop_size, patch_size)
+
 
 class ClusterCAM(WSSSModule):
     """Class tokens, patches and clusters on the shared ViT.
@@ -111,7 +124,7 @@ class ClusterCAM(WSSSModule):
     """
 
     settings: ClusterCAMSettings
-    #: how branch A attends; the benchmark puts the official way here
+    #: how branch A attends, see :func:`network.attend`
     attend: Attend = staticmethod(network.attend)
 
     def __init__(

@@ -54,7 +54,16 @@ from wsss.core.errors import WSSSError
 from wsss.core.modes import evaluating
 from wsss.maps.pixels import denormalise
 from wsss.methods.base import Batch, Outputs, Step, WSSSModule
-from wsss.methods.settings import BelowOne, Count, NotNegative, Number, Positive, Settings, Share
+from wsss.methods.settings import (
+    BelowOne,
+    Count,
+    NotNegative,
+    Number,
+    Positive,
+    Settings,
+    Share,
+    check_not_longer,
+)
 from wsss.methods.tkp_pcl.equivariance import (
     in_patches,
     label_merge,
@@ -104,6 +113,10 @@ class TKPPCLSettings(Settings):
     pce_scope: Literal["image", "batch"] = "image"  # of the pairs; batch: of a forward pass
     l2_weight: NotNegative = 0.01  # of the classifier's squared weights, inside the loss
     equivariance_weight: NotNegative = 0.0  # ViT-PCM 1, with data.train_transform.view=true
+
+    def check_training(self, crop_size: int, patch_size: int) -> None:
+        """Raise WSSSError where the warm-up is longer than the run."""
+        check_not_longer("method.warmup_steps", self.warmup_steps, "max_steps", self.max_steps)
 
 
 class TKPPCL(WSSSModule):

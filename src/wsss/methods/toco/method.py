@@ -42,6 +42,8 @@ from wsss.methods.settings import (
     Positive,
     Some,
     ThresholdSettings,
+    check_not_longer,
+    check_scales,
 )
 from wsss.methods.toco.contrast import (
     CTCHead,
@@ -86,6 +88,11 @@ class ToCoSettings(ThresholdSettings):
     seg_after: Fraction = 0.1  # share before segmentation and energy
     aux_labels_until: Fraction | None = None  # share with auxiliary labels; None: none; COCO 0.15
     energy_kernel: Literal["lattice", "gaussian"] = "lattice"  # the official filter, or the exact
+
+    def check_training(self, crop_size: int, patch_size: int) -> None:
+        """Raise WSSSError where the warm-up is longer than the run, or a scale leaves nothing."""
+        check_not_longer("method.warmup_steps", self.warmup_steps, "max_steps", self.max_steps)
+        check_scales("method.scales", self.scales, crop_size, patch_size)
 
 
 class ToCo(WSSSModule):
@@ -178,10 +185,8 @@ class ToCo(WSSSModule):
         """
         images, labels, boxes = batch["image"], batch["labels"], batch["box"]
         weights, size = self.loss_weights(step), len(images)
-        ptc, ctc, seg, reg = (
-            w > 0 or self.quirks.zero_weight_terms for w in weights.values()
-        )  # Q4b
-
+        always = self.quirks.zero_weight_terms  # Q4b
+        ptc, ctc, seg, reg = (weight > 0 or always for weight in weights.values())
         with self.phase("forward"):
             features = self.encode(torch.cat([images, batch["view2"]]) if ctc else images)
             seen: dict[str, Any] = {"features": features}
@@ -225,8 +230,7 @@ class ToCo(WSSSModule):
             with self.phase("energy"):
                 losses["reg_loss"] = self.energy(images, full, seen["pseudo_label"], boxes)
         total = losses["cls_loss"] + losses["cls_aux_loss"]
-        for name, weight in weights.items():
-            total = total + weight * losses[name] if name in losses else total
+        total = sum((w * losses[name] for name, w in weights.items() if name in losses), total)
         return Step(losses, total, Outputs(class_logits, seg_logits), seen)
 
     def loss_weights(self, step: int) -> dict[str, float]:

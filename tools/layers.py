@@ -50,7 +50,10 @@ def imports_of(text: str, *, nested: bool) -> set[str]:
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            # a relative one could lead anywhere; ruff refuses it too
+            assert node.module, f"line {node.lineno}: a relative import"
+            assert not node.level, f"line {node.lineno}: a relative import"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 found.add(inner if inner in FILES else node.module)

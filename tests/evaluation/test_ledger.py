@@ -60,13 +60,13 @@ def test_a_whole_ledger_and_none_are_not_spoken_of(
     assert len(past_readings(tmp_path)) == 2
 
 
-def test_a_ledger_that_is_no_file_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_a_ledger_that_is_no_file_is_refused_before(tmp_path: Path) -> None:
     (tmp_path / LEDGER_FILE).mkdir()
     with pytest.raises(WSSSError, match=r"ledger\.jsonl: cannot be read \(it is no file\)"):
         check_ledger(tmp_path)
 
 
-def test_a_ledger_that_cannot_be_written_is_refused_before_the_work(
+def test_a_ledger_that_cannot_be_written_is_refused_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / LEDGER_FILE).write_text(f"{WHOLE}\n")

@@ -101,6 +101,9 @@ def test_value_and_gradient_are_those_of_the_definition() -> None:
     (gradient,) = torch.autograd.grad(loss, given)
     assert loss.item() == pytest.approx(energy, rel=1e-12)
     np.testing.assert_allclose(gradient, slope, atol=1e-15, rtol=1e-10)
+    again = dense_energy_from_prob(images, given, label, boxes, **settings, **STATS)
+    (threefold,) = torch.autograd.grad(3 * again, given)
+    np.testing.assert_allclose(threefold, 3 * slope, atol=1e-15, rtol=1e-10)
 
 
 def test_logits_enter_as_softmax() -> None:

@@ -23,8 +23,9 @@ from wsss.methods.settings import (
 )
 from wsss.methods.toco import ToCoSettings
 from wsss.methods.toco.official import CORRECTED, OFFICIAL, Quirks
-from wsss.runs.compose import compose_config
-from wsss.runs.config import plain
+from wsss.runs.compose import compose_config, compose_run
+from wsss.runs.config import config_hash, plain
+from wsss.runs.prepare import prepare
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
 # a variant has the settings of the method that it overlays
@@ -193,3 +194,29 @@ def test_flips_of_the_views_follow_the_switches() -> None:
     ):
         config = plain(compose_config(["method=toco", "data=voc", "data.root=unset", override]))
         assert config["data"]["train_transform"]["official_compat"] is official, override
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("budget.warmup_steps=99999", r"method\.warmup_steps=99999: longer than the run"),
+        ("~method._target_", r"method\._target_ is missing"),
+        ("~data._target_", r"data\._target_ is missing"),
+        ("+method.num_classes=3", r"method\.num_classes: unknown key"),
+        ("method.high_threshold=nan", r"method\.high_threshold=nan: expected a finite number"),
+        ("+method.quirks.separate_flips=null", r"method\.quirks\.separate_flips=None: expected"),
+    ],
+)
+def test_methods_are_checked_before_data(line: str, words: str) -> None:
+    with pytest.raises(WSSSError, match=words):
+        prepare(compose_run(["method=toco", "data=voc", "data.root=/no/such/place", line]))
+
+
+def test_quirks_that_change_nothing_change_no_hash() -> None:
+    def hashed(*lines: str) -> str:
+        return config_hash(compose_run(["method=toco", "data=minivoc", *lines]))
+
+    assert hashed() == hashed("+method.quirks={}") == hashed("+method.quirks.box_in_pixels=false")
+    compat = hashed("method.official_compat=true")
+    assert compat == hashed("method.official_compat=true", "+method.quirks.box_in_pixels=true")
+    assert len({hashed(), compat, hashed("+method.quirks.box_in_pixels=true")}) == 3

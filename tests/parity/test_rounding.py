@@ -38,7 +38,7 @@ def test_rounding_passes_and_a_wrong_number_fails(
     assert found[1].startswith(f"{key} is off by")
 
 
-def test_a_tolerance_is_at_least_the_rounding_of_the_largest_entry() -> None:
+def test_a_tolerance_is_at_least_the_rounding() -> None:
     values = np.array([0.0, -20.0, np.nan, 3.0], np.float32)
     assert widened(Tolerance(absolute=5e-5), values, 0.0).absolute == pytest.approx(20 * ROUNDING)
     assert widened(Tolerance(absolute=1.0), values, 0.0) == Tolerance(absolute=1.0)

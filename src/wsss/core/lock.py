@@ -34,7 +34,7 @@ def lock(folder: Path, doing: str = "training") -> Iterator[None]:
 
     Args:
         folder: it exists.
-        doing: what another process is told that happens here.
+        doing: what happens here, for the error of another process.
 
     Raises:
         WSSSError: another process works there, or the folder takes no lock.

@@ -136,11 +136,12 @@ def check_node(
     if not isinstance(node, dict):
         said = one_line(repr(node), LONGEST_VALUE)
         raise WSSSError(f"{path}={said}: expected a group of keys ({', '.join(parameters)})")
+    known = {name: one for name, one in parameters.items() if name not in supplied}
     for key, value in node.items():
-        if key in ("_target_", "_partial_", "_convert_", "_recursive_"):
+        if key == "_target_":
             continue
-        if key not in parameters:
-            raise WSSSError(f"{prefix}{key}: unknown key{nearest(key, parameters, prefix)}")
+        if key not in known:
+            raise WSSSError(f"{prefix}{key}: unknown key{nearest(key, known, prefix)}")
         annotation = parameters[key].annotation
         nested = isinstance(value, dict) and ("_target_" in value or not path)
         if is_dataclass(annotation) and path:

@@ -21,19 +21,19 @@ _CHUNK_ENTRIES = 2**25  # kernel values held at once by the exact Gaussian: 128 
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
-    """No autocast: bfloat16 products have too few digits for what follows them."""
+    """Switch autocast off: bfloat16 products have too few digits for what follows them."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """At least float32."""
+    """Widen to float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def balanced_segmentation_loss(
     logits: Tensor, label: Tensor, *, ignore_index: int = 255, guard: bool = True
 ) -> Tensor:
-    """Half the mean cross-entropy over background pixels, half that over foreground pixels.
+    """Take half the mean cross-entropy over background pixels, half that over foreground.
 
     Args:
         logits: (B, K+1, H, W).
@@ -60,7 +60,7 @@ def balanced_segmentation_loss(
 
 
 def energy_features(images: Tensor, *, sigma_rgb: float, sigma_xy: float) -> Tensor:
-    """Position and colour of every pixel in units of the kernel: (B, N, 5)."""
+    """Give position and colour of every pixel in units of the kernel: (B, N, 5)."""
     batch, _, height, width = images.shape
     columns = torch.arange(width, device=images.device, dtype=images.dtype)
     rows = torch.arange(height, device=images.device, dtype=images.dtype)
@@ -70,7 +70,7 @@ def energy_features(images: Tensor, *, sigma_rgb: float, sigma_xy: float) -> Ten
 
 
 def gaussian_filter(features: Tensor, values: Tensor) -> Tensor:
-    """Exact sum_j exp(-|f_i - f_j|^2 / 2) v_j, the point itself included, in chunks of rows.
+    """Compute sum_j exp(-|f_i - f_j|^2 / 2) v_j, the point itself included, in chunks of rows.
 
     Args:
         features: (N, d) points in units of the kernel's standard deviations.
@@ -183,7 +183,7 @@ def dense_energy_from_prob(
     std: Sequence[float],
     ignore_index: int = 255,
 ) -> Tensor:
-    """Gated dense-CRF energy of probabilities at image size.
+    """Compute the gated dense-CRF energy of probabilities at image size.
 
     See :func:`dense_energy_loss` for the arguments; ``prob`` (B, C, H, W) replaces the logits.
 
@@ -226,7 +226,7 @@ def dense_energy_loss(
     std: Sequence[float],
     ignore_index: int = 255,
 ) -> Tensor:
-    """Gated dense-CRF energy that rewards equal predictions on similar pixels (toco.md, Reg).
+    """Compute the energy that rewards equal predictions on similar pixels (toco.md, Reg).
 
     At ``scale_factor`` of the image size: -weight / B * sum S * gate * A S, where S are the
     softmax probabilities inside the boxes, A filters over position and colour, and the gate is one

@@ -13,7 +13,7 @@ def poly_warmup(
     warmup_ratio: float = 1e-6,
     power: float = 0.9,
 ) -> float:
-    """Linear warm-up from ``warmup_ratio`` followed by a polynomial decay (toco.md section 4).
+    """Warm up linearly from ``warmup_ratio``, then decay by a polynomial (toco.md section 4).
 
     The decay is *not* rebased at the end of the warm-up: at ``warmup_steps`` the multiplier jumps
     from nearly 1 to ``(1 - warmup_steps / max_steps) ** power``. ``warmup_ratio`` is a ratio of the
@@ -38,7 +38,7 @@ def poly_warmup(
 def cosine_warmup(
     time: float, *, length: float, warmup: float, start: float, floor: float
 ) -> float:
-    """Linear warm-up, then a cosine down to a floor, as in timm (clustercam.md section 4).
+    """Warm up linearly, then follow a cosine down to a floor, as in timm (clustercam.md section 4).
 
     The cosine counts from time 0 and not from the end of the warm-up, where the multiplier steps
     down a little. A floor above 1 makes the rate rise, as ClusterCAM's official settings do (Q6).

@@ -60,7 +60,7 @@ class SegmenterSettings(Settings):
     # losses
     loss_scales: Some[Positive] = (1.0, 0.75, 0.5)  # of the input; of several, the maximum too
 
-    def check_training(self, crop_size: int, patch_size: int) -> None:
+    def check_crop(self, crop_size: int, patch_size: int) -> None:
         """Raise WSSSError where a scale leaves nothing."""
         check_scales("method.loss_scales", self.loss_scales, crop_size, least=1)
 
@@ -106,7 +106,7 @@ class Segmenter(WSSSModule):
     # ---- what an evaluator sees -------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Outputs:
-        """Class logits (B, K) and segmentation logits (B, K+1, h, w) at the encoder's stride.
+        """Give class logits (B, K) and segmentation logits (B, K+1, h, w) at the stride.
 
         A class's image-level logit is its largest log-odds against the background.
         """
@@ -114,33 +114,33 @@ class Segmenter(WSSSModule):
 
     @torch.no_grad()
     def cams(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Probability of each class against the background alone, (B, K, H, W) in [0, 1]."""
+        """Give each class's probability against the background alone, (B, K, H, W) in [0, 1]."""
         logits = self.logits(images)
         share = (logits[:, 1:] - logits[:, :1]).float().sigmoid()
         share = F.interpolate(share, images.shape[-2:], mode="bilinear", align_corners=False)
         return share * labels[..., None, None]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Segmentation logits (B, K+1, h, w) of images (B, 3, H, W), the background first."""
+        """Give segmentation logits (B, K+1, h, w) of images (B, 3, H, W), the background first."""
         encoded = self.backbone(images)
         return self.head(encoded.patch_map if isinstance(encoded, Features) else encoded)
 
     @staticmethod
     def outputs(logits: Tensor) -> Outputs:
-        """Segmentation logits (B, K+1, h, w), and what they say of the image."""
+        """Give segmentation logits (B, K+1, h, w), and what they say of the image."""
         return Outputs((logits[:, 1:] - logits[:, :1]).amax((2, 3)), logits)
 
     # ---- training ----------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> "Segmenter":
-        """Training mode for all but frozen batch norms."""
+        """Set the mode of all but frozen batch norms."""
         super().train(mode)
         for norm in self.frozen_norms:
             norm.eval()
         return self
 
     def losses(self, batch: Batch, step: int) -> Step:
-        """Cross-entropy at every scale and of the scales' maximum; the total is their sum.
+        """Compute the cross-entropy at every scale and of their maximum; the total is the sum.
 
         Args:
             batch: ``image`` (B, 3, H, W), ``target`` (B, H, W) class ids and 255.
@@ -196,19 +196,19 @@ class Segmenter(WSSSModule):
         ]
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """SGD with momentum 0.9, or AdamW."""
+        """Make SGD with momentum 0.9, or AdamW."""
         s = self.settings
         if s.optimiser == "adamw":
             return torch.optim.AdamW(groups, weight_decay=s.weight_decay)
         return torch.optim.SGD(groups, lr=s.lr, momentum=0.9, weight_decay=s.weight_decay)
 
     def lr_multiplier(self, step: int) -> float:
-        """(1 - step / max)^0.9."""
+        """Give (1 - step / max)^0.9."""
         return poly_warmup(step, max_steps=self.settings.max_steps, warmup_steps=0)
 
 
 def masked_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy over the pixels that are not 255; 0 where all are.
+    """Compute the mean cross-entropy over the pixels that are not 255; 0 where all are.
 
     Args:
         logits: (B, C, H, W).

@@ -36,7 +36,6 @@ __all__ = [
     "Share",
     "Some",
     "ThresholdSettings",
-    "check_not_longer",
     "check_scales",
 ]
 
@@ -59,26 +58,16 @@ class Settings:
     def check(self) -> None:
         """Raise WSSSError where two fields contradict each other; by default none do."""
 
-    def check_training(self, crop_size: int, patch_size: int) -> None:
-        """Raise WSSSError where no run should be trained so, though an old one can be read.
+    def check_schedule(self) -> None:
+        """Raise WSSSError where a warm-up is longer than the run; an old run can still be read."""
+        for part, whole in (("warmup_steps", "max_steps"), ("warmup_epochs", "epochs")):
+            length, most = getattr(self, part, 0), getattr(self, whole, 0)
+            if length > most:
+                raise WSSSError(f"method.{part}={length:g}: longer than the run, {whole}={most:g}")
 
-        Args:
-            crop_size: side of a training crop in pixels.
-            patch_size: side of the encoder's patches, the least that it sees.
-        """
-
-
-def check_not_longer(key: str, length: float, whole_key: str, whole: float) -> None:
-    """Raise WSSSError unless a part of a run, such as its warm-up, is as long as the run at most.
-
-    Args:
-        key: of the setting that gives the part.
-        length: its value.
-        whole_key: of the setting that gives the run's length.
-        whole: its value.
-    """
-    if length > whole:
-        raise WSSSError(f"{key}={length:g}: longer than the run, {whole_key}={whole:g}")
+    def check_crop(self, crop_size: int, patch_size: int) -> None:
+        """Raise WSSSError where a scale makes a training crop smaller than a patch, in pixels."""
+        check_scales("method.scales", getattr(self, "scales", ()), crop_size, patch_size)
 
 
 def check_scales(key: str, scales: Sequence[float], crop_size: int, least: int) -> None:
@@ -114,5 +103,5 @@ class QuirkSwitches:
 
     @classmethod
     def all_on(cls) -> Self:
-        """Every quirk: the numerics of the official code, bugs included."""
+        """Give every quirk: the numerics of the official code, bugs included."""
         return cls(**{field.name: True for field in fields(cls)})

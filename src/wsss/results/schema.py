@@ -3,13 +3,14 @@
 from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Le
-from pydantic import AllowInfNan, Field, model_validator
+from pydantic import Field, model_validator
 
 from wsss.core.records import Record
 from wsss.evaluation.tally import LABEL_MAPS
 
 SCHEMA = 1
-Figure = Annotated[float, AllowInfNan(False)] | None  # null where a number does not exist
+# null where a number does not exist; no count, hour or byte is beyond the bounds
+Figure = Annotated[float, Ge(-1e18), Le(1e18)] | None
 Share = Annotated[float, Ge(0), Le(1 + 1e-6)] | None  # float32 may round above 1
 Size = Annotated[int, Ge(0), Le(2**53)]
 

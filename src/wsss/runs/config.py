@@ -209,8 +209,11 @@ def config_hash(config: Mapping[str, Any]) -> str:
     }
     if masks := relevant["data"].get("train_masks"):  # a first stage's: named inside runs_dir
         relevant["data"]["train_masks"] = str(masks).removeprefix(str(config["runs_dir"]))
-    if not config["method"].get("quirks"):  # none is what it is without the key
-        relevant["method"] = {k: v for k, v in config["method"].items() if k != "quirks"}
+    # a quirk that is as official_compat has it changes nothing, and none is as without the key
+    compat, quirks = config["method"].get("official_compat"), config["method"].get("quirks") or {}
+    quirks = {name: on for name, on in quirks.items() if on is not compat}
+    relevant["method"] = {k: v for k, v in config["method"].items() if k != "quirks"}
+    relevant["method"] |= {"quirks": quirks} if quirks else {}
     relevant["trainer"] = {
         key: value
         for key, value in config["trainer"].items()
@@ -262,10 +265,15 @@ def check_config(config: DictConfig) -> None:
         WSSSError: one line naming the key, and the nearest valid one or the expected type.
     """
     content = plain(config)
+    check_finite(content.get("method"), "method")  # what others refer to, first
     check_finite(content)
     check_node(content, parameters_of(TrainConfig), "", supplied=set())
     _check_group(content["budget"], Budget, "budget")  # before what refers to it
-    for path, node in targets(content):
+    for path in ("method", "backbone", "data", "trainer"):
+        if not isinstance(content[path], dict) or "_target_" not in content[path]:
+            raise WSSSError(f"{path}._target_ is missing; choose {path}=NAME")
+    # the method first: data and eval refer to its settings
+    for path, node in sorted(targets(content), key=lambda item: item[0] != "method"):
         target = target_class(node["_target_"], path)
         check_place(target, node["_target_"], path)
         parameters = parameters_of(target)

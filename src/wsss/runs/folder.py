@@ -137,6 +137,12 @@ class Run:
         return self.path.with_suffix("") if self.path.is_file() else self.path
 
     @property
+    def home(self) -> Path:
+        """The run folder, also where a checkpoint inside it was named."""
+        inside = self.path.is_file() and self.path.parent.name == LAST_CHECKPOINT.parent.name
+        return self.path.parents[1] if inside else self.folder
+
+    @property
     def checkpoint(self) -> Path:
         """The checkpoint file, which a run that has not begun lacks."""
         return self.path if self.path.is_file() else self.path / LAST_CHECKPOINT

@@ -1,4 +1,4 @@
-"""``data.json``: what a run was trained and evaluated on, written once and compared ever after.
+"""``data.json``: what a run was trained and evaluated on, compared ever after.
 
 A relative ``data.root`` means another folder elsewhere, and a folder changes. What is evaluated,
 labelled or resumed later is compared with the hashes that the run left.
@@ -15,6 +15,8 @@ from wsss.runs.folder import Run, write_config
 
 DATA_FILE = "data.json"
 ROOT = "data.root"  # key beside the splits; no list has such a name
+#: keys of the data that change nothing of what is read
+HARMLESS = ("data.num_workers", "data.eval_batch_size", "data.seed")
 HASHES = {"list_sha256": "list", "labels_sha256": "labels", "masks_sha256": "masks"}
 
 
@@ -39,10 +41,11 @@ def check_origin(run: Run, splits: Sequence[str], *, with_masks: bool = True) ->
     Raises:
         WSSSError: the data is not the run's.
     """
-    stored = read_origin(run.folder)
+    stored = read_origin(run.home)
     known = [split for split in splits if split in stored]
     found = {split: _hashes(run, split, with_masks=with_masks) for split in known}
-    _settle(run, stored, found, forgiving=any(o.startswith("data") for o in run.overrides))
+    forgiving = any(o.partition("=")[0] not in HARMLESS for o in run.overrides if o[:4] == "data")
+    _settle(run, stored, found, forgiving=forgiving)
 
 
 def check_resumed(run: Run) -> None:
@@ -52,7 +55,7 @@ def check_resumed(run: Run) -> None:
         WSSSError: the data is not what the run began with.
     """
     if run.checkpoint.is_file():
-        _settle(run, read_origin(run.folder), run.data.fingerprint(), forgiving=False)
+        _settle(run, read_origin(run.home), run.data.fingerprint(), forgiving=False)
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
@@ -105,11 +108,10 @@ def _settle(
             different.append(f"{split} has other {' and '.join(words)}")
     if not different:
         return
-    root = stored.get(ROOT, {}).get("absolute")
-    place = f", which were in {root}" if root else ""
+    root, now = stored.get(ROOT, {}).get("absolute"), str(run.data.root.absolute())
+    place = f", which were in {root}" if root not in (None, now) else ""
     text = (
-        f"{run.folder / DATA_FILE}: the data in {run.data.root.absolute()} is not the run's"
-        f"{place}: {'; '.join(different)}"
+        f"{run.home / DATA_FILE}: the data in {now} is not the run's{place}: {'; '.join(different)}"
     )
     if forgiving:
         print(f"note: {text}")

@@ -7,10 +7,12 @@ from typing import Any
 import lightning
 
 from wsss.core.errors import WSSSError
+from wsss.core.schema import arguments_of, target_class
 from wsss.data.datamodule import ImageDataModule
 from wsss.evaluation.holdout import Holdout
 from wsss.evaluation.protocol import Protocol
 from wsss.maps.refine.dense_crf import import_pydensecrf
+from wsss.methods.settings import Settings
 from wsss.results.store import RESULTS_FILE, look_up, print_table, read_results
 from wsss.runs.folder import Run, build_data, build_module, run_folder
 from wsss.runs.wandb import import_wandb
@@ -32,6 +34,7 @@ def prepare(config: Mapping[str, Any]) -> Run:
         WSSSError: bad configuration or data.
     """
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
+    _settings_of(config).check_schedule()
     data, settings = _open_data(config)
     data.setup("fit")
     data.check_contents()
@@ -42,12 +45,19 @@ def prepare(config: Mapping[str, Any]) -> Run:
     crop, patch = settings["budget"]["crop_size"], module.backbone.patch_size
     if patch > crop:
         raise WSSSError(f"budget.crop_size={crop}: smaller than one patch of {patch} px")
-    module.settings.check_training(crop, patch)
+    module.settings.check_crop(crop, patch)
     if protocol.crf and protocol.crf_backend == "pydensecrf":
         import_pydensecrf()
     if settings["logger"]["wandb"]:
         import_wandb()
     return Run(module, data, protocol, settings, run_folder(settings))
+
+
+def _settings_of(config: Mapping[str, Any]) -> Settings:
+    """Make the settings of a configuration's method."""
+    target = target_class(config["method"]["_target_"], "method")
+    settings: Settings = arguments_of(target, config["method"])["settings"]
+    return settings
 
 
 def finished_folder(config: Mapping[str, Any]) -> Path | None:

@@ -64,8 +64,8 @@ def _train_run(config: dict[str, Any]) -> Path:
     trainer = build_trainer(run)
     make_writable(run.folder)
     with lock(run.folder):
+        check_resumed(run)
         if is_first_process():
-            check_resumed(run)
             write_origin(run)
             print(f"run folder: {run.folder}")
         wandb = wandb_run(run.config, run.folder) if config["logger"]["wandb"] else nullcontext()

@@ -53,6 +53,7 @@ def test_constant_masks_stay_and_nothing_is_differentiable() -> None:
     masks = torch.full((1, 2, 9, 9), 0.25, requires_grad=True)
     refined = PAMR(num_iter=3)(torch.rand(1, 3, 9, 9), masks)
     assert not refined.requires_grad
+    assert not PAMR().affinity(torch.rand(1, 3, 9, 9, requires_grad=True)).requires_grad
     torch.testing.assert_close(refined, masks.detach())
 
 

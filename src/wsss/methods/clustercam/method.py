@@ -47,8 +47,6 @@ from wsss.methods.settings import (
     Positive,
     Some,
     ThresholdSettings,
-    check_not_longer,
-    check_scales,
 )
 from wsss.models.backbone import Backbone
 from wsss.models.decoders import LargeFOV
@@ -92,16 +90,14 @@ class ClusterCAMSettings(ThresholdSettings):
     low_threshold: Fraction = 0.3  # background score below which all is background; bg - delta
     seg_weight: NotNegative = 0.1  # of the segmentation loss
 
-    def check_training(self, crop_size: int, patch_size: int) -> None:
-        """Raise WSSSError where a part never comes or never ends, or a scale leaves nothing."""
-        check_not_longer("method.warmup_epochs", self.warmup_epochs, "epochs", self.epochs)
+    def check_schedule(self) -> None:
+        """Raise WSSSError where a warm-up is longer than the run, or segmentation never begins."""
+        super().check_schedule()
         if self.seg_weight > 0 and self.seg_from_epoch >= self.epochs:
             raise WSSSError(
-                f"method.seg_from_epoch={self.seg_from_epoch}: beyond the run, whose last epoch is "
-                f"{self.epochs - 1} (method.epochs={self.epochs}); without segmentation give "
-                "method.seg_weight=0"
+                f"method.seg_from_epoch={self.seg_from_epoch}: beyond the run of {self.epochs} "
+                "epochs; without segmentation give method.seg_weight=0"
             )
-        check_scales("method.scales", self.scales, crop_size, patch_size)
 
 
 class ClusterCAM(WSSSModule):
@@ -165,18 +161,14 @@ class ClusterCAM(WSSSModule):
     @torch.no_grad()
     def start_as_official(self) -> None:
         """Give the new parts the values that the official constructor draws after the seed."""
-        vit = self.backbone.vit
-        start = official.official_start(
-            torch.Generator().manual_seed(torch.initial_seed()),
-            dim=self.backbone.dim,
-            depth=self.backbone.depth,
-            hidden=vit.blocks[0].mlp.fc1.out_features,
-            patch_size=self.backbone.patch_size,
-            positions=vit.pos_embed.shape[1] - self.num_classes,
-            num_classes=self.num_classes,
-            features=self.patch_head.in_channels,
-            channels=self.settings.decoder_channels,
-        )
+        backbone, vit, count = self.backbone, self.backbone.vit, self.num_classes
+        sizes = {"dim": backbone.dim, "depth": backbone.depth, "patch_size": backbone.patch_size}
+        sizes |= {"hidden": vit.blocks[0].mlp.fc1.out_features, "num_classes": count}
+        sizes |= {"positions": vit.pos_embed.shape[1] - count}
+        channels = self.settings.decoder_channels
+        sizes |= {"features": self.patch_head.in_channels, "channels": channels}
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        start = official.official_start(generator, **sizes)
         for name, parameter in self.named_parameters():
             if (theirs := official.official_name(name)) in start:
                 parameter.copy_(start[theirs])
@@ -184,21 +176,17 @@ class ClusterCAM(WSSSModule):
     # ---- what an evaluator sees -------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Outputs:
-        """Class logits (B, K) and segmentation logits (B, K+1, h, w) at the patch stride."""
+        """Give class logits (B, K) and segmentation logits (B, K+1, h, w) at the patch stride."""
         encoded = self.encode(images)
         return Outputs(encoded.class_logits, self.decoder(encoded.activation))
 
     @torch.no_grad()
     def cams(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Multi-scale CAMs, (B, K, H, W) in [0, 1]; absent classes zero.
-
-        Only classes that some image of the batch has are computed.
-        """
-        cam = images.new_zeros(*labels.shape, *images.shape[-2:])
+        """Give multi-scale CAMs of the batch's classes, (B, K, H, W) in [0, 1]; others are zero."""
+        cam, scales = images.new_zeros(*labels.shape, *images.shape[-2:]), self.settings.scales
         present = (labels > 0).any(dim=0).nonzero()[:, 0]
         if len(present) == 0:
             return cam
-        scales = self.settings.scales
         (own,) = multiscale_cam(
             lambda view: [self.raw_cam(view, present)], images, scales=scales, cut_negative=False
         )
@@ -207,7 +195,7 @@ class ClusterCAM(WSSSModule):
 
     @torch.no_grad()
     def raw_cam(self, images: Tensor, classes: Tensor, *, refine: bool = True) -> Tensor:
-        """ClusterCAM (clustercam.md section 1, "ClusterCAM"), without gating or normalisation.
+        """Compute ClusterCAM (clustercam.md section 1), without gating or normalisation.
 
         V = E (see :meth:`evidence`) x class maps of the last blocks,
         CAM_k[i] = sum_j Omega[i, j] V_k[j].
@@ -229,7 +217,7 @@ class ClusterCAM(WSSSModule):
         return cam.unflatten(2, evidence.shape[-2:])
 
     def evidence(self, activation: Tensor, classes: Tensor) -> Tensor:
-        """E (B, C, h, w): ReLU of the patch head without its bias, for C class indices."""
+        """Give E (B, C, h, w): ReLU of the patch head without its bias, for C class indices."""
         return F.conv2d(activation, self.patch_head.weight[classes], padding=1).relu()
 
     @torch.no_grad()
@@ -253,18 +241,18 @@ class ClusterCAM(WSSSModule):
         )
 
     def patch_logits(self, activation: Tensor) -> Tensor:
-        """Spatial mean of the patch head, (B, K)."""
+        """Give the spatial mean of the patch head, (B, K)."""
         return network.mean_of_convolution(activation, self.patch_head)
 
     def mixing(self) -> list[nn.Parameter]:
-        """Lambda (1,) of every block."""
+        """Give lambda (1,) of every block."""
         branches: Any = self.branches
         return [branch.mixing for branch in branches]
 
     # ---- training ----------------------------------------------------------------------------
 
     def losses(self, batch: Batch, step: int) -> Step:
-        """Targets in the second phase, one encoder pass, and the terms of :meth:`losses_of`.
+        """Make targets in the second phase, encode once, and compute :meth:`losses_of`.
 
         Args:
             batch: ``image`` (B, 3, H, W) and ``labels`` (B, K).
@@ -302,15 +290,15 @@ class ClusterCAM(WSSSModule):
         return Step(losses, total, outputs, targets | seen, mixing)
 
     def epoch(self, step: int) -> int:
-        """0-based epoch of a step: the run has ``epochs`` of equal length."""
+        """Give the 0-based epoch of a step: the run has ``epochs`` of equal length."""
         return step * self.settings.epochs // self.settings.max_steps
 
     def learns_segmentation(self, step: int) -> bool:
-        """Whether the segmentation loss is in force at a 0-based step."""
+        """Tell whether the segmentation loss is in force at a 0-based step."""
         return self.settings.seg_weight > 0 and self.epoch(step) >= self.settings.seg_from_epoch
 
     def compiled_parts(self) -> list[nn.Module]:
-        """Clustering branches and MLPs; network.py writes the blocks themselves out."""
+        """Give clustering branches and MLPs; network.py writes the blocks themselves out."""
         return [*self.branches, *(block.mlp for block in self.backbone.vit.blocks)]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -321,7 +309,7 @@ class ClusterCAM(WSSSModule):
                     parameter.grad = torch.zeros_like(parameter)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Decayed weights; biases, norms, mixing scalars, class tokens and positions are not."""
+        """Give weights decayed; biases, norms, mixing scalars, class tokens and positions not."""
         s, spared = self.settings, () if self.quirks.decayed_tokens else TOKENS  # Q8
         groups: dict[str, dict[str, Any]] = {}
         for name, parameter in self.named_parameters():
@@ -335,11 +323,11 @@ class ClusterCAM(WSSSModule):
         return list(groups.values())
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """AdamW (clustercam.md section 4)."""
+        """Make AdamW (clustercam.md section 4)."""
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
 
     def lr_multiplier(self, step: int) -> float:
-        """Warm-up from 1e-6, then a cosine that follows the step, down to 0.16 of the base rate."""
+        """Warm up from 1e-6, then follow a cosine by the step, down to 0.16 of the base rate."""
         s, time = self.settings, step * self.settings.epochs / self.settings.max_steps
         if self.quirks.rate_by_epoch:  # Q6
             time = max(self.epoch(step) - 1.0, 0.0)
@@ -359,7 +347,7 @@ class ClusterCAM(WSSSModule):
 
     @torch.no_grad()
     def pseudo_labels(self, images: Tensor, cam: Tensor, labels: Tensor) -> Tensor:
-        """PAR-refined pseudo labels (B, H, W), 255 where undecided."""
+        """Give PAR-refined pseudo labels (B, H, W), 255 where undecided."""
         s, guide = self.settings, self.guide(images)
         high, low = s.high_threshold, s.low_threshold
         return refine_cam_to_label(self.par, guide, cam, labels, high=high, low=low)

@@ -25,14 +25,14 @@ Attend = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Te
 
 
 def initial_centres(tokens: Tensor, grid: tuple[int, int], side: int = 2) -> Tensor:
-    """S_0 (B, M, D): patch tokens (B, N, D) averaged over squares of so many patches a side."""
+    """Average patch tokens (B, N, D) over squares of so many patches a side: S_0 (B, M, D)."""
     as_map = tokens.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
     size = (max(1, grid[0] // side), max(1, grid[1] // side))
     return F.adaptive_avg_pool2d(as_map, size).flatten(2).transpose(1, 2)
 
 
 def assign(tokens: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """One soft step: A = softmax_clusters(Z S^T / sqrt(D)), S = A^T Z / (column sums of A + 1e-8).
+    """Step once: A = softmax_clusters(Z S^T / sqrt(D)), S = A^T Z / (column sums of A + 1e-8).
 
     Args:
         tokens: Z, (B, N, D).
@@ -81,7 +81,7 @@ class ClusterBranch(nn.Module):
         nn.init.zeros_(self.to_space.bias)
 
     def space(self, patches: Tensor) -> Tensor:
-        """Z (B, N, D): projection, then norm."""
+        """Give Z (B, N, D): projection, then norm."""
         return self.norm_space(self.to_space(patches))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> BranchOutput:
@@ -114,7 +114,7 @@ class ClusterBranch(nn.Module):
 def attend(
     queries: Tensor, keys: Tensor, values: Tensor, num_classes: int, affinity: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of all tokens, with the class rows, and without keeping what patches give patches.
+    """Attend with all tokens; keep the class rows, and not what patches give patches.
 
     Args:
         queries: scaled, (B, heads, K+N, d).
@@ -159,7 +159,7 @@ class BlockOutput(NamedTuple):
 def plain_attention(
     block: Any, tokens: Tensor, num_classes: int, affinity: Tensor | None, attend: Attend
 ) -> tuple[Tensor, Tensor]:
-    """Branch A (B, K+N, D) and its class-to-patch attention R (B, heads, K, N)."""
+    """Give branch A (B, K+N, D) and its class-to-patch attention R (B, heads, K, N)."""
     attn = block.attn
     queries, keys, values = split_heads(attn.qkv(block.norm1(tokens)), attn.num_heads)
     mixed, class_rows = attend(queries * attn.scale, keys, values, num_classes, affinity)
@@ -254,7 +254,7 @@ def sum_of_last(maps: Sequence[Tensor], layers: int) -> Tensor:
 
 
 def mean_of_convolution(features: Tensor, convolution: nn.Conv2d) -> Tensor:
-    """Spatial mean (B, K) of a zero-padded 3 x 3 convolution of features (B, D, h, w).
+    """Take the spatial mean (B, K) of a zero-padded 3 x 3 convolution of features (B, D, h, w).
 
     Each tap sees every position but a border row or column, so nine sums a channel are enough.
     """
@@ -267,7 +267,7 @@ def mean_of_convolution(features: Tensor, convolution: nn.Conv2d) -> Tensor:
 
 
 def whole_patches(images: Tensor, patch: int) -> Tensor:
-    """Images (B, 3, H, W) whose sides are multiples of the patch, enlarged where they are not."""
+    """Enlarge images (B, 3, H, W) whose sides are no multiples of the patch."""
     size = [-(-side // patch) * patch for side in images.shape[-2:]]
     if size == list(images.shape[-2:]):
         return images

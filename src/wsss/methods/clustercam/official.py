@@ -115,7 +115,7 @@ def official_draws(
     features: int,
     channels: int,
 ) -> Iterator[Draw]:
-    """All draws of the official constructor in their order (golden README, ``rng_mix``).
+    """Give all draws of the official constructor in their order (golden README, ``rng_mix``).
 
     A draw in (-1, 1) becomes a truncated normal one. Later draws of a name replace earlier ones.
     """
@@ -150,7 +150,7 @@ def official_draws(
 
 
 def official_start(generator: torch.Generator, **sizes: int) -> dict[str, Tensor]:
-    """Values of the official parameters whose random start survives; see :func:`official_draws`.
+    """Give the official parameters whose random start survives; see :func:`official_draws`.
 
     Args:
         generator: on the CPU; it is left where the official constructor leaves it.
@@ -188,7 +188,7 @@ MODULES = {
 
 
 def our_name(official: str) -> str | None:
-    """Our name of an official ClusterCAM parameter; all are kept, the unused final norm too."""
+    """Give our name of an official ClusterCAM parameter; all are kept, the final norm too."""
     name = official.removeprefix("module.")
     parts = name.split(".")
     if parts[0] == "blocks" and len(parts) > 2:

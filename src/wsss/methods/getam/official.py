@@ -88,7 +88,7 @@ UNUSED = (
 
 
 def our_name(official: str) -> str | None:
-    """Our name of an official GETAM parameter; None where the method never uses it."""
+    """Give our name of an official GETAM parameter; None where the method never uses it."""
     name = official.removeprefix("module.")
     return None if name.startswith(UNUSED) else renamed(name, PREFIXES)
 

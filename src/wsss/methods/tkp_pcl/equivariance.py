@@ -10,7 +10,7 @@ TILES = 2  # a mosaic is 2 x 2 views
 
 
 def label_merge(scores: Tensor, targets: Tensor) -> Tensor:
-    """ViT-PCM's label merge (tkp_pcl.md 3.2): present maps over their maxima, renormalised.
+    """Merge as ViT-PCM (tkp_pcl.md 3.2): present maps over their maxima, renormalised.
 
     Args:
         scores: (B, C, h, w), not negative, background first.
@@ -66,13 +66,13 @@ def mosaic(views: Tensor) -> Tensor:
 
 
 def tiles_of(maps: Tensor) -> Tensor:
-    """Inverse of :func:`mosaic` on maps: (M, C, 2n, 2n) to (4M, C, n, n)."""
+    """Undo :func:`mosaic` on maps: (M, C, 2n, 2n) to (4M, C, n, n)."""
     tiles = maps.unflatten(3, (TILES, -1)).unflatten(2, (TILES, -1))  # (M, C, row, n, column, n)
     return tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
 
 def in_patches(boxes: Tensor, patch_size: int) -> Tensor:
-    """Boxes (B, 4) of pixels as such of patches.
+    """Give boxes (B, 4) of pixels as such of patches.
 
     Raises:
         WSSSError: a box does not lie on whole patches.

@@ -62,7 +62,6 @@ from wsss.methods.settings import (
     Positive,
     Settings,
     Share,
-    check_not_longer,
 )
 from wsss.methods.tkp_pcl.equivariance import (
     in_patches,
@@ -114,10 +113,6 @@ class TKPPCLSettings(Settings):
     l2_weight: NotNegative = 0.01  # of the classifier's squared weights, inside the loss
     equivariance_weight: NotNegative = 0.0  # ViT-PCM 1, with data.train_transform.view=true
 
-    def check_training(self, crop_size: int, patch_size: int) -> None:
-        """Raise WSSSError where the warm-up is longer than the run."""
-        check_not_longer("method.warmup_steps", self.warmup_steps, "max_steps", self.max_steps)
-
 
 class TKPPCL(WSSSModule):
     """Top-K pooled patch classifier with patch contrastive error; ViT-PCM is a setting of it.
@@ -157,13 +152,13 @@ class TKPPCL(WSSSModule):
     # ---- what an evaluator sees -------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Outputs:
-        """Pooled class logits (B, K), and patch logits (B, K+1, h, w) with the background first."""
+        """Give pooled class logits (B, K), and patch logits (B, K+1, h, w), background first."""
         scores = self.score(images)
         return self.outputs(scores, self.pool(scores.probabilities))
 
     @torch.no_grad()
     def cams(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Share of each class against the background, both over their maxima: (B, K, H, W).
+        """Give the share of each class against the background, over their maxima: (B, K, H, W).
 
         With M = Z / max Z the map of class c is M_c / (M_c + M_background). Above 0.5 the merged
         map (:func:`label_merge`) prefers the class to the background, and odds against the
@@ -198,7 +193,7 @@ class TKPPCL(WSSSModule):
         return PatchScores(logits, embeddings, features.patch_tokens, features.grid)
 
     def pool(self, probabilities: Tensor) -> Tensor:
-        """Image-level probabilities y (B, C) of patch probabilities Z (B, N, C)."""
+        """Give image-level probabilities y (B, C) of patch probabilities Z (B, N, C)."""
         count, fraction = self.settings.top_k, self.settings.top_k_fraction
         if fraction is not None:
             count = ceil(fraction * probabilities.shape[1])
@@ -206,14 +201,14 @@ class TKPPCL(WSSSModule):
 
     @staticmethod
     def outputs(scores: PatchScores, pooled: Tensor) -> Outputs:
-        """Logits of the classes' pooled probabilities (B, C), beside the patches' logits."""
+        """Give logits of the classes' pooled probabilities (B, C), beside the patches' logits."""
         classes = pooled[:, 1:].clamp(1e-7, 1 - 1e-7)  # without the background
         return Outputs(classes.logit(), scores.as_map(scores.logits))
 
     # ---- training ----------------------------------------------------------------------------
 
     def losses(self, batch: Batch, step: int) -> Step:
-        """MCE + alpha PCE + L2 (+ equivariance), tkp_pcl.md section 2.
+        """Compute MCE + alpha PCE + L2 (+ equivariance), tkp_pcl.md section 2.
 
         A term without weight is not computed. ``scalars`` has ``pce_coverage`` where PCE is on.
 
@@ -252,14 +247,14 @@ class TKPPCL(WSSSModule):
         return Step(losses, total, self.outputs(scores, pooled), seen, scalars)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Adam forgets the warm-up when the encoder's last blocks join (ViT-PCM)."""
+        """Let Adam forget the warm-up when the encoder's last blocks join (ViT-PCM)."""
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         if first and self.global_step == self.settings.warmup_steps:
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """BiLSTMs with classifier, and what of the encoder learns after the warm-up."""
+        """Give BiLSTMs with classifier, and what of the encoder learns after the warm-up."""
         heads = [*self.bilstm.parameters(), *self.classifier.parameters()]
         encoder = [p for p in self.backbone.parameters() if p.requires_grad]
         groups = [{"name": "heads", "params": [p for p in heads if p.requires_grad]}]
@@ -268,18 +263,18 @@ class TKPPCL(WSSSModule):
         return [{**group, "lr": self.settings.warmup_lr} for group in groups]
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Adam with Keras' epsilon and no decay (tkp_pcl.md section 4)."""
+        """Make Adam with Keras' epsilon and no decay (tkp_pcl.md section 4)."""
         return torch.optim.Adam(groups, eps=1e-7)
 
     def lr_multiplier(self, step: int) -> float:
-        """1 during the warm-up, then constant at ``lr``."""
+        """Give 1 during the warm-up, then constant at ``lr``."""
         s = self.settings
         return 1.0 if step < s.warmup_steps else s.lr / s.warmup_lr
 
     # ---- patch contrastive error ---------------------------------------------------------------
 
     def contrasted(self, targets: Tensor) -> Tensor:
-        """Categories (B, C) that are compared, boolean: those present; never absent ones."""
+        """Give categories (B, C) that are compared, boolean: those present; never absent ones."""
         present = targets > 0
         if not self.settings.pce_background:
             present = present & (torch.arange(present.shape[1], device=present.device) > 0)
@@ -288,14 +283,14 @@ class TKPPCL(WSSSModule):
     def confident_patches(
         self, images: Tensor, probabilities: Tensor, present: Tensor
     ) -> ConfidentSets:
-        """H and L of the present categories (B, C), after Z (B, N, C) of the training forward."""
+        """Give H and L of the present categories (B, C), after Z (B, N, C) of the forward pass."""
         if self.settings.pce_sets == "no_dropout":
             with evaluating(self):
                 probabilities = self.score(images).probabilities
         return confident_sets(probabilities, present, self.settings.epsilon)
 
     def contrast(self, scores: PatchScores, sets: ConfidentSets) -> Tensor:
-        """PCE of what the classifier reads, or of the encoder's tokens."""
+        """Compute PCE of what the classifier reads, or of the encoder's tokens."""
         s = self.settings
         embeddings = scores.embeddings if s.pce_embedding == "bilstm" else scores.tokens
         if s.pce_scope == "batch":
@@ -305,7 +300,7 @@ class TKPPCL(WSSSModule):
     # ---- equivariance (ViT-PCM) ----------------------------------------------------------------
 
     def equivariance(self, batch: Batch, targets: Tensor, *, frozen: bool) -> Tensor:
-        """Cross-entropy of mosaic views against the whole image's map, seen the same way."""
+        """Compute cross-entropy of mosaic views against the whole image's map, seen alike."""
         if "view" not in batch:
             raise WSSSError(
                 f"method.equivariance_weight={self.settings.equivariance_weight} needs second "

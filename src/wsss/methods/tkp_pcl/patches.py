@@ -27,7 +27,7 @@ class HVBiLSTM(nn.Module):
         self.vertical = keras_lstm(dim, hidden)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens (B, N, D) on a grid (h, w), N = h*w, to (B, N, 4 * hidden)."""
+        """Run tokens (B, N, D) on a grid (h, w), N = h*w, to (B, N, 4 * hidden)."""
         tokens = F.dropout(tokens, self.dropout, self.training).unflatten(1, grid)  # (B, h, w, D)
         rows = self.along(self.horizontal, tokens)
         columns = self.along(self.vertical, tokens.transpose(1, 2)).transpose(1, 2)
@@ -60,7 +60,7 @@ def keras_lstm(dim: int, hidden: int) -> nn.LSTM:
 
 
 def top_k_pool(probabilities: Tensor, k: int) -> Tensor:
-    """Mean of the k largest patch probabilities of each category (tkp_pcl.md 1.6).
+    """Take the mean of the k largest patch probabilities of each category (tkp_pcl.md 1.6).
 
     The gradient is 1/k for each chosen patch and 0 elsewhere; categories choose independently.
 
@@ -83,7 +83,7 @@ def top_k_pool(probabilities: Tensor, k: int) -> Tensor:
 
 
 def mce_loss(pooled: Tensor, targets: Tensor) -> Tensor:
-    """Multi-label prediction error: binary cross-entropy over all C categories and the batch.
+    """Compute MCE: binary cross-entropy over all C categories and the batch.
 
     Source: tkp_pcl.md section 2, "MCE"; probabilities are clipped to [1e-7, 1 - 1e-7].
 
@@ -108,7 +108,7 @@ class ConfidentSets(NamedTuple):
 
 
 def confident_sets(probabilities: Tensor, present: Tensor, epsilon: float) -> ConfidentSets:
-    """H_c = {Z_c > epsilon} and L_c = {Z_c < 1 - epsilon} of the categories that count.
+    """Give H_c = {Z_c > epsilon} and L_c = {Z_c < 1 - epsilon} of the categories that count.
 
     Args:
         probabilities: Z, (B, N, C).
@@ -135,7 +135,7 @@ class PCETerms(NamedTuple):
 
 
 def pce_terms(embeddings: Tensor, sets: ConfidentSets) -> PCETerms:
-    """Patch contrastive error with S(i, j) = (1 + cos(F_i, F_j)) / 2, in closed form.
+    """Compute the contrastive error with S(i, j) = (1 + cos(F_i, F_j)) / 2, in closed form.
 
     With unit rows u, sums s of them over a set and its size h or l (tkp_pcl.md section 7):
     positive = 1/2 [1 - (|s_H|^2 - sum_H |u|^2) / (h (h - 1))],
@@ -164,7 +164,7 @@ def pce_terms(embeddings: Tensor, sets: ConfidentSets) -> PCETerms:
 
 
 def pce_loss(embeddings: Tensor, sets: ConfidentSets) -> Tensor:
-    """Mean of PCE over an image's categories that have pairs, then over all images.
+    """Take the mean of PCE over an image's categories that have pairs, then over all images.
 
     An image without pairs counts as 0, so that equal shards of a batch average to the whole.
     """
@@ -174,7 +174,7 @@ def pce_loss(embeddings: Tensor, sets: ConfidentSets) -> Tensor:
 
 
 def pce_coverage(sets: ConfidentSets, present: Tensor) -> Tensor:
-    """Share of the present pairs of image and category (B, C) with two sure patches or more.
+    """Give the share of present (image, category) pairs (B, C) with two sure patches or more.
 
     Where it is near 0, PCE does nothing (tkp_pcl.md section 7).
     """
@@ -208,5 +208,5 @@ class PatchScores(NamedTuple):
         return widened(self.logits).softmax(-1)
 
     def as_map(self, values: Tensor) -> Tensor:
-        """(B, N, C) as (B, C, h, w)."""
+        """Give (B, N, C) as (B, C, h, w)."""
         return token_map(values, self.grid)

@@ -62,12 +62,12 @@ class CTCHead(nn.Module):
         magnitude.requires_grad_(False)
 
     def forward(self, cls_tokens: Tensor) -> Tensor:
-        """Projections (B, 1024), not normalised, of class tokens (B, D)."""
+        """Give projections (B, 1024), not normalised, of class tokens (B, D)."""
         return self.last_layer(F.normalize(self.mlp(cls_tokens), dim=-1))
 
 
 def ptc_loss(tokens: Tensor, same: Tensor, different: Tensor) -> Tensor:
-    """Patch token contrast: tokens of one class alike, of different classes orthogonal.
+    """Contrast patch tokens: those of one class alike, of different classes orthogonal.
 
     L = 1/2 (1 - sum A[same] / (#same + 1)) + 1/2 sum A[different] / (#different + 1), with
     A_ij = |cos(F_i, F_j)| and sums over the whole batch (toco.md section 2, "PTC").
@@ -89,7 +89,7 @@ def ptc_loss(tokens: Tensor, same: Tensor, different: Tensor) -> Tensor:
 
 
 def ctc_loss(student: Tensor, teacher: Tensor, flags: Tensor, temperature: float) -> Tensor:
-    """Class token contrast between the views of each image, in closed form.
+    """Contrast class tokens between the views of each image, in closed form.
 
     With E_tj = exp(<T_t, S_j> / temperature), N_t the sum of E_tj over negative crops and P the
     number of positive ones (toco.md section 2, "CTC loss"):

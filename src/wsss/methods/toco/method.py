@@ -42,8 +42,6 @@ from wsss.methods.settings import (
     Positive,
     Some,
     ThresholdSettings,
-    check_not_longer,
-    check_scales,
 )
 from wsss.methods.toco.contrast import (
     CTCHead,
@@ -88,11 +86,6 @@ class ToCoSettings(ThresholdSettings):
     seg_after: Fraction = 0.1  # share before segmentation and energy
     aux_labels_until: Fraction | None = None  # share with auxiliary labels; None: none; COCO 0.15
     energy_kernel: Literal["lattice", "gaussian"] = "lattice"  # the official filter, or the exact
-
-    def check_training(self, crop_size: int, patch_size: int) -> None:
-        """Raise WSSSError where the warm-up is longer than the run, or a scale leaves nothing."""
-        check_not_longer("method.warmup_steps", self.warmup_steps, "max_steps", self.max_steps)
-        check_scales("method.scales", self.scales, crop_size, patch_size)
 
 
 class ToCo(WSSSModule):
@@ -158,18 +151,18 @@ class ToCo(WSSSModule):
     # ---- what an evaluator sees -------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Outputs:
-        """Class logits (B, K) and segmentation logits (B, K+1, h, w) at the patch stride."""
+        """Give class logits (B, K) and segmentation logits (B, K+1, h, w) at the patch stride."""
         tokens = self.backbone(images).patch_map
         return Outputs(self.classify(self.classifier, tokens), self.decoder(tokens))
 
     @torch.no_grad()
     def cams(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Multi-scale CAMs of the final tokens, (B, K, H, W) in [0, 1]; absent classes zero."""
+        """Give multi-scale CAMs of the final tokens, (B, K, H, W) in [0, 1]; others zero."""
         cam, _ = multiscale_cam(self.raw_cams, images, scales=self.settings.scales)
         return cam * labels[..., None, None]
 
     def raw_cams(self, images: Tensor) -> list[Tensor]:
-        """Class activations of final and auxiliary tokens, each (B, K, h, w), before any ReLU."""
+        """Give activations of final and auxiliary tokens, each (B, K, h, w), before any ReLU."""
         return self.activations(self.encode(images), len(images))
 
     # ---- training ----------------------------------------------------------------------------
@@ -234,7 +227,7 @@ class ToCo(WSSSModule):
         return Step(losses, total, Outputs(class_logits, seg_logits), seen)
 
     def loss_weights(self, step: int) -> dict[str, float]:
-        """Weights of the last four terms at a 0-based step (toco.md section 2, the table)."""
+        """Give weights of the last four terms at a 0-based step (toco.md section 2, the table)."""
         s = self.settings
         contrast = s.contrast_after is None or step > round(s.contrast_after * s.max_steps)
         seg = step > round(s.seg_after * s.max_steps)
@@ -246,7 +239,7 @@ class ToCo(WSSSModule):
         }
 
     def labels_from_aux(self, step: int) -> bool:
-        """Whether pseudo labels come from the auxiliary CAM at a 0-based step."""
+        """Tell whether pseudo labels come from the auxiliary CAM at a 0-based step."""
         until = self.settings.aux_labels_until
         return until is not None and step <= round(until * self.settings.max_steps)
 
@@ -271,35 +264,35 @@ class ToCo(WSSSModule):
         ]
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """AdamW, decay on biases and norms too (toco.md section 4)."""
+        """Make AdamW, decay on biases and norms too (toco.md section 4)."""
         decay = self.settings.weight_decay
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=decay)
 
     def lr_multiplier(self, step: int) -> float:
-        """Linear warm-up from 1e-6, then (1 - step/max)^0.9, not rebased."""
+        """Warm up linearly from 1e-6, then (1 - step/max)^0.9, not rebased."""
         s = self.settings
         return poly_warmup(step, max_steps=s.max_steps, warmup_steps=s.warmup_steps)
 
     # ---- tokens --------------------------------------------------------------------------------
 
     def encode(self, images: Tensor) -> Features:
-        """Features of images (B, 3, H, W), with the tokens of the auxiliary block."""
+        """Give features of images (B, 3, H, W), with the tokens of the auxiliary block."""
         # the last "intermediate" is the normed output, so it needs no tap
         last = self.aux_block == self.backbone.depth - 1
         return self.backbone(images, taps=() if last else (self.aux_block,))
 
     def aux_map(self, features: Features) -> Tensor:
-        """Tokens of the auxiliary block as a map (B, D, h, w); they are not normed (Q8)."""
+        """Give tokens of the auxiliary block as a map (B, D, h, w); they are not normed (Q8)."""
         tokens = features.intermediates.get(self.aux_block, features.patch_tokens)
         return features.as_map(tokens)
 
     @staticmethod
     def classify(classifier: nn.Conv2d, tokens: Tensor) -> Tensor:
-        """Channel-wise maximum over tokens (B, D, h, w), then the linear map: (B, K)."""
+        """Take the channel-wise maximum over tokens (B, D, h, w), then the linear map: (B, K)."""
         return classifier(F.adaptive_max_pool2d(tokens, 1)).flatten(1)
 
     def activations(self, features: Features, size: int) -> list[Tensor]:
-        """Raw final and auxiliary CAMs (B, K, h, w), detached, of the first ``size`` images."""
+        """Give raw final and auxiliary CAMs (B, K, h, w), detached, of ``size`` images."""
         pairs = (
             (features.patch_map, self.classifier.weight),
             (self.aux_map(features), self.aux_classifier.weight),
@@ -312,7 +305,7 @@ class ToCo(WSSSModule):
     def token_labels(
         self, cam_aux: Tensor, labels: Tensor, boxes: Tensor, grid: tuple[int, int]
     ) -> Tensor:
-        """Labels (B, h, w) of the tokens: class + 1, 0 background, 255 uncertain or padding."""
+        """Label the tokens (B, h, w): class + 1, 0 background, 255 uncertain or padding."""
         s = self.settings
         small = F.interpolate(cam_aux, size=grid, mode="bilinear", align_corners=False)
         label = cam_to_label_with_ignore(small, labels, high=s.high_threshold, low=s.low_threshold)
@@ -324,13 +317,13 @@ class ToCo(WSSSModule):
         return ignore_outside_boxes(label, boxes)
 
     def local_crops(self, local_view: Tensor, cam_aux: Tensor, labels: Tensor) -> LocalCrops:
-        """Crops for CTC, drawn where the auxiliary CAM (B, K, H, W) is not sure of foreground."""
+        """Draw crops for CTC where the auxiliary CAM (B, K, H, W) is not sure of foreground."""
         s = self.settings
         roi = roi_mask(cam_aux, labels, high=s.high_threshold, low=s.low_threshold)
         return crop_local_views(local_view, roi, s.local_size)
 
     def class_token_contrast(self, features: Features, local: LocalCrops) -> Tensor:
-        """CTC between the class tokens of the global views and of the local crops."""
+        """Give CTC between the class tokens of the global views and of the local crops."""
         global_cls = features.cls_tokens[:, 0]  # (2B, D), [input, view 2]
         local_cls = self.backbone(local.crops.flatten(0, 1)).cls_tokens[:, 0]  # (8B, D)
         student = self.ctc_student(torch.cat([global_cls, local_cls]))
@@ -340,7 +333,7 @@ class ToCo(WSSSModule):
 
     @torch.no_grad()
     def pseudo_labels(self, images: Tensor, cam: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
-        """PAR-refined pseudo labels (B, H, W), 255 where undecided or padded."""
+        """Give PAR-refined pseudo labels (B, H, W), 255 where undecided or padded."""
         s = self.settings
         high, low, guide = s.high_threshold, s.low_threshold, self.guide(images)
         return refine_cam_to_label(self.par, guide, cam, labels, boxes=boxes, high=high, low=low)
@@ -352,7 +345,7 @@ class ToCo(WSSSModule):
         return pixels.clamp(0, 255) / 255
 
     def energy(self, images: Tensor, logits: Tensor, label: Tensor, boxes: Tensor) -> Tensor:
-        """Gated dense-CRF energy of the prediction (toco.md section 2, "Reg")."""
+        """Compute the gated dense-CRF energy of the prediction (toco.md section 2, "Reg")."""
         kernel, mean, std = self.settings.energy_kernel, IMAGENET_MEAN, IMAGENET_STD
         scale = (
             0.5  # lattice / exact is 0.47-0.57: halving the exact one keeps the weight's meaning

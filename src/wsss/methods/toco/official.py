@@ -58,7 +58,7 @@ UNUSED = ("encoder.head.", "conv.", "aux_conv.")
 
 
 def our_name(official: str) -> str | None:
-    """Our name of an official ToCo parameter; None where the method never uses it."""
+    """Give our name of an official ToCo parameter; None where the method never uses it."""
     name = official.removeprefix("module.")
     if name.startswith(UNUSED):
         return None

@@ -31,6 +31,8 @@ def test_attention_and_slope_of_one_head_by_hand() -> None:
     total = exp(2) + 2
     assert attention[0, 0, 1].tolist() == pytest.approx([exp(2) / total, 1 / total, 1 / total])
     assert slope[0, 0].tolist() == [[1, 3, -5], [2, 4, 6]]
+    learned = AttentionParts(*(part.requires_grad_() for part in (queries, keys, values)), values)
+    assert not any(one.requires_grad for one in attention_and_slope(learned, gradient))
 
 
 def test_negative_slopes_are_cut_before_the_mean_over_heads() -> None:
@@ -121,6 +123,8 @@ def test_saliency_loss_by_hand() -> None:
     counted = -(log(0.5) + log(0.2) + log(0.7))
     loss = saliency_loss(logits, completed, inside)
     assert loss.item() == pytest.approx(counted / 3, rel=1e-5)
+    one = saliency_loss(logits, completed, torch.tensor([[[False, True, False, False]]]))
+    assert one.item() == pytest.approx(-log(0.2), rel=1e-5)
     whole = saliency_loss(logits, completed)
     assert whole.item() == pytest.approx((counted - log(0.9)) / 4, rel=1e-5)
     coded = saliency_loss(logits, completed, inside, inverted=True)

@@ -99,10 +99,19 @@ def test_pce_divides_by_the_categories_that_have_pairs() -> None:
     assert value.item() == pytest.approx((0.65 + 0.2) / 4, abs=1e-9)
 
 
+def test_an_embedding_of_zeros_gives_finite_gradients() -> None:
+    rows = torch.zeros(1, 5, 2, dtype=torch.float64, requires_grad=True)
+    loss = pce_loss(rows, sets_of(([0, 1], [2])))
+    (gradient,) = torch.autograd.grad(loss, rows)
+    assert loss.item() == pytest.approx(1.0)  # cosines count as 0
+    assert gradient.isfinite().all()
+
+
 def test_coverage_counts_categories_with_two_sure_patches() -> None:
     sets = sets_of(([0, 1], []), ([0], [1, 2]), ([0, 1, 2], [4]), ABSENT)
     present = torch.tensor([[True, True, True, True]])
     assert pce_coverage(sets, present).item() == pytest.approx(2 / 4)
+    assert pce_coverage(sets_of(([0, 1], [])), torch.ones(1, 1, dtype=torch.bool)).item() == 1
     assert pce_coverage(sets_of(ABSENT), torch.zeros(1, 1, dtype=torch.bool)).item() == 0
 
 

@@ -150,7 +150,15 @@ def test_the_page_adds_a_method_to_every_command(
             function()
 
     assert "toco|toy" in printed("train", "--help")
-    printed("train", "method=toy", *SMALL, *PLAIN, "budget.max_steps=2", "data.limit=4")
+    printed(
+        "train",
+        "method=toy",
+        *SMALL,
+        *PLAIN,
+        "budget.max_steps=2",
+        "budget.warmup_steps=1",
+        "data.limit=4",
+    )
     (run,) = Path("runs/default").glob("toycam-minivoc-s0-*")
     printed("eval", f"run={run}", "eval.cam_threshold=0.4", "out=again")
     assert json.loads((run / "results.json").read_text())["method"] == "Toy CAM"

@@ -161,6 +161,18 @@ def test_an_image_is_enlarged_to_whole_patches() -> None:
     assert whole_patches(found, 16) is found
 
 
+def test_paths_are_dropped_more_often_in_later_blocks() -> None:
+    blocks: Any = tiny(drop_path=0.3).backbone.vit.blocks
+    for index, block in enumerate(blocks):
+        for path in (block.drop_path1, block.drop_path2):
+            assert path.drop_prob == pytest.approx(0.1 * index)
+
+
+def test_refinement_has_the_page_epsilon_and_iterations() -> None:
+    par = tiny().par
+    assert (par.eps, par.num_iter, par.dilations) == (1e-5, 10, (1, 2, 4, 8, 12, 24))
+
+
 def test_total_has_the_weight_of_the_settings() -> None:
     result = losses_at(tiny(seg_weight=0.7), MAX_STEPS - 1)
     loss = {name: value.item() for name, value in result.losses.items()}

@@ -12,7 +12,13 @@ from wsss.methods.getam.labels import (
     split_cross_entropy,
     threshold_labels,
 )
-from wsss.methods.getam.maps import attention_and_slope, attention_term, by_class, enlarged
+from wsss.methods.getam.maps import (
+    attention_and_slope,
+    attention_term,
+    by_class,
+    class_slots,
+    enlarged,
+)
 from wsss.models.vit import AttentionParts
 
 # ---- maps ----------------------------------------------------------------------------------------
@@ -153,6 +159,21 @@ def test_only_the_class_loss_reaches_the_classifier() -> None:
     assert not result.seen["maps"].requires_grad
     assert not result.seen["refined"].requires_grad
     assert result.seen["guide"].shape == (2, 3, SIDE, SIDE)
+
+
+def test_maps_of_a_step_are_sums_over_blocks() -> None:
+    """Their absolute scale counts against the 1e-5 of the normalisation."""
+    module, batch = tiny().eval(), make_batch()
+    seen = module.losses(batch, 99).seen
+    encoded = module.encode(batch["image"], levels=(4,))
+    ids, valid = class_slots(batch["labels"])
+    blocks = module.maps_of_slots(encoded, ids, valid)
+    assert blocks.shape[2] == 4
+    total = blocks[:, :, 0] + blocks[:, :, 1] + blocks[:, :, 2] + blocks[:, :, 3]
+    torch.testing.assert_close(seen["maps"], total, atol=0, rtol=1e-4)
+    full = module.pamr(seen["guide"], enlarged(total, (SIDE, SIDE)))
+    expected = full / (full.amax((2, 3), keepdim=True) + 1e-5)
+    torch.testing.assert_close(seen["refined"], expected, atol=1e-6, rtol=1e-4)
 
 
 def test_the_class_score_is_that_of_the_mean() -> None:

@@ -192,6 +192,11 @@ def test_patch_contrast_compares_the_final_tokens() -> None:
     assert losses["ptc_loss"].item() != pytest.approx(0.5, rel=1e-3)
 
 
+def test_refinement_has_the_page_epsilon_and_iterations() -> None:
+    par = tiny().par
+    assert (par.eps, par.num_iter, par.dilations) == (1e-8, 10, (1, 2, 4, 8, 12, 24))
+
+
 def test_classes_are_scored_by_the_channels_maxima() -> None:
     module, tokens = tiny(), torch.randn(2, 48, 3, 5)
     expected = tokens.amax((2, 3)) @ module.classifier.weight[:, :, 0, 0].T

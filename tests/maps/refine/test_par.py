@@ -38,6 +38,28 @@ def test_epsilon_rules_where_neighbours_are_nearly_alike() -> None:
     )
 
 
+def test_weights_follow_their_formula_with_an_epsilon_that_counts() -> None:
+    """Loops over pixels and neighbours: both standard deviations are unbiased and plus epsilon."""
+    images = torch.rand(1, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    eps, steps = 0.5, [(d * r, d * c) for d in (1, 2) for r in (-1, 0, 1) for c in (-1, 0, 1)]
+    steps = [step for step in steps if step != (0, 0)]
+    far = torch.tensor([(r * r + c * c) ** 0.5 for r, c in steps], dtype=torch.float64)
+    place = (-((far / (far.std() + eps) / 0.3) ** 2)).softmax(0)
+    found = PAR(dilations=(1, 2), eps=eps).affinity(images)
+    for row in range(4):
+        for column in range(5):
+            around = torch.stack(
+                [
+                    images[0, :, min(max(row + r, 0), 3), min(max(column + c, 0), 4)]
+                    for r, c in steps
+                ]
+            )
+            difference = (around - images[0, :, row, column]) / (around.std(0) + eps) / 0.3
+            colour = (-difference.square().mean(1)).softmax(0)
+            expected = colour + 0.01 * place
+            torch.testing.assert_close(found[0, :, row, column], expected, atol=1e-7, rtol=1e-5)
+
+
 def test_small_masks_are_resized_with_aligned_corners() -> None:
     images = torch.rand(1, 3, 16, 20, generator=torch.Generator().manual_seed(0))
     masks = torch.rand(1, 2, 5, 7, generator=torch.Generator().manual_seed(1))

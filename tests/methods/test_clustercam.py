@@ -23,18 +23,17 @@ from small_clustercam import (
 from torch import Tensor, nn
 
 from wsss.core.errors import WSSSError
-from wsss.methods.clustercam import network
 from wsss.methods.clustercam.method import ClusterCAM, ClusterCAMSettings
 from wsss.methods.clustercam.network import (
     BlockOutput,
     assign,
-    attend,
     initial_centres,
     mean_of_convolution,
-    sum_of_last,
 )
 from wsss.methods.clustercam.official import CORRECTED, OFFICIAL, Quirks
+from wsss.models import class_tokens
 from wsss.models.backbone import Backbone
+from wsss.models.class_tokens import attend, sum_of_last
 from wsss.models.vit import resize_positions, split_heads
 from wsss.parity import read_case
 from wsss.parity.clustercam_network import build_clustercam
@@ -95,7 +94,7 @@ def test_memory_light_cam_is_the_straightforward_one(height: int, width: int) ->
 
 @pytest.mark.parametrize("rows", [7, 128])
 def test_attention_by_rows_is_fused_attention(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "QUERY_ROWS", rows)
+    monkeypatch.setattr(class_tokens, "QUERY_ROWS", rows)
     torch.manual_seed(0)
     queries, keys, values = torch.randn(3, 2, 3, 4 + 30, 8, dtype=torch.float64)
     affinity = torch.zeros(2, 30, 30, dtype=torch.float64)
@@ -120,7 +119,7 @@ def test_refinement_keeps_no_map_of_all_patches_and_heads(
 
     module = tiny().eval()
     monkeypatch.setattr(Tensor, "softmax", spy)
-    monkeypatch.setattr(network, "QUERY_ROWS", 50)
+    monkeypatch.setattr(class_tokens, "QUERY_ROWS", 50)
     module.raw_cam(make_images(256, 256), torch.arange(NUM_CLASSES))  # 256 patches, 64 clusters
     rows = [count for count in largest if count not in (256, 64 + NUM_CLASSES)]
     assert set(rows) == {NUM_CLASSES, 50, 6}

@@ -13,9 +13,8 @@ from wsss.methods.clustercam.network import (
     BlockOutput,
     initial_centres,
     run_block,
-    sum_of_last,
-    whole_patches,
 )
+from wsss.models.class_tokens import sum_of_last, whole_patches
 
 GRID = (5, 4)
 EPS = 1e-5  # of every norm but the one before the MLP

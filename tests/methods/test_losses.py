@@ -7,8 +7,14 @@ from torch import Tensor
 
 from wsss.core.errors import WSSSError
 from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD
-from wsss.methods.losses import balanced_segmentation_loss, dense_energy_loss, gaussian_filter
-from wsss.methods.toco.contrast import ctc_loss, pair_masks, ptc_loss
+from wsss.methods.losses import (
+    balanced_segmentation_loss,
+    dense_energy_loss,
+    gaussian_filter,
+    pair_masks,
+    ptc_loss,
+)
+from wsss.methods.toco.contrast import ctc_loss
 
 STATS = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 

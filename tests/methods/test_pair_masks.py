@@ -1,6 +1,6 @@
 import torch
 
-from wsss.methods.toco.contrast import pair_masks
+from wsss.methods.losses import pair_masks
 
 
 def test_pairs_of_a_small_map() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from wsss.core.errors import WSSSError
 from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD
 from wsss.methods.base import Batch, Step
-from wsss.methods.losses import balanced_segmentation_loss
-from wsss.methods.toco.contrast import LocalCrops, crop_local_views, ctc_loss, pair_masks, ptc_loss
+from wsss.methods.losses import balanced_segmentation_loss, pair_masks, ptc_loss
+from wsss.methods.toco.contrast import LocalCrops, crop_local_views, ctc_loss
 from wsss.methods.toco.method import ToCo, ToCoSettings
 from wsss.methods.toco.official import CORRECTED, OFFICIAL, Quirks, official_name
 from wsss.models.backbone import Backbone

@@ -7,7 +7,8 @@ import torch
 from test_toco import SIDE, make_batch, tiny
 from torch import Tensor
 
-from wsss.methods.toco.contrast import CTCHead, crop_local_views, ctc_loss, pair_masks, ptc_loss
+from wsss.methods.losses import pair_masks, ptc_loss
+from wsss.methods.toco.contrast import CTCHead, crop_local_views, ctc_loss
 from wsss.methods.toco.method import ToCo
 
 # ---- patch tokens --------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from wsss.maps.pseudo_labels import best_slots, refine_cam_to_label
 from wsss.maps.refine.par import PAR
 from wsss.methods.base import Batch, Step
 from wsss.methods.clustercam.method import ClusterCAM
-from wsss.methods.clustercam.network import BlockOutput, Encoded, attend
+from wsss.methods.clustercam.network import BlockOutput, Encoded
+from wsss.models.class_tokens import attend
 
 
 @dataclass(frozen=True, kw_only=True)

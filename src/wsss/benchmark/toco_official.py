@@ -22,14 +22,12 @@ from wsss.benchmark.one_by_one import best_slots_one_by_one
 from wsss.maps.cams import multiscale_cam
 from wsss.maps.pseudo_labels import refine_cam_to_label, roi_mask
 from wsss.methods.base import Batch, Outputs, Step
-from wsss.methods.losses import balanced_segmentation_loss
+from wsss.methods.losses import balanced_segmentation_loss, pair_masks, ptc_loss
 from wsss.methods.toco.contrast import (
     NEGATIVE_ROI,
     NUM_LOCALS,
     LocalCrops,
     ctc_loss,
-    pair_masks,
-    ptc_loss,
 )
 from wsss.methods.toco.method import ToCo
 from wsss.models.backbone import Features

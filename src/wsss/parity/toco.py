@@ -23,8 +23,8 @@ from wsss.maps.pseudo_labels import (
 )
 from wsss.maps.refine.dense_crf import CRF_PRESETS, dense_crf
 from wsss.maps.refine.par import PAR
-from wsss.methods.losses import balanced_segmentation_loss
-from wsss.methods.toco.contrast import ctc_loss, pair_masks, ptc_loss
+from wsss.methods.losses import balanced_segmentation_loss, pair_masks, ptc_loss
+from wsss.methods.toco.contrast import ctc_loss
 from wsss.parity.cases import Case, Found, Kind, Produced
 from wsss.parity.energy import ENERGY_TOLERANCES, energy_outputs
 from wsss.parity.inputs import as_tensor, loss_and_gradients, network_images, unit_images

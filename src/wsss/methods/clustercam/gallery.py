@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsss.maps.cams import normalise_cam
-from wsss.methods.clustercam.network import BlockOutput, Encoded, sum_of_last
+from wsss.methods.clustercam.network import BlockOutput, Encoded
+from wsss.models.class_tokens import sum_of_last
 
 
 def sheets(

@@ -34,7 +34,7 @@ from wsss.maps.refine.par import PAR
 from wsss.methods.base import Batch, Outputs, Step, WSSSModule
 from wsss.methods.clustercam import network, official
 from wsss.methods.clustercam.gallery import sheets
-from wsss.methods.clustercam.network import Attend, BlockOutput, ClusterBranch, Encoded
+from wsss.methods.clustercam.network import BlockOutput, ClusterBranch, Encoded
 from wsss.methods.clustercam.official import CORRECTED, Quirks
 from wsss.methods.losses import balanced_segmentation_loss
 from wsss.methods.schedules import cosine_warmup
@@ -48,7 +48,9 @@ from wsss.methods.settings import (
     Some,
     ThresholdSettings,
 )
+from wsss.models import class_tokens
 from wsss.models.backbone import Backbone
+from wsss.models.class_tokens import Attend, require_one_class_token
 from wsss.models.decoders import LargeFOV
 
 WARMUP_START = 1e-6  # learning rate of the first step, absolute as officially
@@ -120,8 +122,8 @@ class ClusterCAM(WSSSModule):
     """
 
     settings: ClusterCAMSettings
-    #: how branch A attends, see :func:`network.attend`
-    attend: Attend = staticmethod(network.attend)
+    #: how branch A attends, see :func:`class_tokens.attend`
+    attend: Attend = staticmethod(class_tokens.attend)
 
     def __init__(
         self,
@@ -133,11 +135,7 @@ class ClusterCAM(WSSSModule):
     ) -> None:
         super().__init__(backbone=backbone, num_classes=num_classes, settings=settings)
         s, blocks = settings, list(backbone.vit.blocks)
-        if backbone.num_prefix_tokens != 1 or backbone.vit.no_embed_class:
-            raise WSSSError(
-                "method=clustercam turns the class token into one a class; this backbone has "
-                f"{backbone.num_prefix_tokens} prefix tokens, expected 1 that has a position"
-            )
+        require_one_class_token(backbone, "clustercam")
         self.quirks = quirks
         self.draws_apart = not quirks.shared_draws
         self.stops_unless_finite = not quirks.goes_on_after_nan
@@ -210,8 +208,8 @@ class ClusterCAM(WSSSModule):
         """
         encoded = self.encode(images, with_affinity=refine)
         evidence = self.evidence(encoded.activation, classes)
-        attention = network.sum_of_last(encoded.class_maps, self.settings.cam_layers)[:, classes]
-        cam = evidence.flatten(2) * attention  # (B, C, N)
+        maps = class_tokens.sum_of_last(encoded.class_maps, self.settings.cam_layers)
+        cam = evidence.flatten(2) * maps[:, classes]  # (B, C, N)
         if encoded.affinity is not None:
             cam = cam @ encoded.affinity.transpose(1, 2)
         return cam.unflatten(2, evidence.shape[-2:])
@@ -234,7 +232,7 @@ class ClusterCAM(WSSSModule):
     ) -> Encoded:
         """Run all blocks on images (B, 3, H, W) of any size; see :func:`network.encode`."""
         if not self.quirks.dropped_remainder:  # Q14
-            images = network.whole_patches(images, self.backbone.patch_size)
+            images = class_tokens.whole_patches(images, self.backbone.patch_size)
         attend = self.attend
         return network.encode(
             self.backbone, self.branches, images, attend, with_affinity=with_affinity, keep=keep

@@ -4,24 +4,26 @@ The backbone stays the method's, and so do the branches: functions here take bot
 parameters have the names that checkpoints know.
 """
 
-from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from wsss.models.backbone import Backbone
+from wsss.models.class_tokens import (
+    Attend,
+    attend,
+    give_class_tokens,
+    plain_attention,
+    set_drop_path,
+)
 from wsss.models.vit import merge_heads, split_heads
 
 NORM_EPS = 1e-5  # of the norms in both branches
 MLP_NORM_EPS = 1e-6
 POSITION_OFFSET = 0.1
-QUERY_ROWS = 64  # of attention kept at once in CAM passes
-#: attention of all tokens; arguments and results as of :func:`attend`
-Attend = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def initial_centres(tokens: Tensor, grid: tuple[int, int], side: int = 2) -> Tensor:
@@ -111,41 +113,6 @@ class ClusterBranch(nn.Module):
         )
 
 
-def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, num_classes: int, affinity: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Attend with all tokens; keep the class rows, and not what patches give patches.
-
-    Args:
-        queries: scaled, (B, heads, K+N, d).
-        keys: (B, heads, K+N, d).
-        values: (B, heads, K+N, d).
-        num_classes: K.
-        affinity: (B, N, N), to which the head-mean of patch-to-patch attention is added row by row
-            (for CAM passes, without gradient); None uses fused attention.
-
-    Returns:
-        Mixed values (B, heads, K+N, d), and class-to-patch attention (B, heads, K, N), which is not
-        renormalised.
-    """
-    # laid out once for all products; heads of one projection are strided, and each would copy them
-    columns, values = keys.transpose(-2, -1).contiguous(), values.contiguous()
-    weights = (queries[:, :, :num_classes] @ columns).softmax(dim=-1)
-    class_rows = weights[..., num_classes:]
-    mixed = [weights @ values]
-    patches = queries[:, :, num_classes:]
-    if affinity is None:
-        mixed.append(F.scaled_dot_product_attention(patches, keys, values, scale=1.0))
-    else:
-        for rows, total in zip(
-            patches.split(QUERY_ROWS, dim=2), affinity.split(QUERY_ROWS, dim=1), strict=True
-        ):
-            weights = (rows @ columns).softmax(dim=-1)
-            mixed.append(weights @ values)
-            total.add_(weights[..., num_classes:].mean(dim=1))
-    return torch.cat(mixed, dim=2), class_rows
-
-
 class BlockOutput(NamedTuple):
     """What a block gives."""
 
@@ -154,16 +121,6 @@ class BlockOutput(NamedTuple):
     class_rows: Tensor  # its class-to-patch attention R, (B, heads, K, N)
     clustered: BranchOutput
     class_map: Tensor  # (1 - lambda) R + lambda G, (B, heads, K, N)
-
-
-def plain_attention(
-    block: Any, tokens: Tensor, num_classes: int, affinity: Tensor | None, attend: Attend
-) -> tuple[Tensor, Tensor]:
-    """Give branch A (B, K+N, D) and its class-to-patch attention R (B, heads, K, N)."""
-    attn = block.attn
-    queries, keys, values = split_heads(attn.qkv(block.norm1(tokens)), attn.num_heads)
-    mixed, class_rows = attend(queries * attn.scale, keys, values, num_classes, affinity)
-    return attn.proj(merge_heads(mixed)), class_rows
 
 
 def run_block(
@@ -248,11 +205,6 @@ def encode(
     return Encoded(classes, activation, class_maps, affinity)
 
 
-def sum_of_last(maps: Sequence[Tensor], layers: int) -> Tensor:
-    """Sum the head-means of the last of all blocks' maps (B, heads, K, N): (B, K, N)."""
-    return torch.stack([one.mean(dim=1) for one in maps[-layers:]]).sum(dim=0)
-
-
 def mean_of_convolution(features: Tensor, convolution: nn.Conv2d) -> Tensor:
     """Take the spatial mean (B, K) of a zero-padded 3 x 3 convolution of features (B, D, h, w).
 
@@ -266,14 +218,6 @@ def mean_of_convolution(features: Tensor, convolution: nn.Conv2d) -> Tensor:
     return F.linear(sums.flatten(1), weight.flatten(1), convolution.bias)
 
 
-def whole_patches(images: Tensor, patch: int) -> Tensor:
-    """Enlarge images (B, 3, H, W) whose sides are no multiples of the patch."""
-    size = [-(-side // patch) * patch for side in images.shape[-2:]]
-    if size == list(images.shape[-2:]):
-        return images
-    return F.interpolate(images, size, mode="bilinear", align_corners=False)
-
-
 def prepare_backbone(
     backbone: Backbone, num_classes: int, drop_path: float, token_noise: float
 ) -> None:
@@ -282,19 +226,9 @@ def prepare_backbone(
     The class token and its position are copied K times (section 1, "Initialisation"); noise is
     added to the copied tokens.
     """
-    vit: Any = backbone.vit
-    position, grid = vit.pos_embed[:, :1], vit.pos_embed[:, 1:]
-    tokens = vit.cls_token.detach().repeat(1, num_classes, 1)
-    # drawn in any case, so that what else a seed gives does not depend on the noise
-    vit.cls_token = nn.Parameter(tokens + token_noise * torch.randn_like(tokens))
-    vit.pos_embed = nn.Parameter(
-        torch.cat([position.repeat(1, num_classes, 1), grid], dim=1).detach()
-    )
-    vit.num_prefix_tokens = num_classes
-    vit.norm.requires_grad_(False)  # never applied
+    give_class_tokens(backbone, num_classes, noise=token_noise)
+    set_drop_path(backbone, drop_path)
+    backbone.vit.norm.requires_grad_(False)  # never applied
     backbone.position_offset = POSITION_OFFSET
-    for block, rate in zip(
-        vit.blocks, torch.linspace(0, drop_path, len(vit.blocks)).tolist(), strict=True
-    ):
+    for block in backbone.vit.blocks:
         block.norm1.eps, block.norm2.eps = NORM_EPS, MLP_NORM_EPS
-        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)

@@ -1,4 +1,4 @@
-"""The two contrasts of ToCo: of patch tokens (PTC) and of class tokens (CTC)."""
+"""Class token contrast (CTC) of ToCo; its patch token contrast stands in `methods/losses.py`."""
 
 from __future__ import annotations
 
@@ -11,27 +11,6 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from wsss.core.errors import WSSSError
 from wsss.methods.losses import full_precision, widened
-
-
-def pair_masks(label: Tensor, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
-    """Compare every token label with every other one (toco.md section 2, PTC).
-
-    Args:
-        label: (B, h, w) integer token labels.
-        ignore_index: Label of tokens that take part in no pair.
-
-    Returns:
-        Two (B, N, N) boolean masks, N = h * w in row-major order: pairs of equal labels and pairs
-        of different labels. The diagonal and every pair with an ignored token are in neither; both
-        orders of a pair count.
-    """
-    flat = label.flatten(1)
-    valid = flat != ignore_index
-    usable = valid[:, :, None] & valid[:, None, :]
-    usable.diagonal(dim1=1, dim2=2).fill_(False)
-    equal = flat[:, :, None] == flat[:, None, :]
-    return usable & equal, torch.logical_and(usable, ~equal)
-
 
 NUM_LOCALS = 8  # local crops an image
 NEGATIVE_ROI = 0.2  # a crop whose mean ROI value is at most this is background
@@ -64,28 +43,6 @@ class CTCHead(nn.Module):
     def forward(self, cls_tokens: Tensor) -> Tensor:
         """Give projections (B, 1024), not normalised, of class tokens (B, D)."""
         return self.last_layer(F.normalize(self.mlp(cls_tokens), dim=-1))
-
-
-def ptc_loss(tokens: Tensor, same: Tensor, different: Tensor) -> Tensor:
-    """Contrast patch tokens: those of one class alike, of different classes orthogonal.
-
-    L = 1/2 (1 - sum A[same] / (#same + 1)) + 1/2 sum A[different] / (#different + 1), with
-    A_ij = |cos(F_i, F_j)| and sums over the whole batch (toco.md section 2, "PTC").
-
-    Args:
-        tokens: final patch tokens as a map, (B, D, h, w).
-        same: pairs of one class, (B, N, N), boolean.
-        different: pairs of different classes, (B, N, N), boolean.
-
-    Returns:
-        A scalar; 0.5 with zero gradient when both masks are empty (Q5).
-    """
-    with full_precision(tokens):
-        unit = F.normalize(widened(tokens).flatten(2), dim=1, eps=1e-8)  # (B, D, N)
-        similarity = (unit.transpose(1, 2) @ unit).abs()  # (B, N, N)
-    alike = (similarity * same).sum() / (same.sum() + 1)
-    unlike = (similarity * different).sum() / (different.sum() + 1)
-    return 0.5 * (1 - alike) + 0.5 * unlike
 
 
 def ctc_loss(student: Tensor, teacher: Tensor, flags: Tensor, temperature: float) -> Tensor:

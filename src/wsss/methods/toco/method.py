@@ -32,7 +32,12 @@ from wsss.maps.pseudo_labels import (
 )
 from wsss.maps.refine.par import PAR
 from wsss.methods.base import Batch, Outputs, Step, WSSSModule
-from wsss.methods.losses import balanced_segmentation_loss, dense_energy_loss
+from wsss.methods.losses import (
+    balanced_segmentation_loss,
+    dense_energy_loss,
+    pair_masks,
+    ptc_loss,
+)
 from wsss.methods.schedules import poly_warmup
 from wsss.methods.settings import (
     Count,
@@ -48,8 +53,6 @@ from wsss.methods.toco.contrast import (
     LocalCrops,
     crop_local_views,
     ctc_loss,
-    pair_masks,
-    ptc_loss,
 )
 from wsss.methods.toco.official import CORRECTED, Quirks
 from wsss.models.backbone import Backbone, Features

@@ -6,13 +6,15 @@ import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import test_docs_methods
 from small_runs import PLAIN, SMALL
 
 import wsss.methods
-from wsss.benchmark.runner import run_side
+from wsss.benchmark.runner import Side, TimedSide
+from wsss.benchmark.steps import BenchmarkConfig
 from wsss.cli import main
 from wsss.commands import benchmark
 from wsss.core import places
@@ -175,7 +177,12 @@ def test_the_page_adds_a_method_to_every_command(
     assert len(list(Path("masks").glob("*_overlay.jpg"))) == 1
 
     # a process of its own would look for the method in the true tree
-    monkeypatch.setattr(benchmark, "run_in_fresh_process", lambda c, side: run_side(vars(c), side))
+    def one_step(config: BenchmarkConfig, group: list[Side]) -> list[dict[str, Any]]:
+        (timed,) = (TimedSide(vars(config), side) for side in group)
+        timed.step()
+        return [timed.result()]
+
+    monkeypatch.setattr(benchmark, "run_in_turn", one_step)
     tiny = ["backbone=vit_pico", "image_size=64", "num_classes=4", "repeats=1", "warmup=0"]
     shown = printed("benchmark", "method=toy", *tiny, "device=cpu", "out=step.json")
     assert "method=toy: no official way of computing is written down, ours alone" in shown

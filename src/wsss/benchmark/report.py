@@ -13,37 +13,63 @@ from rich.table import Table
 from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
 
+UNEVEN = 0.2  # share by which two halves of a side may differ without a warning
 ORDER = ("forward", "cam", "pseudo_labels", "energy", "backward", "optimiser", "rest")
 
 
-def summarise(config: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Add median, fastest step, images per second and ratios to ours (the first result).
+def summarise(
+    config: dict[str, Any], results: Sequence[Sequence[dict[str, Any]]]
+) -> dict[str, Any]:
+    """Add medians, images per second, and ratios to ours step by step.
 
     Args:
         config: arguments of the benchmark.
-        results: one entry a side, as :func:`wsss.benchmark.runner.run_side` returns them.
+        results: one entry a group that ran in turn, ours first, as
+            :func:`wsss.benchmark.steps.run_in_turn` returns them.
 
     Returns:
-        What ``out=`` gets.
+        What ``out=`` gets. A ratio is the median over pairs of neighbouring steps, beside it the
+        least and the largest of them; ours of another group is compared and not listed.
     """
-    sides = []
-    for result in results:
-        seconds = [step["seconds"] for step in result["steps"]]
-        fastest = min(result["steps"], key=lambda step: step["seconds"])
-        side = {key: value for key, value in result.items() if key != "machine"}
-        side["fastest_seconds"] = fastest["seconds"]
-        side["median_seconds"] = median(seconds)
-        side["images_per_second"] = config["batch_size"] / fastest["seconds"]
-        # phases of one step, so that they add up to it
-        side["fastest_phases"] = fastest["phases"]
-        sides.append(side)
-    ours = sides[0]
-    for side in sides[1:]:
-        side["ratio_fastest"] = side["fastest_seconds"] / ours["fastest_seconds"]
-        side["ratio_median"] = side["median_seconds"] / ours["median_seconds"]
-        side["ratio_memory"] = side["peak_memory_bytes"] / ours["peak_memory_bytes"]
-        side["largest_loss_difference"] = _loss_difference(side["losses"], ours["losses"])
-    return {"arguments": config, "machine": results[0]["machine"], "sides": sides}
+    sides = [_side(config, results[0][0])]
+    for ours, *others in results:
+        for other in others:
+            side = _side(config, other)
+            pairs = zip(other["steps"], ours["steps"], strict=True)
+            ratios = [theirs["seconds"] / own["seconds"] for theirs, own in pairs]
+            side["ratio"] = median(ratios)
+            side["ratio_range"] = [min(ratios), max(ratios)]
+            side["ratio_memory"] = other["peak_memory_bytes"] / ours["peak_memory_bytes"]
+            side["largest_loss_difference"] = _loss_difference(other["losses"], ours["losses"])
+            side["uneven"] = max(_unevenness(other), _unevenness(ours))
+            sides.append(side)
+    return {"arguments": config, "machine": results[0][0]["machine"], "sides": sides}
+
+
+def _side(config: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """Add figures of one side alone."""
+    side = {key: value for key, value in result.items() if key != "machine"}
+    fastest = min(result["steps"], key=lambda step: step["seconds"])
+    side["fastest_seconds"] = fastest["seconds"]
+    side["median_seconds"] = median(_seconds(result))
+    side["images_per_second"] = config["batch_size"] / fastest["seconds"]
+    # phases of one step, so that they add up to it
+    side["fastest_phases"] = fastest["phases"]
+    return side
+
+
+def _seconds(result: dict[str, Any]) -> list[float]:
+    return [step["seconds"] for step in result["steps"]]
+
+
+def _unevenness(result: dict[str, Any]) -> float:
+    """Give by which share the medians of the first and of the second half of steps differ."""
+    seconds = _seconds(result)
+    if len(seconds) < 2:
+        return 0.0
+    middle = (len(seconds) + 1) // 2  # the step in the middle counts in the first half
+    first, second = median(seconds[:middle]), median(seconds[middle:])
+    return max(first, second) / min(first, second) - 1
 
 
 def _loss_difference(losses: dict[str, float], reference: dict[str, float]) -> float:
@@ -118,13 +144,21 @@ def show(summary: dict[str, Any], console: Console) -> None:
         table.add_row(label, *[c for s in shown for c in (f"{s[key] * scale:{form}}", "")])
     console.print(table)
     for side in shown[1:]:
+        least, largest = side["ratio_range"]
         line = (
-            f"{side['name']}: {side['ratio_fastest']:.2f} times the time of ours (fastest; median "
-            f"{side['ratio_median']:.2f}), {side['ratio_memory']:.2f} times the memory"
+            f"{side['name']}: {side['ratio']:.2f} times the time of ours (median of "
+            f"{len(side['steps'])} pairs, {least:.2f} to {largest:.2f}), "
+            f"{side['ratio_memory']:.2f} times the memory"
         )
         if arguments["dtype"] == "float32":  # in bfloat16 the order of operations shows
             line += f"; losses differ by at most {side['largest_loss_difference']:.1e}"
         console.print(line)
+    for side in sides[1:]:
+        if side["uneven"] > UNEVEN:
+            console.print(
+                f"warning: {side['name']}: the two halves of a side differ by {side['uneven']:.0%};"
+                " something else was running: repeat it, or give more repeats"
+            )
     _show_single(summary, console)
 
 
@@ -135,16 +169,17 @@ def _show_single(summary: dict[str, Any], console: Console) -> None:
     if not single:
         return
     table = Table(
-        title="one saving switched off at a time", caption="relative to ours, fastest step"
+        title="one saving switched off at a time",
+        caption="relative to ours, median over pairs of steps",
     )
     for name in ("saving switched off", "step, s", "more, s", "time", "memory"):
         table.add_column(name, justify="left" if name.startswith("saving") else "right")
-    for side in sorted(single, key=lambda side: -side["ratio_fastest"]):
+    for side in sorted(single, key=lambda side: -side["ratio"]):
         table.add_row(
             side["switched_off"][0],
-            f"{side['fastest_seconds']:.3f}",
-            f"{side['fastest_seconds'] - ours['fastest_seconds']:+.3f}",
-            f"x {side['ratio_fastest']:.2f}",
+            f"{side['median_seconds']:.3f}",
+            f"{side['median_seconds'] - ours['median_seconds']:+.3f}",
+            f"x {side['ratio']:.2f}",
             f"x {side['ratio_memory']:.2f}",
         )
     console.print(table)

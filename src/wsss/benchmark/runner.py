@@ -1,4 +1,4 @@
-"""One side of the benchmark: build, make a batch, time steps. Runs in its own process."""
+"""One side of the benchmark: build, make a batch, time steps. Runs in a process of its own."""
 
 import inspect
 import platform
@@ -36,47 +36,100 @@ class Side:
     off: tuple[str, ...]
 
 
-def run_side(config: dict[str, Any], side: Side) -> dict[str, Any]:
-    """Time one side.
+class TimedSide:
+    """One way of computing, built and ready to be timed step by step.
 
     Args:
         config: fields of ``BenchmarkConfig``.
         side: which way of computing.
 
-    Returns:
-        Per-step seconds and phases, losses of the very first step, peak memory, the machine.
-
     Raises:
         WSSSError: no such device, out of GPU memory, a configuration that does not compose, a
             method that trains on masks.
     """
-    if config["threads"]:
-        torch.set_num_threads(config["threads"])
-    device = choose_device(config["device"])
-    torch.manual_seed(config["seed"])
-    module = build(config, side).to(device).train()
-    batch = own_batch(config, module, device)
-    try:
-        steps, losses = _steps(config, module, batch, device)
-    except torch.cuda.OutOfMemoryError as error:
-        raise WSSSError(
-            f"{side.name}: out of GPU memory; lower batch_size or image_size"
-        ) from error
-    memory, kind = peak_memory(device)
-    return {
-        "name": side.name,
-        "switched_off": list(side.off),
-        "steps": steps,
-        "losses": losses,
-        "peak_memory_bytes": memory,
-        "peak_memory_kind": kind,
-        "machine": {
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
+
+    def __init__(self, config: dict[str, Any], side: Side) -> None:
+        if config["threads"]:
+            torch.set_num_threads(config["threads"])
+        self.config, self.side = config, side
+        self.device = choose_device(config["device"])
+        torch.manual_seed(config["seed"])
+        self.module = build(config, side).to(self.device).train()
+        self.batch = own_batch(config, self.module, self.device)
+        self.module.phase = self.watch = Stopwatch(self.device)
+        self.optimizer = self.module.optimizer(self.module.param_groups())
+        self.losses: dict[str, float] = {}  # of the very first step
+        self.steps: list[dict[str, Any]] = []
+
+    def step(self) -> None:
+        """Time one optimisation step.
+
+        Raises:
+            WSSSError: out of GPU memory.
+        """
+        try:
+            self._step()
+        except torch.cuda.OutOfMemoryError as error:
+            raise WSSSError(
+                f"{self.side.name}: out of GPU memory; lower batch_size or image_size"
+            ) from error
+
+    def _step(self) -> None:
+        watch, half = self.watch, self.config["dtype"] == "bfloat16"
+        number = 0 if self.config["stage"] == "before" else self.module.settings.max_steps - 1
+        watch.reset()
+        start = watch.now()
+        with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
+            step = self.module.losses(self.batch, number)
+        with watch("backward"):
+            step.total.backward()
+        with watch("optimiser"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        seconds = watch.now() - start
+        self.losses = self.losses or {name: loss.item() for name, loss in step.losses.items()}
+        # what no phase claims: token labels, crops and glue
+        rest = seconds - sum(watch.seconds.values())
+        self.steps.append({"seconds": seconds, "phases": {**watch.seconds, "rest": rest}})
+
+    def result(self) -> dict[str, Any]:
+        """Give seconds and phases of the steps that count, first losses, memory, the machine."""
+        memory, kind = peak_memory(self.device)
+        return {
+            "name": self.side.name,
+            "switched_off": list(self.side.off),
+            "steps": self.steps[self.config["warmup"] :],
+            "losses": self.losses,
+            "peak_memory_bytes": memory,
+            "peak_memory_kind": kind,
+            "machine": {
+                "device": device_name(self.device),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+
+class Worker:
+    """The side of this process: opened, stepped and closed by calls from another one."""
+
+    timed: TimedSide
+
+    @classmethod
+    def open(cls, config: dict[str, Any], side: Side) -> None:
+        """Build the side; see :class:`TimedSide`."""
+        cls.timed = TimedSide(config, side)
+
+    @classmethod
+    def step(cls) -> None:
+        """Time one step."""
+        cls.timed.step()
+
+    @classmethod
+    def result(cls) -> dict[str, Any]:
+        """Give what was measured."""
+        return cls.timed.result()
 
 
 def saving_names(target: str) -> tuple[str, ...]:
@@ -164,35 +217,3 @@ def _smooth_images(count: int, size: int) -> Tensor:
     """Draw normalised images (B, 3, H, W) of broad colour patches with a little grain."""
     patches = F.interpolate(torch.randn(count, 3, 8, 8), size=(size, size), mode="bicubic")
     return patches + 0.05 * torch.randn(count, 3, size, size)
-
-
-def _steps(
-    config: dict[str, Any], module: WSSSModule, batch: Batch, device: torch.device
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Time optimisation steps; also give the losses of the very first one."""
-    watch = Stopwatch(device)
-    module.phase = watch
-    optimizer = module.optimizer(module.param_groups())
-    number = 0 if config["stage"] == "before" else module.settings.max_steps - 1
-    half = config["dtype"] == "bfloat16"
-    steps: list[dict[str, Any]] = []
-    losses: dict[str, float] = {}
-    for index in range(config["warmup"] + config["repeats"]):
-        watch.reset()
-        start = watch.now()
-        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
-            step = module.losses(batch, number)
-        with watch("backward"):
-            step.total.backward()
-        with watch("optimiser"):
-            optimizer.step()
-            optimizer.zero_grad()
-        seconds = watch.now() - start
-        if index == 0:
-            losses = {name: loss.item() for name, loss in step.losses.items()}
-        del step
-        if index >= config["warmup"]:
-            # what no phase claims: token labels, crops and glue
-            rest = seconds - sum(watch.seconds.values())
-            steps.append({"seconds": seconds, "phases": {**watch.seconds, "rest": rest}})
-    return steps, losses

@@ -11,8 +11,8 @@ from wsss.benchmark.report import figures_file, show, summarise, write_figures
 from wsss.benchmark.steps import (
     OFFICIAL,
     BenchmarkConfig,
-    run_in_fresh_process,
-    sides,
+    groups,
+    run_in_turn,
     with_paper_sizes,
 )
 from wsss.core.arguments import parse_arguments
@@ -55,14 +55,11 @@ def main(arguments: list[str]) -> int:
         summary = compare_crfs(asdict(config))
         show_crfs(summary, console)
     else:
-        results = []
         if config.method not in OFFICIAL and (config.official or config.ablate):
             console.print(
                 f"method={config.method}: no official way of computing is written down, ours alone"
             )
-        for side in sides(config):
-            console.print(f"[dim]running {side.name} ...[/dim]")
-            results.append(run_in_fresh_process(config, side))
+        results = [run_in_turn(config, group) for group in groups(config)]
         summary = summarise(asdict(config), results)
         show(summary, console)
     if out:

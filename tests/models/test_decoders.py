@@ -1,7 +1,8 @@
+import pytest
 import torch
 from torch import nn
 
-from wsss.models.decoders import DPTDecoder, Fusion, Reassemble, ResidualUnit, SqueezeBlock
+from wsss.models.decoders import ASPPSum, DPTDecoder, Fusion, Reassemble, ResidualUnit, SqueezeBlock
 
 
 def test_reassembled_sizes() -> None:
@@ -62,3 +63,27 @@ def test_dropout_is_of_single_entries_and_off_in_evaluation() -> None:
     maps = [torch.randn(1, 3, 4, 4)]
     decoder.eval()
     assert torch.equal(decoder(maps, (8, 8)), decoder(maps, (8, 8)))
+
+
+def test_dilated_sum_starts_small_without_a_bias() -> None:
+    torch.manual_seed(0)
+    head = ASPPSum(in_channels=64, num_outputs=5, rates=(1, 2))
+    for branch in head.branches:
+        assert isinstance(branch, nn.Conv2d)
+        assert branch.weight.std().item() == pytest.approx(0.01, rel=0.05)
+        assert branch.bias is not None
+        assert branch.bias.count_nonzero() == 0
+
+
+def test_dilated_sum_adds_one_convolution_a_rate() -> None:
+    """A single pixel is seen by the taps of each convolution at its own distance."""
+    head = ASPPSum(in_channels=1, num_outputs=1, rates=(1, 3))
+    for parameter in head.parameters():
+        nn.init.ones_(parameter)
+    pixel = torch.zeros(1, 1, 9, 9)
+    pixel[..., 4, 4] = 1
+    found = head(pixel)[0, 0] - 2  # the biases of both
+    expected = torch.zeros(9, 9)
+    for rate in (1, 3):
+        expected[4 - rate : 5 + rate : rate, 4 - rate : 5 + rate : rate] += 1
+    assert torch.equal(found, expected)

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint docs clean
+.PHONY: setup demo test fuzz mutants lint docs clean
 
 setup: $(STAMP)
 
@@ -12,7 +12,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"wsss needs Python 3.11 or 3.12, {sys.executable} is {v[0]}.{v[1]}; pass PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[crf,wandb,slurm,optuna,dev,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[crf,wandb,slurm,optuna,clip,dev,docs]'
 	touch $(STAMP)
 
 # four short runs, two at a time, then the page that compares them; a browser where there is a screen
@@ -25,6 +25,18 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# the fuzzers alone, ROUNDS times as many cases as in `make test`, the later ones with new seeds
+ROUNDS ?= 20
+fuzz: setup
+	FUZZ_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -o timeout=0 tests/fuzz
+
+# alter the equations one at a time, for hours; MODULES="wsss.maps.cams.* wsss.methods.losses.*"
+# are some of them; survivors: $(BIN)/python -m mutmut results, then `mutmut show NAME`
+MODULES ?=
+mutants: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run --max-children 2 $(MODULES)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -96,6 +96,54 @@ def cat_on_dog() -> np.ndarray:
     return mask
 
 
+# --- images without an object --------------------------------------------------------------------
+
+
+def one_class() -> dict[str, Any]:
+    """A cat in a.jpg, nothing in b.jpg and c.jpg."""
+    content = two_images()
+    content["images"].append(image(3, "c.jpg"))
+    return content | {
+        "annotations": content["annotations"][:1],
+        "categories": content["categories"][:1],
+    }
+
+
+def test_images_without_the_only_class_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, one_class())
+    prepare("coco", f"root={tmp_path}")
+    rows = {row.sample.image.stem: row for row in table_of(tmp_path).rows}
+    assert {name: row.labels for name, row in rows.items()} == {"a": ("cat",), "b": (), "c": ()}
+    assert (mask_of(tmp_path, "a") == 1).any()
+    assert not mask_of(tmp_path, "b").any()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: 2 of 3 images have no annotation, first images/b.jpg" in said
+    assert "images without 'cat'" in said
+
+
+def test_of_several_classes_they_are_left_out(tmp_path: Path) -> None:
+    content = two_images()
+    content["images"].append(image(3, "c.jpg"))
+    write(tmp_path, content)
+    prepare("coco", f"root={tmp_path}")
+    assert [row.sample.image.stem for row in table_of(tmp_path).rows] == ["a", "b"]
+
+
+def test_a_file_that_annotates_nothing_has_no_negatives(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, one_class(), "annotations/instances_train.json")
+    unseen = one_class() | {"annotations": [], "images": [image(1, "d.jpg")]}
+    write(tmp_path, unseen, "annotations/instances_val.json")
+    prepare("coco", f"root={tmp_path}")
+    assert [row.sample.image.stem for row in table_of(tmp_path).rows] == ["a", "b", "c"]
+    shutil.rmtree(tmp_path / "wsss")
+    (tmp_path / "annotations" / "instances_train.json").unlink()
+    assert "annotates no image" in refused(capsys, tmp_path)
+
+
 # --- areas -------------------------------------------------------------------------------------
 
 
@@ -400,8 +448,8 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "no name": (put("categories", 1, name=""), "category 2 has the name ''"),
     "half a pair": (put("categories", 1, name="\ud800"), "category 2 has the name '\\ud800'"),
-    "a separator": (put("categories", 1, name="a;b"), "the class 'a;b' holds ;"),
-    "two lines": (put("categories", 1, name="a\u2028b"), "the class 'a\\u2028b' holds"),
+    "a separator": (put("categories", 1, name="a;b"), "labels.csv cannot list the class 'a;b'"),
+    "two lines": (put("categories", 1, name="a\u2028b"), "the class 'a\\u2028b', which holds"),
     "background": (put("categories", 0, name="background"), "which is the background"),
     "area in words": (put("annotations", 0, area="big"), "annotation 1 has the area 'big'"),
     "crowd of 2": (put("annotations", 0, iscrowd=2), "iscrowd 2"),

@@ -13,7 +13,7 @@ from trees import write_photo_table as write_table
 from voc_tree import write_mask, write_xml
 
 from wsss.cli import main
-from wsss.data.images import mask_png
+from wsss.data.images import mask_png, read_rgb
 from wsss.data.prepare.coco import COCO_CLASSES
 from wsss.data.voc_module import VOCDataModule
 
@@ -392,3 +392,18 @@ def test_bad_arguments_are_one_line(
     error = capsys.readouterr().err.strip()
     assert expected in error
     assert len(error.splitlines()) == 1
+
+
+def test_the_doctor_looks_as_closely_as_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pillow passes over what lies between the parts of a JPEG; a run refuses it."""
+    write_table(tmp_path, make_photos(tmp_path))
+    path = tmp_path / "photos" / "003.jpg"
+    content = path.read_bytes()
+    at = content.index(b"\xff\xdb")
+    path.write_bytes(content[:at] + b"\0junk" + content[at:])
+    read_rgb(path)
+    status, lines = check(capsys, "data=table", f"root={tmp_path}")
+    assert status == 1
+    assert "003.jpg is no complete image" in findings(lines, "error")[0]

@@ -361,7 +361,7 @@ CAT = "cat:255,0,10::"
         (no_colour, "line 2 reads 'sky:red::'"),
         (no_picture, "002.png has no image"),
         (twins, "002.png share the name '002'"),
-        (separator_in_a_name, "the class 'a;b' holds ; or |"),
+        (separator_in_a_name, "the class 'a;b', which holds ; or |"),
     ],
 )
 def test_bad_exports_are_one_line(

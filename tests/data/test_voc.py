@@ -180,8 +180,15 @@ AT_CONSTRUCTION: dict[str, tuple[Callable[[Path], Path], str]] = {
     "doubled name": (write_list(b"img006\nimg007\nimg006\n"), r"twice \(lines 1 and 3\)"),
     "list of pairs": (write_list(b"/JPEGImages/a.jpg /SegmentationClassAug/a.png\n"), "line 1 "),
     "list is no text": (write_list(b"\xff\xd8\xff\xe0"), "cannot be read as text"),
+    "NUL in a list": (write_list(b"img006\nimg\0007\n"), "line 2 has a NUL character; save the"),
+    "list of UTF-16": (write_list("img006\n".encode("utf-16-le")), "line 1 has a NUL character"),
     "image without labels": (write_annotation("<annotation/>"), "gives image 'img007' no label"),
     "broken XML": (write_annotation("<annotation><obj"), "cannot be read"),
+    "unknown encoding": (write_annotation('<?xml version="1.0" encoding="x"?><a/>'), "cannot be"),
+    "encoding of several bytes": (
+        write_annotation('<?xml version="1.0" encoding="gbk"?><a/>'),
+        "cannot be read",
+    ),
     "unknown class": (
         write_annotation("<annotation><object><name>carr</name></object></annotation>"),
         "'carr', which is none of the 3 classes",

@@ -101,6 +101,8 @@ def test_a_pickle_that_wants_to_run_code_is_refused(
         ({"keys": np.array([0]), "maps": np.full((1, 4, 4), np.nan)}, "normalised"),
         ({"keys": np.array([9]), "maps": np.zeros((1, 4, 4))}, "class 9"),
         ({"keys": np.array([0, 1]), "maps": np.zeros((1, 4, 4))}, "2 classes but maps"),
+        ({"keys": np.array([2, 2]), "maps": np.zeros((2, 4, 4))}, r"a class twice, in \[2, 2\]"),
+        ({2: np.zeros((4, 4)), "2": np.zeros((4, 4))}, "a class twice"),
         ({"keys": np.array([0]), "other": np.zeros((1, 4, 4))}, "holds keys but none of"),
         (np.zeros((3, 4, 4)), "expected \\(8, h, w\\)"),
     ],

@@ -1,6 +1,7 @@
 """A setting is declared once: YAML, command line and Python are checked by it, in its words."""
 
-from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass
+import pickle
+from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -82,7 +83,7 @@ def test_settings_are_frozen_and_by_keyword(method: str) -> None:
         ("warmup_steps", -1, r"method\.warmup_steps=-1: .* greater than or equal to 0"),
         ("seg_after", 2.0, r"method\.seg_after=2\.0: expected a number less than or equal to 1"),
         ("contrast_after", -0.1, r"method\.contrast_after=-0\.1: .* equal to 0, or null"),
-        ("scales", [], r"method\.scales=\[\]: expected .*at least 1 item"),
+        ("scales", [], r"method\.scales=\[\]: expected a list of float, at least 1 of them$"),
         ("scales", [1.0, 0.0], r"method\.scales=\[1\.0, 0\.0\]: expected a number greater than 0"),
         ("energy_kernel", "box", r"method\.energy_kernel='box': expected .*'lattice'"),
         ("max_steps", 0, r"method\.max_steps=0: .* greater than or equal to 1"),
@@ -182,6 +183,20 @@ def test_a_mistyped_quirk_names_the_nearest(method: str) -> None:
         compose_config([*line, f"+method.quirks.{first}x=true"])
     config = plain(compose_config([*line, f"+method.quirks.{first}=true"]))
     assert config["method"]["quirks"] == {first: True}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mistyped_name_in_python_names_the_nearest(method: str) -> None:
+    settings = settings_of(method)
+    with pytest.raises(WSSSError, match=r"method\.lrr: unknown key; did you mean method\.lr\?"):
+        settings(max_steps=1, lrr=1)
+    made = settings(max_steps=1)
+    assert pickle.loads(pickle.dumps(made)) == made == replace(made, max_steps=1)
+
+
+def test_a_mistyped_quirk_in_python_names_the_nearest() -> None:
+    with pytest.raises(WSSSError, match=r"method\.quirks\.box_in_pixel: .*box_in_pixels\?"):
+        Quirks(box_in_pixel=True)  # type: ignore[call-arg]
 
 
 def test_flips_of_the_views_follow_the_switches() -> None:

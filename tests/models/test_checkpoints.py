@@ -1,6 +1,7 @@
 """Official ToCo checkpoints become ours; files are read safely; misfits are named."""
 
 import pickle
+import resource
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from wsss.methods.clustercam.official import our_name
 from wsss.methods.official import OFFICIAL_NAMES, convert_official, load_official
 from wsss.methods.toco import ToCo, ToCoSettings
 from wsss.models.backbone import Backbone
-from wsss.models.weights import read_state_dict
+from wsss.models.weights import read_state_dict, save_atomically
 
 State = dict[str, Tensor]
 
@@ -196,7 +197,7 @@ def test_missing_keys_have_their_official_names() -> None:
 
 
 def test_unknown_method_is_refused() -> None:
-    known = "no converter for method 'nope'; known: clustercam, getam, toco"
+    known = "no converter for method 'nope'; known: clustercam, getam, mctformer, more, toco"
     with pytest.raises(WSSSError, match=known):
         convert_official("nope", {})
 
@@ -395,3 +396,32 @@ def test_files_without_parameters_are_refused(
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(WSSSError, match=r"a\.pth: no such checkpoint"):
         read_state_dict(tmp_path / "a.pth")
+
+
+def test_a_full_disk_is_named_and_leaves_the_former_file(tmp_path: Path) -> None:
+    """Torch itself says "unexpected pos", with neither path nor reason."""
+    path, former = tmp_path / "last.ckpt", {"a": torch.zeros(2)}
+    save_atomically(former, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(WSSSError) as limited:
+            save_atomically({"a": torch.zeros(10_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (tmp_path / ".last.ckpt.tmp").symlink_to("/dev/full")
+    with pytest.raises(WSSSError) as full:
+        save_atomically({"a": torch.zeros(10_000)}, path)
+    for error, reason in ((limited, "File too large"), (full, "No space left on device")):
+        assert str(error.value) == (
+            f"{path}: cannot be written ({reason}); a previous file is untouched; make room there, "
+            "or choose another folder"
+        )
+    assert list(tmp_path.iterdir()) == [path]
+    assert read_state_dict(path)["a"].tolist() == [0, 0]
+
+
+def test_a_checkpoint_that_cannot_be_pickled_is_no_full_disk(tmp_path: Path) -> None:
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        save_atomically({"a": lambda: None}, tmp_path / "last.ckpt")
+    assert not list(tmp_path.iterdir())

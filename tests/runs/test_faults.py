@@ -21,10 +21,12 @@ from wsss.data.builtin import minivoc_root
 from wsss.data.train_masks import CARD_FILE, read_card
 from wsss.evaluation.ledger import past_readings
 from wsss.runs.compose import compose_run
+from wsss.runs.config import override_config
 from wsss.runs.folder import load_run
 from wsss.runs.masks import write_masks
 from wsss.runs.prepare import prepare
 from wsss.runs.wandb import run_id
+from wsss.training.run import train
 
 TINY = [
     "method=toco",
@@ -234,6 +236,8 @@ NONSENSE = [
     (["gallery=1e9"], "gallery=1000000000.0"),
     (["gallery=-1"], "gallery=-1"),
     (["seed=-1"], "seed=-1"),
+    (["runs_dir={a:1}"], "runs_dir={'a': 1}: expected"),
+    (["study={a:1}"], "study={'a': 1}: expected"),
     (["seed=4294967296"], "seed=4294967296"),
     (["objective=nope"], "objective='nope'"),
     (["study=/etc"], "study='/etc'"),
@@ -273,6 +277,41 @@ def test_nonsense_is_refused_before_anything_is_written(
     assert message in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_in_python_that_lacks_a_key_is_named(tmp_path: Path) -> None:
+    config = compose_run([*TINY, f"runs_dir={tmp_path}"])
+    for key in ("seed", "method"):
+        given = {name: value for name, value in config.items() if name != key}
+        with pytest.raises(WSSSError, match=rf"^{key} is missing in the configuration given; add"):
+            train(given)
+    with pytest.raises(WSSSError, match=r"method\.lr=-1: expected a number greater than 0"):
+        train(config | {"method": config["method"] | {"lr": -1}})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.log_every_n_steps=!!python/x", "cannot be read as a value"),
+        ("trainer.log_every_n_steps=[", "cannot be read as a value"),
+        ("eval.seg_scales={a:1}", "expected what is there now, a list or a group"),
+        ("runs_dir={a:1}", r"runs_dir=\{'a:1': None\}: expected"),
+        ("x" * 3000 + "=1", "unknown key"),
+        ("x" * 3000, "expected KEY=VALUE"),
+    ],
+)
+def test_changes_that_fit_nothing_are_one_short_line(override: str, message: str) -> None:
+    with pytest.raises(WSSSError, match=message) as caught:
+        override_config(compose_run(TINY), [override])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_long_overrides_are_cut() -> None:
+    with pytest.raises(WSSSError, match="several values are swept") as caught:
+        compose_run([*TINY, "+backbone+=" + "x" * 3000])
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_phase_beyond_the_run_is_refused(tmp_path: Path) -> None:

@@ -200,9 +200,16 @@ def build_workspace(
         settings=ws.WorkspaceSettings(x_axis="trainer/global_step", max_runs=50),
         runset_settings=ws.RunsetSettings(
             filters=[ws.Metric("Group").isin(groups)],
-            groupby=[ws.Config(key) for key in ("method_name", *varied)],
+            groupby=[ws.Config(key) for key in ("method_name", *_supervision(runs), *varied)],
         ),
     )
+
+
+def _supervision(runs: Sequence[LoggedRun]) -> list[str]:
+    """Give the key that W&B has the supervision under, where a study has more than one."""
+    protocols = [split.get("protocol") or {} for run in runs for split in run.splits.values()]
+    found = {protocol.get("supervision") for protocol in protocols}
+    return ["supervision"] if len(found) > 1 else []
 
 
 def _import_workspaces() -> tuple[Any, Any]:

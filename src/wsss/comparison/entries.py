@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from wsss.core.errors import WSSSError
 from wsss.core.failures import one_line
 from wsss.core.files import first_line
+from wsss.core.supervision import supervision_on
 from wsss.evaluation.per_image import mean_iou, per_image_counts
 from wsss.results.store import CELLS_FILE, RESULTS_FILE, look_up, read_cells, read_results
 from wsss.runs.targets import with_current_targets
@@ -65,9 +66,13 @@ class Entry:
         """The protocol, with the data's name and hashes and the holdout's."""
         protocol = self.metrics["protocol"]
         hashes = self.metrics.get("data_sha256") or {}
+        backbone = protocol.get("backbone")
+        known = backbone if isinstance(backbone, Mapping) else {}
         return {
             "data": self.results["data"],
             **protocol,
+            # cards of an earlier version do not name every tower of CLIP's kind
+            "supervision": supervision_on(str(protocol.get("supervision")), known),
             "labels_sha256": hashes.get("labels"),
             "masks_sha256": hashes.get("masks"),
             "holdout_list_sha256": look_up(protocol, ("holdout", "list_sha256")),
@@ -147,7 +152,7 @@ def _check_counts(entry: Entry, metric: str, origin: str) -> None:
         return
     kind, exclude = MIOUS[metric]
     cells, number = entry.cells.get(kind), len(entry.classes)
-    if cells is None:
+    if cells is None or not len(cells):
         raise WSSSError(f"{entry.folder / CELLS_FILE}: has no counts of {kind}; {entry.mend}")
     if (cells[:, 1] >= number * (number + 1)).any():
         raise WSSSError(f"{entry.folder / CELLS_FILE}: counts other classes; {entry.mend}")

@@ -1,16 +1,17 @@
 """``KEY=VALUE`` arguments of the verbs that are not composed by Hydra."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from wsss.core.errors import WSSSError
 from wsss.core.failures import one_line
-from wsss.core.schema import check_value, nearest_key
+from wsss.core.files import first_line
+from wsss.core.schema import check_value, nearest
 
 T = TypeVar("T")
 
@@ -40,15 +41,20 @@ def parse_arguments(
             raise WSSSError(f"{one_line(argument, 200)!r}: expected KEY=VALUE")
         (others if key.split(".")[0] in passed_on else settings).append(argument)
     merged: Any = OmegaConf.structured(schema)
+    kinds, texts = get_type_hints(schema), {}
     for argument in settings:
-        key = argument.partition("=")[0]
-        if key not in {field.name for field in fields(schema)}:  # type: ignore[arg-type]
-            raise WSSSError(f"{one_line(key, 200)}: unknown key{nearest_key(key, merged)}")
+        key, _, value = argument.partition("=")
+        if key not in kinds:
+            raise WSSSError(_unknown(key, list(kinds), passed_on))
+        if kinds[key] is str or (kinds[key] == str | None and value != "null"):
+            texts[key] = value  # as it stands: YAML would read 007 as 7 and #x as nothing
+            merged[key] = ""
+            continue
+        texts.pop(key, None)
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([argument]))
+            merged = OmegaConf.merge(merged, read_override(argument))
         except OmegaConfBaseException as error:
-            kind = get_type_hints(schema)[key]
-            expected = getattr(kind, "__name__", str(kind))
+            expected = getattr(kinds[key], "__name__", str(kinds[key]))
             raise WSSSError(
                 f"{one_line(argument, 200)}: expected {expected}, lists as {key}=[a,b]"
             ) from error
@@ -56,9 +62,37 @@ def parse_arguments(
     if missing:
         raise WSSSError(f"{missing[0]} is missing; give it on the command line: {missing[0]}=...")
     chosen: Any = OmegaConf.to_object(merged)
+    for name, text in texts.items():
+        setattr(chosen, name, text)
     for name, kind in get_type_hints(schema, include_extras=True).items():
         check_value(name, getattr(chosen, name), kind)
     return chosen, others
+
+
+def read_override(override: str) -> DictConfig:
+    """Read ``KEY=VALUE``, whose value is YAML.
+
+    Raises:
+        WSSSError: the value is none.
+    """
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise WSSSError(
+            f"{one_line(override, 200)}: cannot be read as a value ({first_line(error)}); quote a "
+            "text twice: KEY=\"'TEXT'\""
+        ) from error
+
+
+def _unknown(key: str, names: Sequence[str], passed_on: Sequence[str]) -> str:
+    """Say of a key that there is none, and what may be given: arguments, and groups of a run's."""
+    said = one_line(key, 200)
+    if "." in key and passed_on:
+        return (
+            f"{said}: cannot be changed here; give {', '.join(names)}, or a key of the run's "
+            f"configuration that begins with {' or '.join(passed_on)}"
+        )
+    return f"{said}: unknown key{nearest(key, names)}"
 
 
 def split_arguments(schema: type[T], arguments: Sequence[str]) -> tuple[list[Path], T]:

@@ -80,11 +80,14 @@ def parameters_of(target: type) -> dict[str, inspect.Parameter]:
     fields of ``settings`` stand beside the other keys, and quirks are ``official_compat`` (all of
     them) and ``quirks`` (single ones by name).
     """
-    signature = inspect.signature(target)
     constructor: Any = target.__init__  # type: ignore[misc]  # the class itself, not a subclass
+    # of a dataclass the fields, also where it has a __new__ that takes whatever is given
+    signature = inspect.signature(constructor if is_dataclass(target) else target)
     hints = typing.get_type_hints(constructor, include_extras=True)
     parameters: dict[str, inspect.Parameter] = {}
     for name, parameter in signature.parameters.items():
+        if name == "self":
+            continue
         annotation = hints.get(name, Any)
         if name == "settings" and is_dataclass(annotation):
             parameters |= parameters_of(annotation)  # type: ignore[arg-type]
@@ -143,7 +146,7 @@ def check_node(
         if key not in known:
             raise WSSSError(f"{prefix}{key}: unknown key{nearest(key, known, prefix)}")
         annotation = parameters[key].annotation
-        nested = isinstance(value, dict) and ("_target_" in value or not path)
+        nested = isinstance(value, dict) and ("_target_" in value or is_dataclass(annotation))
         if is_dataclass(annotation) and path:
             inner = parameters_of(annotation)  # type: ignore[arg-type]
             check_node({} if value is None else value, inner, f"{prefix}{key}", supplied=set())
@@ -226,6 +229,8 @@ def _expected(annotation: Any, error: ValidationError) -> str:
     if first["type"] in RANGES:
         null = ", or null" if type(None) in _kinds(annotation) else ""
         return f"{reason.replace('input should be', 'a number').replace('a number a', 'a')}{null}"
+    if first["type"] == "too_short":
+        return f"{_named(annotation)}, at least {first['ctx']['min_length']} of them"
     return f"{_named(annotation)} ({reason})"
 
 
@@ -245,6 +250,20 @@ def _named(annotation: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a group of keys"
     return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
+
+
+def check_names(cls: type, given: Iterable[str], path: str) -> None:
+    """Raise WSSSError where an argument is no field of a dataclass, with the nearest one.
+
+    Args:
+        cls: the dataclass.
+        given: names of arguments.
+        path: dotted key of the group that describes it, for the error.
+    """
+    names = [field.name for field in fields(cls)]
+    for name in given:
+        if name not in names:
+            raise WSSSError(f"{path}.{name}: unknown key{nearest(name, names, f'{path}.')}")
 
 
 def nearest(key: str, valid: Mapping[str, Any] | Sequence[str], prefix: str = "") -> str:

@@ -29,7 +29,7 @@ from wsss.data.dataset import (
     missing_files,
     no_class_shown,
 )
-from wsss.data.images import TURNED, orientation, read_mask, read_rgb, voc_palette
+from wsss.data.images import TURNED, image_size, orientation, read_mask, read_rgb, voc_palette
 from wsss.data.prepare import coco, voc
 from wsss.data.table import CLASSES_FILE, PICKLES, Table, joined, read_classes, read_table
 from wsss.data.voc import VOCLabels, derive_labels
@@ -350,6 +350,7 @@ def look(sample: Sample, num_classes: int, split: str) -> Look:
     tag = 1
     try:
         size = read_rgb(sample.image).shape[:2]
+        image_size(sample.image)  # what a run looks at before it starts is stricter in places
         tag = orientation(sample.image)
         image_sha256 = hashlib.sha256(sample.image.read_bytes()).hexdigest()
     except WSSSError as error:

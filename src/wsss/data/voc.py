@@ -74,7 +74,7 @@ def read_names(path: Path, split: str) -> dict[str, int]:
         The names in their order, with the numbers of their lines.
 
     Raises:
-        WSSSError: the list is missing, empty, not text, or names an image twice.
+        WSSSError: the list is missing, empty, not text, holds a NUL, or names an image twice.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -93,6 +93,10 @@ def read_names(path: Path, split: str) -> dict[str, int]:
         name = line.strip()
         if len(name) > 2 and name[0] == name[-1] == '"':
             name = name[1:-1]
+        if "\0" in name:  # of UTF-16, for one; no file has such a name
+            raise WSSSError(
+                f"list {path} line {number} has a NUL character; save the list as UTF-8 text"
+            )
         if name in seen:
             raise WSSSError(
                 f"list {path} names {name!r} twice (lines {seen[name]} and {number}); remove one"
@@ -139,7 +143,7 @@ def labels_from_xml(path: Path, class_names: Sequence[str]) -> NDArray[np.float3
     try:
         objects = ET.parse(path).getroot().iterfind("object")
         names = [(item.findtext("name") or "").strip() for item in objects]
-    except (ET.ParseError, OSError, UnicodeDecodeError) as error:
+    except (ET.ParseError, OSError, ValueError, LookupError) as error:  # also of its encoding
         raise WSSSError(
             f"annotation {path} cannot be read ({error}); expected VOC XML, copy it again"
         ) from error

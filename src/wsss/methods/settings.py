@@ -7,7 +7,7 @@ field's type, so a wrong value is refused with the same words everywhere.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 from wsss.core.errors import WSSSError
 from wsss.core.ranges import (
@@ -21,7 +21,7 @@ from wsss.core.ranges import (
     Share,
     Some,
 )
-from wsss.core.schema import check_fields
+from wsss.core.schema import check_fields, check_names
 
 __all__ = [
     "BelowOne",
@@ -45,11 +45,17 @@ class Settings:
     """Base of a method's settings, a frozen dataclass with keyword-only fields.
 
     Raises:
-        WSSSError: a value that is not of its field's type and range, or two that contradict each
-            other (:meth:`check`); it names the key as YAML does, ``method.lr``.
+        WSSSError: a name that is no field, a value that is not of its field's type and range, or
+            two that contradict each other (:meth:`check`); it names the key as YAML does,
+            ``method.lr``.
     """
 
     max_steps: Count  # optimiser steps of the whole run, the length of every schedule
+
+    def __new__(cls, **given: Any) -> Self:
+        """Refuse names that are no field, before Python does without the nearest one."""
+        check_names(cls, given, "method")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_fields(self, "method")
@@ -97,6 +103,11 @@ class ThresholdSettings(Settings):
 @dataclass(frozen=True, kw_only=True)
 class QuirkSwitches:
     """Base of what an official code does otherwise: one boolean a quirk, all off by default."""
+
+    def __new__(cls, **given: Any) -> Self:
+        """Refuse names that are no field, before Python does without the nearest one."""
+        check_names(cls, given, "method.quirks")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_fields(self, "method.quirks")

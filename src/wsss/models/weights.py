@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from wsss.core.errors import WSSSError
-from wsss.core.files import first_line, whole_file
+from wsss.core.files import cannot_write, first_line, whole_file
 from wsss.core.places import PACKAGE
 
 
@@ -37,6 +37,12 @@ def read_torch_file(path: Path) -> Any:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
+                script = any(name.endswith("/constants.pkl") for name in archive.namelist())
+            if script:
+                raise WSSSError(
+                    f"{path}: is a TorchScript archive, which holds code; take the same weights as "
+                    "plain tensors, such as open_clip's or timm's .safetensors"
+                )
             if damaged is not None:
                 raise WSSSError(
                     f"{path}: is damaged, the checksum of {damaged} does not fit; copy it again"
@@ -54,7 +60,8 @@ def read_torch_file(path: Path) -> Any:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read the parameters in a ``.safetensors`` file or a torch checkpoint.
 
-    Torch files may hold the parameters directly or under ``state_dict`` or ``model``.
+    Torch files may hold the parameters directly or under ``state_dict``, ``model`` or
+    ``model_state_dict``.
 
     Raises:
         WSSSError: missing, truncated or unsafe file, or one that holds no parameters.
@@ -69,7 +76,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
                 f"{path}: not a readable .safetensors file ({first_line(error)})"
             ) from error
     content = read_torch_file(path)
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not content:
@@ -87,12 +94,13 @@ def save_atomically(checkpoint: Mapping[str, Any], target: Path) -> None:
         WSSSError: it cannot be written; what was there is untouched.
     """
     try:
-        with whole_file(target) as temporary:
-            torch.save(checkpoint, temporary)
-    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where the disk is full
-        raise WSSSError(
-            f"{target}: cannot be written ({first_line(error)}); a previous file is untouched"
-        ) from error
+        # a stream of ours: torch does not say why its own could not be written
+        with whole_file(target) as temporary, temporary.open("wb") as stream:
+            torch.save(checkpoint, stream)
+    except RuntimeError as error:  # torch's writer ends after the stream has failed
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise cannot_write(target, error.__context__, untouched=True) from error
 
 
 def load_state_dict_strictly(

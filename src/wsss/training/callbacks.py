@@ -1,4 +1,4 @@
-"""What every training has beside the method: checkpoints when it stops, a progress bar."""
+"""What every training has beside the method: checkpoints when it stops, a log, a progress bar."""
 
 import os
 import signal
@@ -11,9 +11,11 @@ import lightning
 import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from wsss.core.errors import WSSSError
+from wsss.core.files import cannot_write
 from wsss.models.weights import read_torch_file, save_atomically
 from wsss.runs.folder import check_checkpoint
 from wsss.training.parallel import GradientAveraging
@@ -141,6 +143,21 @@ class SaveOnStop(Callback):
                 trainer.save_checkpoint(self.path)
             except WSSSError as error:  # what ended the run is reported, not this
                 print(f"wsss train: {error}", file=sys.stderr)
+
+
+class MetricsFile(CSVLogger):
+    """Log to ``metrics.csv``; a full disk ends in an error that names this file."""
+
+    def save(self) -> None:
+        """Write what has been logged since the last time.
+
+        Raises:
+            WSSSError: the file cannot be written.
+        """
+        try:
+            super().save()
+        except OSError as error:
+            raise cannot_write(Path(self.log_dir) / "metrics.csv", error) from error
 
 
 class NamedLosses(TQDMProgressBar):

@@ -2,7 +2,8 @@
 
 The rules that make a mask of overlapping instances are named, because they move numbers
 (field.md, C): which instance is on top, what a crowd region is, that ids are contiguous. The lists
-of the field (82,081 and 40,137 of COCO 2014's images) are those images that have an annotation.
+of the field (82,081 and 40,137 of COCO 2014's images) are those images that have an annotation;
+of a single class the others are listed too, since without them nothing would be without it.
 COCO-style exports of labelme, CVAT and Roboflow take the same way.
 
 Everything that can be refused is refused before the first file is written, so that a file that has
@@ -114,6 +115,12 @@ def prepare_coco(
         run_all(_paint_file, chosen, description=f"masks of {subset.name}", jobs=jobs)
     state = write_table(root / FOLDER, rows, class_names)
     _report(root, subsets, todo)
+    if without := [row.image for row in rows if not row.labels]:
+        print(
+            f"note: {len(without):,} of {len(rows):,} images have no annotation, first "
+            f"{without[0]}; they are listed as images without {class_names[0]!r}, with an empty "
+            "mask: remove those that nobody has looked at"
+        )
     print(f"overlap={overlap} crowd={crowd}, ids 1..{len(class_names)}; {TABLE_FILE} {state}{note}")
     kind = "coco" if class_names == COCO_CLASSES else f"table data.csv={FOLDER}/{TABLE_FILE}"
     print(f"use it as: data={kind} data.root={root}{setting}")
@@ -154,7 +161,7 @@ def _splits(root: Path, subsets: Sequence[Subset]) -> tuple[list[TableRow], str,
         WSSSError: there is no row, or some lists name a split and others do not.
     """
     rows = [row for subset in subsets for row in subset.rows]
-    if not rows:
+    if not any(row.labels for row in rows):
         raise WSSSError(
             f"{subsets[0].content.path} annotates no image; expected at least one annotation"
         )
@@ -175,9 +182,10 @@ def _report(root: Path, subsets: Sequence[Subset], todo: Sequence[Sequence[MaskJ
         table.add_column(heading, justify="left" if first else "right", overflow="fold")
     for subset, made in zip(subsets, todo, strict=True):
         official = OFFICIAL.get(subset_of(subset.content.path))
+        annotated = sum(bool(row.labels) for row in subset.rows)
         note = "-" if official is None else f"{official:,}"
-        note += "" if official in (None, len(subset.rows)) else " (differs)"
-        numbers = (f"{subset.content.total:,}", f"{len(subset.rows):,}", note, f"{len(made):,}")
+        note += "" if official in (None, annotated) else " (differs)"
+        numbers = (f"{subset.content.total:,}", f"{annotated:,}", note, f"{len(made):,}")
         table.add_row(subset.name, *numbers)
     Console().print(table)
 
@@ -275,7 +283,4 @@ def _check_size(job: MaskJob) -> None:
 
 def _paint_file(job: MaskJob) -> None:
     mask = paint(job.picture, overlap=job.overlap, crowd=job.crowd, origin=job.origin)
-    try:
-        write_atomically(job.target, mask_png(mask))
-    except OSError as error:
-        raise WSSSError(f"{job.target} cannot be written ({error.strerror})") from error
+    write_atomically(job.target, mask_png(mask))

@@ -82,12 +82,7 @@ def write_text(path: Path, text: str) -> str:
     """Write a list or table if it is not there already, and say which."""
     if path.is_file() and path.read_bytes() == text.encode():
         return "as it was"
-    try:
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise WSSSError(
-            f"{path} cannot be written ({error.strerror}); make the data's folder writable"
-        ) from error
+    write_atomically(path, text.encode())
     return "written"
 
 
@@ -117,7 +112,8 @@ def check_table(folder: Path, rows: Sequence[TableRow], class_names: Sequence[st
     ]
     if bad:
         raise WSSSError(
-            f"the class {bad[0]!r} holds ; or |, a line break or blanks at its ends; rename it"
+            f"{folder / TABLE_FILE} cannot list the class {bad[0]!r}, which holds ; or |, a line "
+            "break or blanks at its ends; rename it"
         )
     if not rows:
         raise WSSSError(f"nothing to list in {folder / TABLE_FILE}: no image has a label")
@@ -125,7 +121,8 @@ def check_table(folder: Path, rows: Sequence[TableRow], class_names: Sequence[st
     for row in rows:
         if row.image != row.image.strip():
             raise WSSSError(
-                f"the image {row.image!r} has blanks at the ends of its path; rename it"
+                f"{folder / TABLE_FILE} cannot list the image {row.image!r}, which has blanks at "
+                "the ends of its path; rename it"
             )
         name = PurePosixPath(row.image).with_suffix("")
         if name in by_name:

@@ -64,7 +64,8 @@ class Instances(NamedTuple):
     Attributes:
         path: the file.
         class_names: K names, sorted by category id.
-        pictures: the images with at least one annotation, sorted by name.
+        pictures: the images with at least one annotation, sorted by name; where there is one
+            class and this file annotates it, all images: it is learnt from those without it, too.
         total: number of all images.
     """
 
@@ -225,6 +226,8 @@ def _instances(content: _Content, used: set[tuple[Key, str]]) -> Instances:
         )
     class_ids = {key: number for number, key in enumerate(things, start=1)}
     by_image = _group(content, class_ids)
+    if len(class_names) == 1 and by_image:
+        by_image |= {key: [] for key in content.images if key not in by_image}
     pictures = [_picture(content, key, instances) for key, instances in by_image.items()]
     pictures.sort(key=lambda picture: picture.file_name)
     return Instances(path, class_names, pictures, len(content.images))

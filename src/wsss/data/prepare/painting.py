@@ -57,7 +57,7 @@ def look_over(
         for source, results in zip(sources, drawn, strict=True):
             instances = source.picture.instances
             pairs += [(source, *pair) for pair in zip(instances, results, strict=True)]
-            if not content.official and not any(result.area for result in results):
+            if instances and not content.official and not any(result.area for result in results):
                 empty_images.append(source)
     if empty_images:
         source = empty_images[0]

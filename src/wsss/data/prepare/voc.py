@@ -160,10 +160,7 @@ def _make_mask(job: MaskJob) -> None:
                 f"{job.image} is {size[1]}x{size[0]}; expected SBD and VOC of the same images"
             )
         content = mask_png(mask)
-    try:
-        write_atomically(job.target, content)
-    except OSError as error:
-        raise WSSSError(f"{job.target} cannot be written ({error.strerror})") from error
+    write_atomically(job.target, content)
 
 
 def read_sbd_mask(path: Path) -> NDArray[np.uint8]:

@@ -84,4 +84,9 @@ def parse(arguments: Sequence[str]) -> BenchmarkConfig:
         value = getattr(config, key)
         if value is not None and value < least:
             raise WSSSError(f"{key}={value}: must be at least {least}")
+    least, most = config.batch_size, config.batch_size * config.num_classes
+    if config.pairs is not None and not least <= config.pairs <= most:
+        raise WSSSError(
+            f"pairs={config.pairs}: expected {least} to {most}, one to all classes an image"
+        )
     return with_paper_sizes(config) if config.part == "step" else config

@@ -6,9 +6,12 @@ from omegaconf import MISSING
 
 from wsss.core.arguments import parse_arguments
 from wsss.core.devices import choose_device
+from wsss.core.errors import WSSSError
 from wsss.core.ranges import Count
+from wsss.runs.compose import compose_walk
 from wsss.runs.folder import load_run
 from wsss.runs.label_writer import check_source, write_pseudo_labels
+from wsss.training.random_walk import trained_walk
 
 
 @dataclass
@@ -19,6 +22,7 @@ class PseudoArguments:
         run: run folder or ``.ckpt`` file.
         split: list to label; null: the one that the run trained on.
         source: ``cam`` (localisation maps) or ``seg`` (the segmentation head).
+        refine: ``random_walk`` lets the maps walk along learnt affinities; null: as ``eval`` says.
         out: folder for the label maps; null: ``pseudo_labels/SPLIT-HASH`` inside the run folder.
         device: ``auto``, ``cpu``, ``cuda``, ...
         trust: packages beside ``wsss`` whose classes the checkpoint may name; their code is run.
@@ -28,20 +32,44 @@ class PseudoArguments:
     run: str = MISSING
     split: str | None = None
     source: str = "cam"
+    refine: str | None = None
     out: str | None = None
     device: str = "auto"
     trust: list[str] = field(default_factory=list)
     crf_jobs: Count | None = None
 
 
+def parse(arguments: list[str]) -> tuple[PseudoArguments, list[str], list[str]]:
+    """Read the arguments; give also those of the run's configuration and of the random walk.
+
+    Raises:
+        WSSSError: an unknown key, a wrong value, a random walk's key without one.
+    """
+    groups = ("eval", "data", "random_walk")
+    chosen, given = parse_arguments(PseudoArguments, arguments, passed_on=groups)
+    check_source(chosen.source, chosen.refine)  # before the run is read
+    walking = [one for one in given if one.startswith("random_walk")]
+    if walking and not chosen.refine:
+        raise WSSSError(f"{walking[0]}: changes nothing without refine=random_walk")
+    return chosen, [one for one in given if one not in walking], walking
+
+
 def main(arguments: list[str]) -> int:
     """Run the verb."""
-    chosen, overrides = parse_arguments(PseudoArguments, arguments, passed_on=("eval", "data"))
+    chosen, overrides, walking = parse(arguments)
     device = choose_device(chosen.device)
-    check_source(chosen.source)  # before the run is read
+    settings = compose_walk(walking) if chosen.refine else None
     run = load_run(chosen.run, overrides, trust=chosen.trust).to(device)
+    walk = None
+    if settings is not None:
+        walk = trained_walk(run, settings, crf_jobs=chosen.crf_jobs, alone=True)
     folder = write_pseudo_labels(
-        run, split=chosen.split, source=chosen.source, out=chosen.out, crf_jobs=chosen.crf_jobs
+        run,
+        split=chosen.split,
+        source=chosen.source,
+        out=chosen.out,
+        crf_jobs=chosen.crf_jobs,
+        walk=walk,
     )
     print(f"train on them: wsss train +experiments=segmenter/... data.train_masks={folder}")
     return 0

@@ -24,6 +24,11 @@ def class_activation(features: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(features, weight.reshape(weight.shape[0], -1, 1, 1))
 
 
+def detached_activation(features: Tensor, weight: Tensor) -> Tensor:
+    """Apply :func:`class_activation` without gradient to either of its arguments."""
+    return class_activation(features.detach(), weight.detach())
+
+
 def normalise_cam(cam: Tensor, eps: float = 1e-5) -> Tensor:
     """Map every single class map to [0, 1): subtract its minimum, divide by its maximum + eps.
 

@@ -97,14 +97,14 @@ class PermutohedralLattice:
         self._batched = features.ndim == 3
         batch = features.shape[0] if self._batched else 1
         points = features.detach().float().reshape(-1, features.shape[-1])
-        if not bool(torch.isfinite(points).all()):
-            raise WSSSError("permutohedral lattice: features must be finite")
+        finite = torch.isfinite(points).all()
+        # Else the cells' numbers would lead outside of the tables before anybody has looked.
+        points = torch.where(finite, points, 0)
         d = points.shape[1]
         self._normaliser = 1 / (1 + 2.0**-d)
         vertex, rank, self._weights = _enclosing_simplex(_elevate(points))
 
-        image = torch.arange(batch, device=points.device).repeat_interleave(len(points) // batch)
-        keys, strides = self._packed_keys(vertex, rank, image)
+        keys, strides = self._packed_keys(vertex, rank, batch, finite)
         # Stable, so that each vertex sums its points in their own order: the same bits every time.
         order = keys.flatten().argsort(stable=True)
         unique, vertex_of, counts = torch.unique_consecutive(
@@ -120,8 +120,12 @@ class PermutohedralLattice:
         self._neighbours = [self._neighbours_along(unique, strides, axis) for axis in range(d + 1)]
 
     @staticmethod
-    def _packed_keys(vertex: Tensor, rank: Tensor, image: Tensor) -> tuple[Tensor, list[int]]:
+    def _packed_keys(
+        vertex: Tensor, rank: Tensor, batch: int, finite: Tensor
+    ) -> tuple[Tensor, list[int]]:
         """Pack each vertex (its first d coordinates and the image) into one integer.
+
+        The host waits once, for the extents and for whether all is finite.
 
         Returns:
             (P, d + 1) int64 keys of the vertices with remainder 0 .. d, and the place value of each
@@ -135,18 +139,22 @@ class PermutohedralLattice:
         coordinates = vertex[:, None, :d] + step
         low, high = coordinates.amin((0, 1)), coordinates.amax((0, 1))
         # A blur neighbour is up to d away: with that margin it cannot alias another key.
-        extents = (high - low + 1 + 2 * size).tolist()
+        known = torch.cat([high - low + 1 + 2 * size, finite[None].long()])
+        *extents, all_finite = known.tolist()
+        if not all_finite:
+            raise WSSSError("permutohedral lattice: features must be finite")
         strides, place = [], 1
         for extent in extents:
             strides.append(place)
             place *= extent
-        if place * (int(image[-1]) + 1) >= _KEY_LIMIT:
+        if place * batch >= _KEY_LIMIT:
             raise WSSSError(
                 "permutohedral lattice: the features span too many cells for 64-bit keys; use "
                 "larger kernel widths"
             )
-        stride = torch.tensor(strides, device=vertex.device)
+        stride = torch.tensor(strides).to(vertex.device, non_blocking=True)
         keys = ((coordinates - low + size) * stride).sum(-1)
+        image = torch.arange(batch, device=keys.device).repeat_interleave(len(vertex) // batch)
         return keys + image[:, None] * place, strides
 
     @staticmethod
@@ -154,11 +162,9 @@ class PermutohedralLattice:
         """Find the rows of every vertex's two blur neighbours, (2, M); M stands for "not there"."""
         d = len(strides)
         step = -sum(strides) + ((d + 1) * strides[axis] if axis < d else 0)
-        found = []
-        for wanted in (unique + step, unique - step):
-            row = torch.searchsorted(unique, wanted).clamp_max_(len(unique) - 1)
-            found.append(torch.where(unique[row] == wanted, row, len(unique)))
-        return torch.stack(found)
+        wanted = torch.stack([unique + step, unique - step])
+        row = torch.searchsorted(unique, wanted).clamp_max_(len(unique) - 1)
+        return torch.where(unique[row] == wanted, row, len(unique))
 
     def filter(self, values: Tensor) -> Tensor:
         """Filter values that sit at the lattice's points.

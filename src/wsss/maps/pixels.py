@@ -1,5 +1,7 @@
 """Pixels as the encoder sees them, and the label that says nothing."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -35,6 +37,14 @@ def denormalise(images: Tensor) -> Tensor:
     The factors are multiplied by 255 before the image is, which is the arithmetic that decides
     *which* pixels ToCo's truncation lowers by one (golden ``i_train_step``).
     """
-    mean = images.new_tensor([255 * value for value in IMAGENET_MEAN]).view(3, 1, 1)
-    std = images.new_tensor([255 * value for value in IMAGENET_STD]).view(3, 1, 1)
+    mean = numbers_beside(images, [255 * value for value in IMAGENET_MEAN]).view(3, 1, 1)
+    std = numbers_beside(images, [255 * value for value in IMAGENET_STD]).view(3, 1, 1)
     return images * std + mean
+
+
+def numbers_beside(tensor: Tensor, values: Sequence[float]) -> Tensor:
+    """Make a tensor of numbers, of the type and on the device of another one.
+
+    Unlike ``tensor.new_tensor(values)`` this does not wait for what a GPU has still to compute.
+    """
+    return torch.tensor(values, dtype=tensor.dtype).to(tensor.device, non_blocking=True)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsss.core.errors import WSSSError
+from wsss.maps.pixels import numbers_beside
 from wsss.maps.refine.par import PAR
 
 #: how :func:`refine_cam_to_label` gets the best slots; arguments as of :func:`best_slots`
@@ -82,6 +83,38 @@ def cam_probabilities(cam: Tensor, labels: Tensor, *, bg_threshold: float) -> Te
     return torch.cat([threshold.expand_as(odds[:, :1]), odds], dim=1).softmax(dim=1)
 
 
+def alpha_background(maps: Tensor, alpha: float) -> Tensor:
+    """Score the background by ``(1 - max_k m_k) ** alpha`` (mctformer.md section 5).
+
+    A larger ``alpha`` leaves less to the background: it then wins only where every map is low.
+
+    Args:
+        maps: (B, K, H, W) scores in [0, 1], zero for classes that an image does not show.
+        alpha: exponent, above 0.
+
+    Returns:
+        (B, 1, H, W) scores in [0, 1].
+    """
+    return (1.0 - maps.amax(dim=1, keepdim=True)) ** alpha
+
+
+def confident_labels(
+    against_high: Tensor, against_low: Tensor, *, ignore_index: int = 255
+) -> Tensor:
+    """Keep what two levels of the background agree on (mctformer.md section 5, step 1).
+
+    Args:
+        against_high: (..., H, W) class ids that won against a high background score.
+        against_low: (..., H, W) class ids that won against a low one.
+        ignore_index: written where only the high background won.
+
+    Returns:
+        (..., H, W): 0 where even the low background won, else the class, or ``ignore_index``.
+    """
+    label = against_high.masked_fill(against_high == 0, ignore_index)
+    return label.masked_fill(against_low == 0, 0)
+
+
 def roi_mask(cam: Tensor, labels: Tensor, *, high: float, low: float) -> Tensor:
     """Divide the image into background (0), uncertain (1) and foreground (2), for CTC crops.
 
@@ -120,6 +153,26 @@ def inside_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
     return in_rows[:, :, None] & in_columns[:, None, :]
 
 
+def whole_boxes(images: Tensor) -> Tensor:
+    """Give boxes (B, 4) that hold every pixel of images (B, C, H, W)."""
+    return torch.tensor([[0, images.shape[-2], 0, images.shape[-1]]]).repeat(len(images), 1)
+
+
+def boxes_in_patches(boxes: Tensor, patch: int) -> Tensor:
+    """Give the patches that lie wholly inside boxes of pixels.
+
+    Args:
+        boxes: (B, 4) integers: row start, row end, column start, column end, ends excluded.
+        patch: side of a patch in pixels.
+
+    Returns:
+        (B, 4), the same in patches; an end may lie before its start, where none fits.
+    """
+    start = (boxes[:, 0::2] + patch - 1).div(patch, rounding_mode="floor")
+    end = boxes[:, 1::2].div(patch, rounding_mode="floor")
+    return torch.stack([start[:, 0], end[:, 0], start[:, 1], end[:, 1]], dim=1)
+
+
 def ignore_outside_boxes(label: Tensor, boxes: Tensor, ignore_index: int = 255) -> Tensor:
     """Replace labels outside each image's box (the real pixels of a padded crop).
 
@@ -134,6 +187,32 @@ def ignore_outside_boxes(label: Tensor, boxes: Tensor, ignore_index: int = 255) 
     """
     inside = inside_boxes(boxes.to(label.device), *label.shape[-2:])
     return label.masked_fill(~inside, ignore_index)
+
+
+def token_labels(
+    cam: Tensor,
+    labels: Tensor,
+    grid: tuple[int, int],
+    boxes: Tensor,
+    *,
+    high: float,
+    low: float,
+) -> Tensor:
+    """Label tokens as :func:`cam_to_label_with_ignore` does, from maps resized to their grid.
+
+    Args:
+        cam: (B, K, H, W) scores in [0, 1].
+        labels: (B, K) image-level labels, 0 or 1.
+        grid: h and w in tokens.
+        boxes: as of :func:`ignore_outside_boxes`, in tokens.
+        high: scores above it are foreground.
+        low: scores at or below it are background.
+
+    Returns:
+        (B, h, w) int64 class ids, 255 where undecided and outside the boxes.
+    """
+    small = F.interpolate(cam, size=grid, mode="bilinear", align_corners=False)
+    return ignore_outside_boxes(cam_to_label_with_ignore(small, labels, high=high, low=low), boxes)
 
 
 def present_slots(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +242,7 @@ def packed_scores(
     packed = (cam * labels[:, :, None, None].to(cam.dtype)).gather(1, chosen)
     packed = F.interpolate(packed, size=size, mode="bilinear", align_corners=False)
     scores = packed[:, None].repeat(1, len(backgrounds), 1, 1, 1)
-    scores[:, :, 0] = cam.new_tensor(backgrounds)[None, :, None, None]
+    scores[:, :, 0] = numbers_beside(cam, backgrounds)[None, :, None, None]
     return scores
 
 

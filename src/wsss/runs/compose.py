@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wsss.core.errors import WSSSError
+from wsss.core.failures import one_line
 from wsss.core.places import config_root
 from wsss.core.schema import nearest, nearest_key
 from wsss.runs.config import check_config, plain
@@ -142,10 +143,10 @@ def _unquoted(overrides: Sequence[str]) -> str:
         except HydraException:
             if not equals:
                 continue
-        line = f"{key}={quoted(value)}"
+        line = one_line(f"{key}={quoted(value)}", 300)
         return (
-            f"{override}: several values are swept with -m; a text with , = or brackets is quoted "
-            f'twice, "{line}" (lists: [a,b])'
+            f"{one_line(override, 300)}: several values are swept with -m; a text with , = or "
+            f'brackets is quoted twice, "{line}" (lists: [a,b])'
         )
     return ""
 
@@ -179,3 +180,16 @@ def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
 def compose_run(overrides: list[str]) -> dict[str, Any]:
     """Compose the resolved configuration of ``wsss train`` with these overrides."""
     return plain(compose_config(overrides))
+
+
+def compose_walk(overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose the settings of a random walk.
+
+    Args:
+        overrides: ``random_walk=NAME`` and ``random_walk.KEY=VALUE``.
+
+    Raises:
+        WSSSError: no such choice or key.
+    """
+    walk: dict[str, Any] = plain(_compose(overrides, "pseudo"))["random_walk"]
+    return walk

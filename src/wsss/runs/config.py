@@ -15,7 +15,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from wsss.core.arguments import read_override
 from wsss.core.errors import WSSSError
+from wsss.core.failures import one_line
 from wsss.core.ranges import (
     Count,
     Devices,
@@ -35,6 +37,7 @@ from wsss.core.schema import (
     check_fields,
     check_finite,
     check_node,
+    check_value,
     nearest,
     nearest_key,
     parameters_of,
@@ -42,6 +45,7 @@ from wsss.core.schema import (
     targets,
 )
 from wsss.evaluation.protocol import Protocol
+from wsss.maps.refine.random_walk import WalkSettings
 from wsss.results.store import NUMBERS
 from wsss.runs.stored import check_place
 from wsss.runs.targets import with_former_targets
@@ -100,7 +104,7 @@ class LoggerConfig:
         name: of the run; None: that of its folder.
         group: of runs; None: the study.
         job_type: kind of run; None: ``train`` or ``second-stage``.
-        tags: beside method, data set and encoder, which are always tags; 1 to 64 characters each.
+        tags: beside method, data set, encoder and supervision; 1 to 64 characters each.
         checkpoints: also store the last checkpoint, as an artifact.
     """
 
@@ -224,7 +228,12 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 #: what a second stage says for itself; all else is the first one's
-SECOND_STAGE = ("source", "method", "backbone", "data", "eval", "budget", "trainer")
+SECOND_STAGE = (
+    *("source", "refine", "random_walk"),
+    *("method", "backbone", "data", "eval", "budget", "trainer"),
+)
+#: what a random walk says beside its own settings; all else is the run's whose maps walk
+AFFINITY_RUN = ("method", "backbone", "data", "budget", "trainer")
 
 
 def second_stage_config(config: Mapping[str, Any], train_masks: str) -> dict[str, Any]:
@@ -233,7 +242,7 @@ def second_stage_config(config: Mapping[str, Any], train_masks: str) -> dict[str
     Args:
         config: resolved configuration with a ``second_stage``: its method, encoder and protocol
             take the first stage's places, its other keys are laid over the first stage's;
-            ``source`` says what `wsss pseudo` makes the labels from.
+            ``source``, ``refine`` and ``random_walk`` say how `wsss pseudo` makes the labels.
         train_masks: the folder of pseudo labels.
 
     Raises:
@@ -246,9 +255,30 @@ def second_stage_config(config: Mapping[str, Any], train_masks: str) -> dict[str
     for key in ("method", "backbone", "eval"):
         if key not in second:
             raise WSSSError(f"second_stage.{key} is missing; see experiments/tkp_pcl/minivoc.yaml")
-    merged = {**config, **{key: second[key] for key in ("method", "backbone", "eval")}}
+    return _on_masks(config, second, train_masks, replaced=("method", "backbone", "eval"))
+
+
+def affinity_config(
+    config: Mapping[str, Any], walk: Mapping[str, Any], train_masks: str
+) -> dict[str, Any]:
+    """Make the resolved configuration under which a random walk's network is trained.
+
+    Args:
+        config: resolved configuration of the run whose maps walk.
+        walk: a choice of ``conf/random_walk``.
+        train_masks: the folder of confident labels.
+    """
+    replaced = ("method", "backbone") if walk.get("backbone") else ("method",)
+    return _on_masks(config, walk, train_masks, replaced=replaced)
+
+
+def _on_masks(
+    config: Mapping[str, Any], node: Mapping[str, Any], train_masks: str, replaced: Sequence[str]
+) -> dict[str, Any]:
+    """Make a configuration that trains on masks of a run: some groups replaced, others overlaid."""
+    merged = {**config, **{key: node[key] for key in replaced}}
     for key in ("data", "budget", "trainer"):
-        merged[key] = {**config[key], **second.get(key, {})}
+        merged[key] = {**config[key], **(node.get(key) or {})}
     # these were read from the first stage's budget
     merged["data"]["global_batch_size"] = merged["budget"]["global_batch_size"]
     merged["trainer"]["max_steps"] = merged["budget"]["max_steps"]
@@ -256,6 +286,63 @@ def second_stage_config(config: Mapping[str, Any], train_masks: str) -> dict[str
     # what the first stage saw beside image labels is on its pseudo labels' card
     merged["data"].pop("saliency_folder", None)
     return merged | {"second_stage": None}
+
+
+def check_walk(config: Mapping[str, Any], walk: Any, path: str = "random_walk") -> WalkSettings:
+    """Check what a random walk is set to; give the walk's own settings.
+
+    Args:
+        config: resolved configuration of the run whose maps walk.
+        walk: a choice of ``conf/random_walk``.
+        path: its dotted key, for errors.
+
+    Raises:
+        WSSSError: a key that is unknown or missing, a wrong type, a value out of range.
+    """
+    own = {field.name for field in fields(WalkSettings)}
+    if not isinstance(walk, Mapping):
+        raise WSSSError(f"{path}={walk!r}: expected a choice of conf/random_walk")
+    for key in walk:
+        if key not in {*own, *AFFINITY_RUN}:
+            known = sorted({*own, *AFFINITY_RUN})
+            raise WSSSError(f"{path}.{key}: unknown key{nearest(key, known, f'{path}.')}")
+    for key in ("method", "data", "budget"):
+        if key not in walk:
+            raise WSSSError(f"{path}.{key} is missing; see conf/random_walk/vit.yaml")
+    for key in sorted(own & walk.keys()):
+        check_value(f"{path}.{key}", walk[key], parameters_of(WalkSettings)[key].annotation)
+    settings = WalkSettings(**{key: walk[key] for key in own & walk.keys()})
+    for inner, node in targets(dict(walk)):
+        check_node(
+            node,
+            parameters_of(target_class(node["_target_"], f"{path}.{inner}")),
+            f"{path}.{inner}",
+            supplied=SUPPLIED,
+        )
+    check_config(OmegaConf.create(affinity_config(config, walk, "written before")))
+    return settings
+
+
+def check_refinement(config: Mapping[str, Any]) -> None:
+    """Check how a second stage's labels are refined.
+
+    Raises:
+        WSSSError: an unknown refinement, or one without its settings.
+    """
+    second = config["second_stage"]
+    refine, walk = second.get("refine"), second.get("random_walk")
+    if refine not in (None, "random_walk"):
+        raise WSSSError(f"second_stage.refine={refine}: expected random_walk, or null")
+    if (refine is None) != (walk is None):
+        raise WSSSError(
+            "second_stage.refine=random_walk and the settings in second_stage.random_walk need "
+            "each other: give +second_stage.refine=random_walk "
+            "+random_walk@second_stage.random_walk=vit"
+        )
+    if walk is not None and second.get("source", "cam") != "cam":
+        raise WSSSError(f"second_stage.source={second['source']}: a random walk needs source=cam")
+    if walk is not None:
+        check_walk(config, walk, "second_stage.random_walk")
 
 
 def check_config(config: DictConfig) -> None:
@@ -285,12 +372,30 @@ def check_config(config: DictConfig) -> None:
     _check_group(content["logger"], LoggerConfig, "logger")
     if content.get("second_stage"):
         check_config(OmegaConf.create(second_stage_config(content, "written by the first stage")))
+        check_refinement(content)
 
 
 def _check_group(node: Any, schema: type, path: str) -> None:
     """Check a group without a target against the dataclass that takes it."""
     check_node(node, parameters_of(schema), path, supplied=set())
     schema(**node)  # its own checks of values
+
+
+def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a whole configuration that Python code gives.
+
+    Raises:
+        WSSSError: a missing or unknown key, a wrong type.
+    """
+    node = OmegaConf.create(dict(config))
+    try:
+        check_config(node)
+    except MissingKeyError as error:
+        raise WSSSError(
+            f"{error.key} is missing in the configuration given; add it, or give what follows "
+            "`wsss train` as a list, ['method=toco', 'data=minivoc'], where all else has a default"
+        ) from error
+    return plain(node)
 
 
 def override_config(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -304,10 +409,15 @@ def override_config(config: dict[str, Any], overrides: list[str]) -> dict[str, A
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
-            raise WSSSError(f"{override!r}: expected KEY=VALUE")
+            raise WSSSError(f"{one_line(override, 200)!r}: expected KEY=VALUE")
         if OmegaConf.select(node, key, default=_ABSENT) is _ABSENT:
-            raise WSSSError(f"{key}: unknown key{nearest_key(key, node)}")
-        node = OmegaConf.merge(node, OmegaConf.from_dotlist([override]))
+            raise WSSSError(f"{one_line(key, 200)}: unknown key{nearest_key(key, node)}")
+        try:
+            node = OmegaConf.merge(node, read_override(override))
+        except OmegaConfBaseException as error:
+            raise WSSSError(
+                f"{one_line(override, 200)}: expected what is there now, a list or a group of keys"
+            ) from error
     try:
         check_config(node)
     except MissingKeyError as error:  # no verb takes every key of a configuration

@@ -62,3 +62,6 @@ def convert(method: str, official: str, out: str, *, overrides: list[str]) -> No
     save_atomically(checkpoint, target)
     count = sum(value.numel() for value in state.values() if isinstance(value, Tensor))
     print(f"{target}: {len(state)} entries, {count:,} parameters of {source} under our names")
+    dropped = [name for name in state if CONVERTERS[method](name) is None]
+    if dropped:
+        print(f"dropped, as the method never uses them: {', '.join(dropped)}")

@@ -17,6 +17,7 @@ from wsss.core.schema import arguments_of, target_class
 from wsss.data.datamodule import TRAINING_LIST, ImageDataModule
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
+from wsss.methods.weclip.texts import STORED
 from wsss.models.backbone import Backbone, WeightsInfo
 from wsss.models.weights import fit_positions, load_state_dict_strictly, read_torch_file
 from wsss.runs.config import config_hash, override_config
@@ -84,7 +85,11 @@ def build_method(node: Mapping[str, Any], backbone: Backbone, num_classes: int) 
 
 
 def build_module(
-    config: dict[str, Any], num_classes: int, *, with_weights: bool = True
+    config: dict[str, Any],
+    num_classes: int,
+    *,
+    with_weights: bool = True,
+    with_texts: bool = True,
 ) -> WSSSModule:
     """Make the method of a resolved configuration on its backbone.
 
@@ -92,12 +97,17 @@ def build_module(
         config: resolved configuration.
         num_classes: K, foreground classes.
         with_weights: load the backbone's stated weights; False when a checkpoint follows.
+        with_texts: read the file of text features that a method compares images with; False when a
+            checkpoint of ours follows, which holds them.
     """
     settings = (
         dict(config["backbone"]) if with_weights else {**config["backbone"], "weights": "random"}
     )
     backbone: Backbone = build(settings)
-    module = build_method(config["method"], backbone, num_classes)
+    method = dict(config["method"])
+    if not with_texts and "text" in method:
+        method["text"] = STORED
+    module = build_method(method, backbone, num_classes)
     module.run_config = config
     return module
 
@@ -179,9 +189,10 @@ def load_run(path: Path | str, overrides: Sequence[str] = (), *, trust: Sequence
     stored = check_stored(with_current_targets(meta["config"]), str(file), trust)
     config = override_config(stored, list(overrides))
     data = build_data(config, for_training=False)
-    module = build_module(config, data.num_classes, with_weights=False)
+    module = build_module(config, data.num_classes, with_weights=False, with_texts=False)
     restore_state(module, checkpoint["state_dict"], str(file))
     module.backbone.weights_info = WeightsInfo(**meta["backbone"])
+    module.files_sha256 = meta.get("files_sha256", {})  # an earlier version wrote none
     callbacks = checkpoint.get("callbacks")
     meter = callbacks.get(CostMeter.state_key) if isinstance(callbacks, dict) else None
     return Run(
@@ -229,7 +240,8 @@ def check_checkpoint(content: Any, path: Path, *, to_resume: bool = False) -> di
             raise WSSSError(f"{path}: its {name} is missing or damaged; copy it again")
     meta, state = content["wsss"], content["state_dict"]
     backbone = meta.get("backbone")
-    if not isinstance(meta.get("config"), dict) or not isinstance(backbone, dict):
+    groups = (meta.get("config"), backbone, meta.get("files_sha256", {}))
+    if not all(isinstance(group, dict) for group in groups):
         raise WSSSError(f"{path}: its configuration is missing or damaged; copy it again")
     if backbone.keys() != {field.name for field in fields(WeightsInfo)}:
         raise WSSSError(f"{path}: what it says of its encoder's weights is damaged; copy it again")
@@ -257,6 +269,7 @@ def restore_state(module: WSSSModule, state: dict[str, Tensor], origin: str) -> 
     """
     if "backbone.vit.pos_embed" in state:  # convolutional encoders have none
         fit_positions(module.backbone.vit, state["backbone.vit.pos_embed"])
+    module.fit_to(state)
     load_state_dict_strictly(module, state, origin)
 
 

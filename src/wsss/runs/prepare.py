@@ -42,6 +42,7 @@ def prepare(config: Mapping[str, Any]) -> Run:
     if protocol.holdout_per_class:
         Holdout(data, protocol)
     module = build_module(settings, data.num_classes)
+    module.check_classes(data.class_names)
     crop, patch = settings["budget"]["crop_size"], module.backbone.patch_size
     if patch > crop:
         raise WSSSError(f"budget.crop_size={crop}: smaller than one patch of {patch} px")

@@ -12,7 +12,7 @@ from wsss.core.errors import WSSSError
 from wsss.core.files import make_writable
 from wsss.core.lock import lock
 from wsss.core.ranks import is_first_process
-from wsss.core.supervision import PIXEL_MASKS
+from wsss.core.supervision import supervision_on
 from wsss.data.datamodule import ImageDataModule
 from wsss.data.train_masks import read_card
 from wsss.evaluation.card import protocol_card
@@ -202,6 +202,8 @@ def _measure(run: Run, split: _Split) -> dict[str, Any]:
         "train_list_sha256": run.train_list,
         "train_masks": read_card(run.data.train_masks),
     }
+    if run.module.files_sha256:
+        metrics["protocol"]["files_sha256"] = dict(run.module.files_sha256)
     if split.name != HOLDOUT:
         metrics["data_sha256"] = data_hashes(run.data, split.name)
     return metrics
@@ -259,9 +261,4 @@ def apply_threshold(metrics: dict[str, Any], chosen: dict[str, Any]) -> None:
 
 def supervision_of_run(module: WSSSModule, data: ImageDataModule) -> str:
     """Name the supervision: what training sees, and what the encoder was trained with."""
-    if PIXEL_MASKS in module.backbone.weights_info.pretraining:
-        return PIXEL_MASKS
-    info = module.backbone.weights_info.as_dict()
-    if "clip" in f"{info.get('name')} {info.get('pretraining')}".lower():
-        return f"{data.supervision} + CLIP"
-    return data.supervision
+    return supervision_on(data.supervision, module.backbone.weights_info.as_dict())

@@ -44,7 +44,7 @@ def check_place(target: type, name: str, path: str) -> None:
         name: as the configuration has it.
         path: dotted key of the node that names it.
     """
-    kinds = PLACES.get(path.removeprefix("second_stage."))
+    kinds = PLACES.get(_place(path))
     if kinds is None:
         raise WSSSError(
             f"{path}._target_={name}: no class belongs there, only to {', '.join(PLACES)}"
@@ -54,6 +54,11 @@ def check_place(target: type, name: str, path: str) -> None:
         raise WSSSError(
             f"{path}._target_={name}: expected {expected or 'a transform, called with (rgb, rng)'}"
         )
+
+
+def _place(path: str) -> str:
+    """Give the place of a node; in the part of a second stage or a network it is the same."""
+    return path.removeprefix("second_stage.").removeprefix("random_walk.")
 
 
 def _takes_draws(target: type) -> bool:
@@ -107,7 +112,7 @@ def _leaves(node: Any, origin: str, path: str = "", depth: int = 0) -> Iterator[
 
 def _check_target(name: Any, path: str, origin: str, trusted: Sequence[str]) -> None:
     """Refuse a class by its name, or by what our own module holds under it."""
-    place = path.removeprefix("second_stage.")
+    place = _place(path)
     wrong = f"{origin}: its {path}._target_ is {str(name)[:80]!r}"
     if not isinstance(name, str) or place not in PLACES:
         raise WSSSError(f"{wrong}; no class belongs there")

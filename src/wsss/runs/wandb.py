@@ -23,11 +23,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
 from wsss.core.places import PACKAGE
+from wsss.core.supervision import IMAGE_LABELS
 from wsss.results.gallery import Gallery
 from wsss.runs.config import LoggerConfig
 from wsss.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, method_name
 
 ID_FILE = "wandb_id.txt"
+LONGEST_TAG = 64  # characters
 #: what W&B's confusion matrix chart calls its columns
 CONFUSION_COLUMNS = ("Actual", "Predicted", "nPredictions")
 
@@ -76,7 +78,9 @@ def import_wandb(what: str = "logger=wandb", mend: str = ", or give logger=csv")
         raise WSSSError(f"{what} needs the package wandb (pip install wandb){mend}") from error
 
 
-def make_wandb_logger(config: Mapping[str, Any], folder: Path) -> WandbLogger:
+def make_wandb_logger(
+    config: Mapping[str, Any], folder: Path, supervision: str = IMAGE_LABELS
+) -> WandbLogger:
     """Make the W&B logger of a run.
 
     Without a key it works offline; ``wsss sync`` uploads the folder later. ``WANDB_MODE`` of the
@@ -86,6 +90,7 @@ def make_wandb_logger(config: Mapping[str, Any], folder: Path) -> WandbLogger:
         config: resolved configuration; its ``logger`` names project, name, group, job type and
             tags (:class:`wsss.runs.config.LoggerConfig`), and all of it is stored with the run.
         folder: the run folder.
+        supervision: what the run learns from; a tag, and a key to filter and group by.
 
     Returns:
         A Lightning logger.
@@ -98,6 +103,7 @@ def make_wandb_logger(config: Mapping[str, Any], folder: Path) -> WandbLogger:
     settings, method = LoggerConfig(**config["logger"]), method_name(config)
     stage = "second-stage" if config["data"].get("train_masks") else "train"
     described = [method, config["data"]["name"], config["backbone"]["name"]]
+    described.append(supervision[:LONGEST_TAG])
     return WandbLogger(
         project=settings.project,
         entity=settings.entity,
@@ -110,12 +116,14 @@ def make_wandb_logger(config: Mapping[str, Any], folder: Path) -> WandbLogger:
         offline=mode == "offline" or (mode is None and not has_key()),
         resume="allow",
         # a short name of the method, by which charts are grouped
-        config={**config, "method_name": method},
+        config={**config, "method_name": method, "supervision": supervision},
     )
 
 
 @contextlib.contextmanager
-def wandb_run(config: Mapping[str, Any], folder: Path) -> Iterator[WandbLogger]:
+def wandb_run(
+    config: Mapping[str, Any], folder: Path, supervision: str = IMAGE_LABELS
+) -> Iterator[WandbLogger]:
     """Open the W&B run of a run folder: code and configuration go in first, the checkpoint last.
 
     It is finished on leaving, so that another run of the same process (a second stage) does not go
@@ -124,8 +132,9 @@ def wandb_run(config: Mapping[str, Any], folder: Path) -> Iterator[WandbLogger]:
     Args:
         config: resolved configuration, as of :func:`make_wandb_logger`.
         folder: the run folder, which holds the configuration.
+        supervision: as of :func:`make_wandb_logger`.
     """
-    logger = make_wandb_logger(config, folder)
+    logger = make_wandb_logger(config, folder, supervision)
     run = logger.experiment  # in further processes of a DDP run something that does nothing
     status = 1
     try:

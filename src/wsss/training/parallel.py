@@ -135,7 +135,8 @@ def average_gradients(module: nn.Module, device: torch.device) -> None:
         device: that of the process group.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    learned = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8).to(device)
+    mask = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+    learned = mask.to(device, non_blocking=True)
     dist.all_reduce(learned, dist.ReduceOp.MAX)
     tensors = []
     for parameter, anywhere in zip(parameters, learned.tolist(), strict=True):

@@ -18,13 +18,14 @@ from wsss.core.files import make_writable
 from wsss.core.lock import lock
 from wsss.core.ranks import is_first_process
 from wsss.runs.compose import compose_run
-from wsss.runs.config import override_config, second_stage_config
+from wsss.runs.config import checked_config, second_stage_config
 from wsss.runs.folder import load_run
 from wsss.runs.label_writer import write_pseudo_labels
 from wsss.runs.origin import check_resumed, write_origin
 from wsss.runs.prepare import finished_folder, prepare
-from wsss.runs.scoring import score
+from wsss.runs.scoring import score, supervision_of_run
 from wsss.runs.wandb import wandb_run
+from wsss.training.random_walk import trained_walk
 from wsss.training.trainer import accelerate, build_trainer, fit
 
 
@@ -42,15 +43,14 @@ def train(config: Mapping[str, Any] | Sequence[str]) -> Path:
         WSSSError: bad configuration or data, before anything is written.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with a checkpoint that resumes.
     """
-    if isinstance(config, Mapping):
-        settings = override_config(dict(config), [])
-    else:
-        settings = compose_run(list(config))
+    settings = checked_config(config) if isinstance(config, Mapping) else compose_run(list(config))
     folder = _train_run(settings)
     if not settings.get("second_stage"):
         return folder
-    source = settings["second_stage"].get("source", "cam")
-    labels = write_pseudo_labels(load_run(folder).to(_device(settings)), source=source)
+    second = settings["second_stage"]
+    first = load_run(folder).to(_device(settings))
+    walk = trained_walk(first, second["random_walk"]) if second.get("refine") else None
+    labels = write_pseudo_labels(first, source=second.get("source", "cam"), walk=walk)
     return _train_run(second_stage_config(settings, str(labels)))
 
 
@@ -68,7 +68,8 @@ def _train_run(config: dict[str, Any]) -> Path:
         if is_first_process():
             write_origin(run)
             print(f"run folder: {run.folder}")
-        wandb = wandb_run(run.config, run.folder) if config["logger"]["wandb"] else nullcontext()
+        followed, kind = config["logger"]["wandb"], supervision_of_run(run.module, run.data)
+        wandb = wandb_run(run.config, run.folder, kind) if followed else nullcontext()
         with wandb as logger:
             trainer.loggers += [logger] if logger else []
             run = fit(run, trainer)

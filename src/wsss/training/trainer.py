@@ -9,24 +9,28 @@ from typing import Any, TypeVar
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import first_line
 from wsss.core.ranks import is_first_process
 from wsss.evaluation.evaluator import Evaluator
 from wsss.methods.base import WSSSModule
+from wsss.models.weights import save_atomically
 from wsss.runs.config import ACCELERATION
 from wsss.runs.costs import CostMeter, training_cost
 from wsss.runs.folder import LAST_CHECKPOINT, Run, build
-from wsss.training.callbacks import AtomicCheckpointIO, NamedLosses, SaveOnStop
+from wsss.training.callbacks import AtomicCheckpointIO, MetricsFile, NamedLosses, SaveOnStop
 from wsss.training.parallel import choose_strategy
 
 C = TypeVar("C", bound=Callback)
 
 
-def build_trainer(run: Run) -> lightning.Trainer:
+def build_trainer(run: Run, *, evaluated: bool = True) -> lightning.Trainer:
     """Make the Trainer of a run with the callbacks that every run has.
+
+    Args:
+        run: to train.
+        evaluated: False for a network that only serves another run's maps.
 
     Raises:
         WSSSError: a GPU is required where torch sees none, or settings that do not go together.
@@ -58,12 +62,14 @@ def build_trainer(run: Run) -> lightning.Trainer:
         NamedLosses(),
     ]
     settings = {k: v for k, v in config["trainer"].items() if k not in ACCELERATION}
+    if not evaluated:
+        settings["limit_val_batches"] = 0
     trainer: lightning.Trainer = build(
         settings,
         strategy=choose_strategy(settings),
         callbacks=callbacks,
         # a resumed run gets a folder of its own: CSVLogger would delete the first one's file
-        logger=[CSVLogger(folder, name="logs")],
+        logger=[MetricsFile(folder, name="logs")],
         default_root_dir=str(folder),
         val_check_interval=every * config["trainer"]["accumulate_grad_batches"],
         check_val_every_n_epoch=None,
@@ -117,6 +123,8 @@ def fit(run: Run, trainer: lightning.Trainer) -> Run:
         WSSSError: see the method; where a checkpoint is left, it says that the run resumes.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with a checkpoint that resumes.
     """
+    if not run.module.trains:
+        return _untrained(run)
     resumed = run.checkpoint.is_file()
     if resumed and is_first_process():
         print(f"resuming from {run.checkpoint}")
@@ -157,6 +165,15 @@ def fit(run: Run, trainer: lightning.Trainer) -> Run:
         cost=training_cost(meter.state_dict()) if meter.sessions else None,
         train_list=run.data.list_hash(run.data.train_split),
     )
+
+
+def _untrained(run: Run) -> Run:
+    """Write the checkpoint of a method that learns nothing, so that whatever reads one finds it."""
+    checkpoint: dict[str, Any] = {"state_dict": run.module.state_dict(), "global_step": 0}
+    run.module.on_save_checkpoint(checkpoint)
+    if is_first_process():
+        save_atomically(checkpoint, run.checkpoint)
+    return run
 
 
 def _callback(trainer: lightning.Trainer, kind: type[C]) -> C:

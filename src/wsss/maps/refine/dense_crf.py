@@ -42,8 +42,9 @@ class CRFPreset:
     bgr: bool = False
 
 
-# Collected in field.md section F; `toco` and `toco_cam` also in toco.md section 5, `clustercam` and
-# `getam` in the tests' sections of their pages, `tkp_pcl` in its refinement of ViT-PCM.
+# Collected in field.md section F; `toco` and `toco_cam` also in toco.md section 5, `clustercam`,
+# `weclip` and `getam` in the tests' sections of their pages, `tkp_pcl` in its refinement of
+# ViT-PCM.
 CRF_PRESETS: dict[str, CRFPreset] = {
     p.name: p
     for p in (
@@ -61,6 +62,7 @@ CRF_PRESETS: dict[str, CRFPreset] = {
         CRFPreset("clustercam", pos_xy=4, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=3),
         CRFPreset("tkp_pcl", pos_xy=1, pos_w=3, bi_xy=67, bi_rgb=3, bi_w=4),
         CRFPreset("weaktr", pos_xy=3, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=3),
+        CRFPreset("weclip", pos_xy=3, pos_w=3, bi_xy=64, bi_rgb=5, bi_w=4),
         CRFPreset("fma", pos_xy=2, pos_w=2, bi_xy=65, bi_rgb=3, bi_w=4),
     )
 }

@@ -125,11 +125,11 @@ class MeanFieldPool:
         """
         kept, chosen = (list(range(len(prob))), prob) if present is None else prune(prob, present)
         posterior = mean_field(
-            torch.from_numpy(image)[None].to(self.device),
-            torch.from_numpy(np.ascontiguousarray(chosen))[None].to(self.device),
+            torch.from_numpy(image)[None].to(self.device, non_blocking=True),
+            torch.from_numpy(np.ascontiguousarray(chosen))[None].to(self.device, non_blocking=True),
             self.preset,
         )
-        ids = torch.tensor(kept, dtype=torch.uint8, device=self.device)
+        ids = torch.tensor(kept, dtype=torch.uint8).to(self.device, non_blocking=True)
         future: Future[Labels] = Future()
         future.set_result(ids[posterior[0].argmax(0)].cpu().numpy())
         return future

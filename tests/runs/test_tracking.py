@@ -95,11 +95,13 @@ def test_a_run_says_what_it_is(study: dict[str, Path], offline: dict[str, Offlin
         assert (run.run_id, run.display_name) == (run_id(folder), folder.name)
         assert (run.project, run.run_group, run.job_type) == ("wsss", "pair", "train")
         assert offline[name].exits == [0]
-    assert list(offline["toco"].runs[0].tags) == ["toco", "minivoc", "vit_tiny_patch16_224"]
+    tags = list(offline["toco"].runs[0].tags)
+    assert tags == ["toco", "minivoc", "vit_tiny_patch16_224", "image labels"]
     assert "mine" in offline["tagged"].runs[0].tags
     config = offline["tagged"].config
     assert json.loads(config["method"])["ptc_weight"] == 0.4
     assert json.loads(config["method_name"]) == "toco"
+    assert json.loads(config["supervision"]) == "image labels"
 
 
 def test_losses_and_learning_rates_are_logged_step_by_step(offline: dict[str, Offline]) -> None:

@@ -1,4 +1,33 @@
 """Names of kinds of supervision; runs are compared under equal ones only."""
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 IMAGE_LABELS = "image labels"
 PIXEL_MASKS = "pixel masks"
+CLIP = "CLIP"
+
+
+def names_clip(*texts: object) -> bool:
+    """Tell whether a text speaks of CLIP, SigLIP or a descendant such as MetaCLIP."""
+    return any(re.search(r"(clip|siglip)(?![a-z])", str(text).lower()) for text in texts)
+
+
+def supervision_on(training: str, backbone: Mapping[str, Any]) -> str:
+    """Name the supervision of a run: what training saw, and what its encoder was trained with.
+
+    The weights decide, not the method: weights of CLIP saw image-text pairs, whatever learns on
+    them. Random weights saw nothing, on whichever architecture.
+
+    Args:
+        training: kind of the training signal, such as ``image labels``; that of pseudo labels may
+            name CLIP already.
+        backbone: where its weights came from, as ``WeightsInfo.as_dict()`` gives it.
+    """
+    suffix, pretraining = f" + {CLIP}", str(backbone.get("pretraining"))
+    clip = training.endswith(suffix)
+    if backbone.get("source") != "random":
+        clip = clip or names_clip(backbone.get("name"), pretraining)
+    kind = PIXEL_MASKS if PIXEL_MASKS in pretraining else training.removesuffix(suffix)
+    return kind + suffix if clip else kind

@@ -22,9 +22,18 @@ from torch import Tensor, nn
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256
+from wsss.core.supervision import CLIP, names_clip
+from wsss.models.clip import (
+    check_gelu,
+    find_projection,
+    image_tower,
+    is_clip_state,
+    projection_width,
+)
 from wsss.models.vit import (
     AttentionParts,
     block_with_attention,
+    block_with_mean_attention,
     block_with_parts,
     create_vit,
     resize_positions,
@@ -44,6 +53,7 @@ class Features:
         attentions: block index -> softmax attention of that block, (B, heads, P+N, P+N).
         prefixes: block index -> prefix tokens after that block, (B, P, D), *not* normed.
         parts: block index -> queries, keys, values and output of that block's attention.
+        mean_attentions: block index -> softmax attention averaged over its heads, (B, P+N, P+N).
         stem_maps: outputs of a hybrid's ResNet stages, (B, 256, H/4, W/4), (B, 512, H/8, W/8) and
             (B, 1024, H/16, W/16); empty for a plain ViT.
     """
@@ -55,6 +65,7 @@ class Features:
     attentions: dict[int, Tensor] = field(default_factory=dict)
     prefixes: dict[int, Tensor] = field(default_factory=dict)
     parts: dict[int, AttentionParts] = field(default_factory=dict)
+    mean_attentions: dict[int, Tensor] = field(default_factory=dict)
     stem_maps: tuple[Tensor, ...] = ()
 
     def as_map(self, tokens: Tensor) -> Tensor:
@@ -110,10 +121,16 @@ class Backbone(nn.Module):
             ``.safetensors`` file, or ``package:<path>`` for a file shipped inside ``wsss``.
         pretraining: the data behind the weights, recorded with every result.
         overrides: arguments for timm's constructor (``patch_size``, ``depth``, ``img_size``, ...).
+        frozen: the encoder learns nothing (:meth:`freeze`), so an optimiser keeps no state of it. A
+            CLIP tower keeps its :attr:`projection`.
 
     Raises:
-        WSSSError: unknown name, not a plain ViT or the hybrid, missing or unfitting weights.
+        WSSSError: unknown name, not a plain ViT or the hybrid, missing or unfitting weights; a
+            frozen CLIP tower whose weights want another GELU than timm builds.
     """
+
+    #: maps a frozen CLIP tower's normed tokens to the space of its texts, (D, E); otherwise None
+    projection: Tensor | None
 
     #: How positions are resized, see :func:`resize_positions`; a method may set them
     position_mode: Literal["bicubic", "bilinear"] = "bicubic"
@@ -126,19 +143,50 @@ class Backbone(nn.Module):
         weights: str = "timm",
         pretraining: str = "unstated",
         overrides: Mapping[str, Any] | None = None,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
-        self.vit = create_vit(name, pretrained=weights == "timm", overrides=dict(overrides or {}))
+        changed = dict(overrides or {})
+        width = projection_width(name, changed) if frozen else 0
+        if width:
+            changed.pop("num_classes", None)
+        self.vit = create_vit(
+            name, pretrained=weights == "timm", overrides=changed, num_outputs=width
+        )
+        self.frozen = False
+        self.register_buffer("projection", None)
+        if width:
+            check_gelu(name, self.vit)
+            self.projection = self.vit.head.weight.detach().T.contiguous()
+            self.vit.reset_classifier(0)
         source, file_hash = weights, None
         if weights == "timm":
             source = f"timm:{name}"
         elif weights != "random":
             path = weights_path(weights)
-            load_encoder(self.vit, read_state_dict(path), str(path))
+            state = read_state_dict(path)
+            if is_clip_state(state) and not names_clip(name, pretraining):
+                pretraining = f"{pretraining} ({CLIP})"
+            state = image_tower(state)
+            load_encoder(self.vit, state, str(path))
+            if self.projection is not None:
+                self.projection = find_projection(state, self.projection.shape, str(path))
             source, file_hash = f"file:{path.name}", file_sha256(path)
+        if frozen:
+            self.freeze()
         self.weights_info = WeightsInfo(
             name, source, pretraining, file_hash, state_sha256(self.vit.state_dict())
         )
+
+    def freeze(self) -> None:
+        """Learn nothing from now on: no gradient, no activation kept, eval mode for good."""
+        self.frozen = True
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Set the mode; a frozen encoder stays in eval mode."""
+        super().train(mode and not self.frozen)
+        return self
 
     @property
     def dim(self) -> int:
@@ -174,8 +222,10 @@ class Backbone(nn.Module):
         taps: Sequence[int] = (),
         attentions: Sequence[int] = (),
         parts: Sequence[int] = (),
+        mean_attentions: Sequence[int] = (),
+        blocks: int | None = None,
     ) -> Features:
-        """Encode a batch.
+        """Encode a batch; a frozen encoder keeps no gradient.
 
         Args:
             images: (B, 3, H, W), normalised. Rows and columns beyond the last whole patch are
@@ -185,30 +235,53 @@ class Backbone(nn.Module):
                 attention, since a map of N x N is what makes large images expensive.
             parts: 0-based blocks whose queries, keys, values and output are wanted; these stay on
                 fused attention.
+            mean_attentions: 0-based blocks whose attention averaged over the heads is wanted; it is
+                averaged while it is computed.
+            blocks: how many are run, from the first; None runs all. The final norm follows the last
+                one that is run.
 
         Raises:
             WSSSError: the image is smaller than one patch.
         """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self._encode(images, taps, attentions, parts, mean_attentions, blocks)
+
+    def _encode(
+        self,
+        images: Tensor,
+        taps: Sequence[int],
+        attentions: Sequence[int],
+        parts: Sequence[int],
+        mean_attentions: Sequence[int],
+        blocks: int | None,
+    ) -> Features:
+        """Do what :meth:`forward` says, with gradients as they are set."""
         stem_maps = self._stem_maps(images)
         tokens, grid = self.embed(images, stem_maps)
         wanted_taps = {index % self.depth for index in taps}
         wanted_maps = {index % self.depth for index in attentions}
         wanted_parts = {index % self.depth for index in parts}
+        wanted_means = {index % self.depth for index in mean_attentions}
         intermediates: dict[int, Tensor] = {}
         prefixes: dict[int, Tensor] = {}
         maps: dict[int, Tensor] = {}
         kept: dict[int, AttentionParts] = {}
-        for index, block in enumerate(self.vit.blocks):
+        means: dict[int, Tensor] = {}
+        for index, block in enumerate(self.vit.blocks[:blocks]):
             if index in wanted_maps:
                 tokens, maps[index] = block_with_attention(block, tokens)
             elif index in wanted_parts:
                 tokens, kept[index] = block_with_parts(block, tokens)
+            elif index in wanted_means:
+                tokens, means[index] = block_with_mean_attention(block, tokens)
             else:
                 tokens = block(tokens)
             if index in wanted_taps:
                 prefixes[index], intermediates[index] = self._split(tokens)
         prefix, patches = self._split(self.vit.norm(tokens))
-        return Features(prefix, patches, grid, intermediates, maps, prefixes, kept, stem_maps)
+        return Features(
+            prefix, patches, grid, intermediates, maps, prefixes, kept, means, stem_maps
+        )
 
     def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Split into prefix tokens (B, P, D) and patch tokens (B, N, D)."""

@@ -113,8 +113,28 @@ def plain_attention(
     """Give branch A (B, K+N, D) and its class-to-patch attention R (B, heads, K, N)."""
     attn = block.attn
     queries, keys, values = split_heads(attn.qkv(block.norm1(tokens)), attn.num_heads)
+    queries, keys = attn.q_norm(queries), attn.k_norm(keys)
     mixed, class_rows = attend(queries * attn.scale, keys, values, num_classes, affinity)
-    return attn.proj(merge_heads(mixed)), class_rows
+    return attn.proj(attn.norm(merge_heads(mixed))), class_rows
+
+
+def block_with_class_rows(
+    block: Any, tokens: Tensor, num_classes: int, affinity: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Run one pre-norm block on tokens (B, K+N, D); give also what class tokens give patches.
+
+    Args:
+        block: of timm.
+        tokens: K class tokens, then the patches.
+        num_classes: K.
+        affinity: as of :func:`attend`.
+
+    Returns:
+        Tokens (B, K+N, D) and class-to-patch attention (B, heads, K, N).
+    """
+    update, class_rows = plain_attention(block, tokens, num_classes, affinity, attend)
+    tokens = tokens + block.drop_path1(block.ls1(update))
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), class_rows
 
 
 def sum_of_last(maps: Sequence[Tensor], layers: int) -> Tensor:

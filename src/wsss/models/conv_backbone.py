@@ -37,6 +37,8 @@ class ConvBackbone(nn.Module):
         WSSSError: unknown name, missing or unfitting weights.
     """
 
+    frozen = False
+
     def __init__(
         self, *, name: str, weights: str = "random", pretraining: str = "unstated"
     ) -> None:

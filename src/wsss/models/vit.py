@@ -89,6 +89,24 @@ def block_with_attention(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return _after_attention(block, tokens, mixed), attention
 
 
+def block_with_mean_attention(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Run one pre-norm block; give also its attention averaged over the heads, (B, N, N).
+
+    One head's map is there at a time, so the memory is that of one head and the mean.
+    """
+    queries, keys, values = _queries_keys_values(block, tokens)
+    heads = zip(queries.unbind(1), keys.unbind(1), values.unbind(1), strict=True)
+    total: Tensor | None = None
+    mixed: list[Tensor] = []
+    for query, key, value in heads:
+        attention = (query @ key.transpose(-2, -1)).softmax(dim=-1)
+        total = attention if total is None else total + attention
+        mixed.append(block.attn.attn_drop(attention) @ value)
+    assert total is not None  # a block has a head
+    tokens = _after_attention(block, tokens, torch.stack(mixed, dim=1))
+    return tokens, total / len(mixed)
+
+
 def block_with_parts(block: Any, tokens: Tensor) -> tuple[Tensor, AttentionParts]:
     """Run one pre-norm block on fused attention; give also what its attention is made of."""
     queries, keys, values = _queries_keys_values(block, tokens)
@@ -141,8 +159,20 @@ def _hybrid_embed(**arguments: Any) -> HybridEmbed:
     return HybridEmbed(backbone=stem, **arguments)
 
 
-def create_vit(name: str, *, pretrained: bool, overrides: dict[str, Any]) -> VisionTransformer:
-    """Make a plain timm ViT without classification head."""
+def create_vit(
+    name: str, *, pretrained: bool, overrides: dict[str, Any], num_outputs: int = 0
+) -> VisionTransformer:
+    """Make a plain timm ViT.
+
+    Args:
+        name: timm's.
+        pretrained: load timm's weights.
+        overrides: arguments of timm's constructor.
+        num_outputs: of the linear head; 0 for none.
+
+    Raises:
+        WSSSError: a name, a tag or overrides that timm does not know; another kind of network.
+    """
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
@@ -158,7 +188,7 @@ def create_vit(name: str, *, pretrained: bool, overrides: dict[str, Any]) -> Vis
     if architecture == HYBRID:
         overrides = {"embed_layer": _hybrid_embed, **overrides}
     try:
-        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **overrides)
+        vit = timm.create_model(name, pretrained=pretrained, num_classes=num_outputs, **overrides)
     except OSError as error:
         raise WSSSError(
             f"backbone {name}: its weights are not cached and cannot be downloaded "

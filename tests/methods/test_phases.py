@@ -16,7 +16,9 @@ from wsss.data.datamodule import ImageDataModule
 from wsss.methods.base import WSSSModule
 from wsss.methods.clustercam.method import ClusterCAM
 from wsss.methods.getam.method import GETAM
+from wsss.methods.more import MoRe
 from wsss.methods.tkp_pcl.method import TKPPCL
+from wsss.methods.weclip.method import WeCLIP
 from wsss.runs.compose import compose_run
 from wsss.runs.folder import build_data, build_module
 from wsss.training.callbacks import SaveOnStop
@@ -43,6 +45,11 @@ def in_second_phase(module: WSSSModule, step: int) -> bool:
         return module.learns_segmentation(step)
     if isinstance(module, GETAM):
         return module.in_phase_two(step)
+    if isinstance(module, WeCLIP):
+        return module.refines_by_decoder(step)
+    if isinstance(module, MoRe):
+        weights = module.settings.loss_weights(step)
+        return module.settings.masks_are_late(step) and weights["seg_loss"] > 0
     assert isinstance(module, TKPPCL)
     return step >= module.settings.warmup_steps
 

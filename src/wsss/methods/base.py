@@ -1,7 +1,7 @@
 """What every method is: a LightningModule that gives logits, localisation maps and losses."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -73,13 +73,30 @@ class WSSSModule(LightningModule):
     draws_apart = True
     #: False: a loss that is not finite does not stop the run (a quirk of official codes)
     stops_unless_finite = True
+    #: False: nothing is trained, a run only evaluates
+    trains = True
+    #: True: the map of a class depends on which others are asked for
+    classes_compete = False
+    #: whether it learns on an encoder that learns nothing itself (``backbone.frozen``)
+    takes_frozen = False
+    #: SHA-256 of the files beside data and weights that it learnt from, by name
+    files_sha256: Mapping[str, str] = MappingProxyType({})
     #: whether the batch is the first of its optimiser step, as ``training_step`` found it
     first_of_step = True
+    #: the run's seed, as ``on_fit_start`` found it
+    seed = 0
+    #: keys of :meth:`further_cams`
+    further_map_names: tuple[str, ...] = ()
 
     def __init__(self, *, backbone: Backbone, num_classes: int, settings: Settings) -> None:
         super().__init__()
         if num_classes < 1:
             raise WSSSError(f"num_classes={num_classes}: expected at least 1 class")
+        if backbone.frozen and not self.takes_frozen:
+            raise WSSSError(
+                f"backbone.frozen=true: {type(self).__name__} trains its encoder; give "
+                "backbone.frozen=false"
+            )
         self.backbone = backbone
         self.num_classes = num_classes
         self.settings = settings
@@ -104,7 +121,8 @@ class WSSSModule(LightningModule):
         Args:
             images: (B, 3, H, W), normalised.
             labels: image-level labels, (B, K) in {0, 1}; maps of absent classes are zero, and the
-                map of a class does not depend on which others are asked for.
+                map of a class does not depend on which others are asked for, unless
+                ``classes_compete``.
         """
 
     @abstractmethod
@@ -127,6 +145,34 @@ class WSSSModule(LightningModule):
     @abstractmethod
     def lr_multiplier(self, step: int) -> float:
         """Give the factor on every group's learning rate at a 0-based optimiser step."""
+
+    def check_classes(self, class_names: Sequence[str]) -> None:
+        """Raise WSSSError where the method cannot learn these K classes; by default it can.
+
+        Args:
+            class_names: of the data set, in its order.
+        """
+
+    def fit_to(self, state: Mapping[str, Tensor]) -> None:
+        """Give what a checkpoint alone tells the size of that size, before it is loaded.
+
+        By default there is nothing such.
+
+        Args:
+            state: the checkpoint's parameters and buffers.
+        """
+
+    def further_cams(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Give further localisation maps that are scored beside :meth:`cams`; none by default.
+
+        Args:
+            images: as of :meth:`cams`.
+            labels: as of :meth:`cams`.
+
+        Returns:
+            Name -> maps as those of :meth:`cams`, with the names ``further_map_names``.
+        """
+        return {}
 
     def gallery_maps(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Give further maps worth looking at: name -> (B, H, W) in [0, 1]; none by default.
@@ -167,7 +213,7 @@ class WSSSModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Remember the run's seed for :meth:`own_draws`."""
-        self._seed = torch.initial_seed()
+        self.seed = torch.initial_seed()
 
     @contextmanager
     def own_draws(self, batch_idx: int, *, enabled: bool) -> Iterator[None]:
@@ -184,7 +230,7 @@ class WSSSModule(LightningModule):
             if enabled:
                 batch, part = divmod(batch_idx, self.trainer.accumulate_grad_batches)
                 place = part * self.trainer.world_size + self.global_rank
-                torch.manual_seed(hash((self._seed, place, self.global_step, batch)) % 2**63)
+                torch.manual_seed(hash((self.seed, place, self.global_step, batch)) % 2**63)
             yield
 
     def require_finite(self, step: Step, batch: Batch) -> None:
@@ -222,4 +268,5 @@ class WSSSModule(LightningModule):
         checkpoint["wsss"] = {
             "config": self.run_config,
             "backbone": self.backbone.weights_info.as_dict(),
+            "files_sha256": dict(self.files_sha256),
         }

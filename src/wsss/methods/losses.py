@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wsss.core.errors import WSSSError
 from wsss.maps.permutohedral import PermutohedralLattice
+from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD, numbers_beside
 from wsss.maps.pseudo_labels import inside_boxes
 
 Kernel = Literal["lattice", "gaussian"]
@@ -31,7 +32,12 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def balanced_segmentation_loss(
-    logits: Tensor, label: Tensor, *, ignore_index: int = 255, guard: bool = True
+    logits: Tensor,
+    label: Tensor,
+    *,
+    ignore_index: int = 255,
+    guard: bool = True,
+    eps: float = 0.0,
 ) -> Tensor:
     """Take half the mean cross-entropy over background pixels, half that over foreground.
 
@@ -41,6 +47,7 @@ def balanced_segmentation_loss(
         ignore_index: Label of pixels that do not count.
         guard: A half without pixels counts as 0. Without the guard the value is NaN then, as in
             the official code; the gradients are finite and the same either way (toco.md Q4).
+        eps: Added to the pixels of a half before its sum is divided by them (more.md section 2).
 
     Returns:
         Scalar loss.
@@ -52,7 +59,8 @@ def balanced_segmentation_loss(
     total = loss.new_zeros(())
     for mask in (background, foreground):
         count = mask.sum()
-        total = total + 0.5 * (loss * mask).sum() / count.clamp_min(1)
+        pixels = count.to(loss.dtype) + eps if eps else count.clamp_min(1)
+        total = total + 0.5 * (loss * mask).sum() / pixels
         if not guard:
             # Added as a constant: dividing by zero would spoil the gradients as well.
             total = total + torch.where(count == 0, torch.nan, 0.0)
@@ -195,8 +203,8 @@ def energy_inputs(
         Reduced images as 0-255 floats (nearest), probabilities (bilinear, differentiable), box
         mask (B, 1, h, w) and gate (B, 1, h, w).
     """
-    colour_mean = images.new_tensor([255 * m for m in mean]).view(3, 1, 1)
-    colour_std = images.new_tensor([255 * s for s in std]).view(3, 1, 1)
+    colour_mean = numbers_beside(images, [255 * m for m in mean]).view(3, 1, 1)
+    colour_std = numbers_beside(images, [255 * s for s in std]).view(3, 1, 1)
     # The size, not the factor: at odd sizes the factor would sample beside the right positions.
     size = [int(scale_factor * side) for side in images.shape[-2:]]
     colours = F.interpolate(images * colour_std + colour_mean, size)
@@ -313,4 +321,23 @@ def dense_energy_loss(
         mean=mean,
         std=std,
         ignore_index=ignore_index,
+    )
+
+
+def imagenet_energy_loss(
+    images: Tensor, logits: Tensor, label: Tensor, boxes: Tensor, kernel: Kernel
+) -> Tensor:
+    """Compute :func:`dense_energy_loss` of images normalised as for ImageNet's encoders.
+
+    The lattice is 0.47-0.57 of the exact Gaussian: halving the latter keeps the weight's meaning.
+    """
+    return dense_energy_loss(
+        images,
+        logits,
+        label,
+        boxes,
+        kernel=kernel,
+        gaussian_scale=0.5,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
     )

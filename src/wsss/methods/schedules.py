@@ -1,8 +1,33 @@
-"""Learning-rate schedules, as multipliers of the base rate."""
+"""Learning rates: of groups of parameters, and their schedules as multipliers of the base rate."""
 
 from __future__ import annotations
 
 from math import cos, pi
+from typing import Any
+
+from torch import nn
+
+
+def encoder_and_heads(
+    encoder: nn.Module, lr: float, head_lr: float, **heads: nn.Module
+) -> list[dict[str, Any]]:
+    """Give optimiser groups: encoder, its norms (same values, apart as officially), heads by name.
+
+    Args:
+        encoder: learns at ``lr``.
+        lr: base rate.
+        head_lr: rate of the heads.
+        heads: name of a group -> its module.
+    """
+    named = list(encoder.named_parameters())
+    return [
+        {"name": "encoder", "params": [p for n, p in named if "norm" not in n], "lr": lr},
+        {"name": "norms", "params": [p for n, p in named if "norm" in n], "lr": lr},
+        *(
+            {"name": name, "params": list(head.parameters()), "lr": head_lr}
+            for name, head in heads.items()
+        ),
+    ]
 
 
 def poly_warmup(

@@ -81,6 +81,7 @@ class Segmenter(WSSSModule):
     """
 
     settings: SegmenterSettings
+    takes_frozen = True
 
     def __init__(
         self,

@@ -13,6 +13,12 @@ from wsss.parity.cases import Case
 from wsss.parity.tolerances import Array
 
 
+def parameter_names(case: Case) -> list[str]:
+    """List the official parameters of a file: an array of text, or JSON."""
+    names = case.extra["param_names"]
+    return list(json.loads(str(names)) if names.ndim == 0 else names.tolist())
+
+
 def official_weights(case: Case) -> dict[str, Tensor]:
     """Make the weights under the official names, by the rule in the golden README.
 
@@ -21,7 +27,7 @@ def official_weights(case: Case) -> dict[str, Tensor]:
     """
     shapes = json.loads(str(case.extra["param_shapes"]))
     state = {}
-    for name, shape in zip(case.extra["param_names"].tolist(), shapes, strict=True):
+    for name, shape in zip(parameter_names(case), shapes, strict=True):
         generator = np.random.default_rng(zlib.crc32(name.encode()))
         z: Array = np.asarray(generator.standard_normal(shape), dtype=np.float32)
         if name.rpartition(".")[2] in ("cls_token", "dist_token", "pos_embed"):

@@ -24,7 +24,7 @@ from wsss.parity.cases import (
 from wsss.parity.tolerances import Array, Tolerance, deviation
 
 NAMED = 4  # of the arrays that could not be compared
-METHODS = ("toco", "clustercam", "getam")
+METHODS = ("toco", "clustercam", "getam", "mctformer", "more", "weclip")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from pictures import photo, pixels, rng
 from PIL import Image
 
 from wsss.core.errors import WSSSError
-from wsss.data.views.clustercam import ERASED_AREA, ClusterCAMView, erase_box
+from wsss.data.views.clustercam import ClusterCAMView
 from wsss.data.views.drawing import random_resized_crop
+from wsss.data.views.imagenet import ERASED_AREA, erase_box
 
 
 def test_cluster_view_is_one_normalised_square() -> None:

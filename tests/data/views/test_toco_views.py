@@ -12,7 +12,8 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from wsss.data.views.drawing import augment, draw_area, random_resized_crop
+from wsss.data.views.colours import augment
+from wsss.data.views.drawing import draw_area, random_resized_crop, scaled_crop
 from wsss.data.views.toco import GLOBAL2_AREA, PillowBlur, ToCoViews, photometric
 
 
@@ -45,9 +46,9 @@ def whole_crop(
 
 @pytest.mark.parametrize("size", [64, 150, 300])
 def test_crop_equals_resizing_the_whole_picture(size: int) -> None:
-    views, rgb = ToCoViews(crop_size=size), photo()
+    rgb = photo()
     for seed in range(40):
-        crop, box = views._scaled_crop(Image.fromarray(rgb), rng(seed))
+        crop, box = scaled_crop(Image.fromarray(rgb), size, (0.5, 2.0), rng(seed))
         expected, expected_box = whole_crop(rgb, size, rng(seed))
         assert box == expected_box
         error = abs(crop.astype(int) - expected)

@@ -1,17 +1,13 @@
-"""Draws that several methods share: mirrors, places, random resized crops, colour steps."""
+"""Draws that several methods share: mirrors, places, crops of scaled pictures."""
 
-import random
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from wsss.maps.pixels import normalise
-
-if TYPE_CHECKING:  # slow to import, and not every method needs it
-    import albumentations as A
+from wsss.core.errors import WSSSError
 
 LOG_RATIO = (np.log(3 / 4), np.log(4 / 3))  # of random resized crops
 
@@ -53,6 +49,19 @@ def random_resized_crop(
     return mirror(view) if rng.random() < 0.5 else view
 
 
+def check_area(area: Sequence[float]) -> tuple[float, float]:
+    """Give the bounds of a crop's share of the picture.
+
+    Raises:
+        WSSSError: they are no shares.
+    """
+    if not 0 < area[0] <= area[1] <= 1:
+        raise WSSSError(
+            f"data.train_transform.area={list(area)}: expected two rising shares in (0, 1]"
+        )
+    return area[0], area[1]
+
+
 def draw_area(
     width: int, height: int, share: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
@@ -75,10 +84,33 @@ def draw_area(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def augment(steps: "A.Compose", view: NDArray[np.uint8], rng: np.random.Generator) -> Tensor:
-    """Apply albumentations' steps to a view (H, W, 3), and normalise it: (3, H, W)."""
-    # Not set_random_seed: it gives every step the same seed, hence the same first draw, so that
-    # for example only jittered views would ever be greyed. Sharing the generators keeps the
-    # steps independent.
-    steps.set_random_state(rng, random.Random(int(rng.integers(2**63))))
-    return normalise(steps(image=view)["image"])
+def scaled_crop(
+    picture: Image.Image, size: int, scale_range: tuple[float, float], rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
+    """Scale a picture by u ~ U(scale_range), flip it with p = 0.5, pad it with zeros, crop it.
+
+    Only the part that the crop shows is resampled: Pillow's ``box`` takes the support of the
+    filter from the whole picture, so the pixels are those of resizing all of it (but for
+    rounding).
+
+    Returns:
+        The crop (size, size, 3), and the rows r0:r1 and columns c0:c1 of its real pixels.
+    """
+    scale = rng.uniform(*scale_range)
+    width, height = (max(1, int(scale * side)) for side in picture.size)
+    r0, r1, y0 = place_on_axis(height, size, rng)
+    c0, c1, x0 = place_on_axis(width, size, rng)
+    flip = rng.random() < 0.5
+    if flip:  # the same columns, counted from the right edge of the unflipped picture
+        x0 = width - x0 - (c1 - c0)
+    to_x, to_y = picture.width / width, picture.height / height
+    source = (
+        x0 * to_x,
+        y0 * to_y,
+        min((x0 + c1 - c0) * to_x, picture.width),  # rounding may pass the edge, Pillow objects
+        min((y0 + r1 - r0) * to_y, picture.height),
+    )
+    part = np.asarray(picture.resize((c1 - c0, r1 - r0), Image.Resampling.BILINEAR, box=source))
+    crop = np.zeros((size, size, 3), np.uint8)
+    crop[r0:r1, c0:c1] = part[:, ::-1] if flip else part
+    return crop, (r0, r1, c0, c1)

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from wsss.core.errors import WSSSError
-from wsss.data.views.drawing import augment
+from wsss.data.views.colours import augment
 
 PART_PROBABILITY = 0.3  # that a second view shows a part and not the whole
 PART = 3  # a part is a third of the side: 128 of 384 px

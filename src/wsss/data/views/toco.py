@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from wsss.data.views.drawing import augment, mirror, place_on_axis, random_resized_crop
+from wsss.data.views.colours import augment, colour_jitter
+from wsss.data.views.drawing import mirror, random_resized_crop, scaled_crop
 
 GLOBAL2_AREA = (0.4, 1.0)
 
@@ -62,7 +63,7 @@ def photometric(*, blur: float, radius: tuple[float, float], solarise: float = 0
     """Apply J without its flip, then blur and solarisation with the given probabilities."""
     return A.Compose(
         [
-            A.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8),
+            colour_jitter(0.8),
             A.ToGray(p=0.2),
             PillowBlur(radius=radius, p=blur),
             A.Solarize(threshold_range=(128 / 255, 128 / 255), p=solarise),
@@ -117,7 +118,7 @@ class ToCoViews:
             (4,), rows r0:r1 and columns c0:c1 (ends excluded) of real pixels in ``image``.
         """
         picture = Image.fromarray(rgb)
-        crop, (r0, r1, c0, c1) = self._scaled_crop(picture, rng)
+        crop, (r0, r1, c0, c1) = scaled_crop(picture, self.crop_size, self.scale_range, rng)
         flip_image, flip_local = rng.random(2) < 0.5
         if not self.official_compat:
             flip_local = flip_image
@@ -131,31 +132,3 @@ class ToCoViews:
             "view2": augment(self.view2_steps, view2, rng),
             "box": torch.tensor([r0, r1, c0, c1]),
         }
-
-    def _scaled_crop(
-        self, picture: Image.Image, rng: np.random.Generator
-    ) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
-        """Take steps 1-3: scale, flip, pad, crop.
-
-        Only the part that the crop shows is resampled: Pillow's ``box`` takes the support of the
-        filter from the whole picture, so the pixels are those of resizing all of it (but for
-        rounding).
-        """
-        size, scale = self.crop_size, rng.uniform(*self.scale_range)
-        width, height = (max(1, int(scale * side)) for side in picture.size)
-        r0, r1, y0 = place_on_axis(height, size, rng)
-        c0, c1, x0 = place_on_axis(width, size, rng)
-        flip = rng.random() < 0.5
-        if flip:  # the same columns, counted from the right edge of the unflipped picture
-            x0 = width - x0 - (c1 - c0)
-        to_x, to_y = picture.width / width, picture.height / height
-        source = (
-            x0 * to_x,
-            y0 * to_y,
-            min((x0 + c1 - c0) * to_x, picture.width),  # rounding may pass the edge, Pillow objects
-            min((y0 + r1 - r0) * to_y, picture.height),
-        )
-        part = np.asarray(picture.resize((c1 - c0, r1 - r0), Image.Resampling.BILINEAR, box=source))
-        crop = np.zeros((size, size, 3), np.uint8)
-        crop[r0:r1, c0:c1] = part[:, ::-1] if flip else part
-        return crop, (r0, r1, c0, c1)

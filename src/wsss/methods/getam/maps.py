@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD, denormalise
+from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD, denormalise, numbers_beside
 from wsss.maps.pseudo_labels import present_slots
 from wsss.methods.losses import full_precision, widened
 from wsss.models.vit import AttentionParts
@@ -134,5 +134,5 @@ def guide_pixels(images: Tensor, *, truncated: bool = False) -> Tensor:
     if not truncated:
         return denormalise(images).round().clamp(0, 255)
     # the order of these operations decides which pixels truncation lowers by one
-    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (numbers_beside(images, v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((images * std + mean) * 255).trunc().clamp(0, 255)

@@ -120,7 +120,8 @@ def crop_local_views(
             f"local crops of {size} px do not fit into images of {tuple(roi.shape[1:])} px; lower "
             "method.local_size or raise the crop size"
         )
-    inner = roi[:, margin:-margin, margin:-margin].cpu()
+    roi = roi.cpu()
+    inner = roi[:, margin:-margin, margin:-margin]
     corners = []
     for index, mask in enumerate(inner):
         candidates = (mask <= 1).nonzero()
@@ -130,7 +131,7 @@ def crop_local_views(
         corners.append(candidates[drawn])
     corner = torch.stack(corners)  # (B, count, 2)
     # box sums from an integral image: one gather instead of a sync a crop
-    integral = F.pad(roi.cpu().long().cumsum(1).cumsum(2), (1, 0, 1, 0))
+    integral = F.pad(roi.long().cumsum(1).cumsum(2), (1, 0, 1, 0))
     rows, cols = corner.unbind(-1)
     image = torch.arange(len(roi))[:, None]
     area_sum = (
@@ -148,4 +149,4 @@ def crop_local_views(
         ],
         dim=1,
     )
-    return LocalCrops(crops, flags.to(images.device), corner)
+    return LocalCrops(crops, flags.to(images.device, non_blocking=True), corner)

@@ -22,23 +22,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsss.core.errors import WSSSError
-from wsss.maps.cams import class_activation, multiscale_cam
-from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD, denormalise
+from wsss.maps.cams import detached_activation, multiscale_cam
+from wsss.maps.pixels import denormalise
 from wsss.maps.pseudo_labels import (
-    cam_to_label_with_ignore,
-    ignore_outside_boxes,
+    boxes_in_patches,
     refine_cam_to_label,
     roi_mask,
+    token_labels,
 )
 from wsss.maps.refine.par import PAR
 from wsss.methods.base import Batch, Outputs, Step, WSSSModule
 from wsss.methods.losses import (
     balanced_segmentation_loss,
-    dense_energy_loss,
+    imagenet_energy_loss,
     pair_masks,
     ptc_loss,
 )
-from wsss.methods.schedules import poly_warmup
+from wsss.methods.schedules import encoder_and_heads, poly_warmup
 from wsss.methods.settings import (
     Count,
     Fraction,
@@ -55,6 +55,11 @@ from wsss.methods.toco.contrast import (
     ctc_loss,
 )
 from wsss.methods.toco.official import CORRECTED, Quirks
+from wsss.models.aux_tokens import (
+    aux_map,
+    encode_with_aux,
+    max_pooled_logits,
+)
 from wsss.models.backbone import Backbone, Features
 from wsss.models.decoders import LargeFOV
 
@@ -112,6 +117,7 @@ class ToCo(WSSSModule):
     """
 
     settings: ToCoSettings
+    takes_frozen = True
 
     def __init__(
         self,
@@ -255,16 +261,10 @@ class ToCo(WSSSModule):
             teacher.mul_(momentum).add_(student, alpha=1 - momentum)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Give encoder, its norms (same values, apart as officially), classifiers, decoder."""
+        """Give encoder, its norms, heads and decoder."""
         lr, head_lr = self.settings.lr, self.settings.lr * self.settings.head_lr_factor
-        named = list(self.backbone.named_parameters())
         heads = nn.ModuleList([self.classifier, self.aux_classifier, self.ctc_student])
-        return [
-            {"name": "encoder", "params": [p for n, p in named if "norm" not in n], "lr": lr},
-            {"name": "norms", "params": [p for n, p in named if "norm" in n], "lr": lr},
-            {"name": "heads", "params": list(heads.parameters()), "lr": head_lr},
-            {"name": "decoder", "params": list(self.decoder.parameters()), "lr": head_lr},
-        ]
+        return encoder_and_heads(self.backbone, lr, head_lr, heads=heads, decoder=self.decoder)
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Make AdamW, decay on biases and norms too (toco.md section 4)."""
@@ -280,19 +280,16 @@ class ToCo(WSSSModule):
 
     def encode(self, images: Tensor) -> Features:
         """Give features of images (B, 3, H, W), with the tokens of the auxiliary block."""
-        # the last "intermediate" is the normed output, so it needs no tap
-        last = self.aux_block == self.backbone.depth - 1
-        return self.backbone(images, taps=() if last else (self.aux_block,))
+        return encode_with_aux(self.backbone, images, self.aux_block)
 
     def aux_map(self, features: Features) -> Tensor:
         """Give tokens of the auxiliary block as a map (B, D, h, w); they are not normed (Q8)."""
-        tokens = features.intermediates.get(self.aux_block, features.patch_tokens)
-        return features.as_map(tokens)
+        return aux_map(features, self.aux_block)
 
     @staticmethod
     def classify(classifier: nn.Conv2d, tokens: Tensor) -> Tensor:
         """Take the channel-wise maximum over tokens (B, D, h, w), then the linear map: (B, K)."""
-        return classifier(F.adaptive_max_pool2d(tokens, 1)).flatten(1)
+        return max_pooled_logits(classifier, tokens)
 
     def activations(self, features: Features, size: int) -> list[Tensor]:
         """Give raw final and auxiliary CAMs (B, K, h, w), detached, of ``size`` images."""
@@ -300,7 +297,7 @@ class ToCo(WSSSModule):
             (features.patch_map, self.classifier.weight),
             (self.aux_map(features), self.aux_classifier.weight),
         )
-        return [class_activation(m[:size].detach(), weight.detach()) for m, weight in pairs]
+        return [detached_activation(tokens[:size], weight) for tokens, weight in pairs]
 
     # ---- targets -------------------------------------------------------------------------------
 
@@ -309,15 +306,10 @@ class ToCo(WSSSModule):
         self, cam_aux: Tensor, labels: Tensor, boxes: Tensor, grid: tuple[int, int]
     ) -> Tensor:
         """Label the tokens (B, h, w): class + 1, 0 background, 255 uncertain or padding."""
-        s = self.settings
-        small = F.interpolate(cam_aux, size=grid, mode="bilinear", align_corners=False)
-        label = cam_to_label_with_ignore(small, labels, high=s.high_threshold, low=s.low_threshold)
         if not self.quirks.box_in_pixels:  # Q1: only tokens that lie wholly on real pixels
-            patch = self.backbone.patch_size
-            start = (boxes[:, 0::2] + patch - 1).div(patch, rounding_mode="floor")
-            end = boxes[:, 1::2].div(patch, rounding_mode="floor")
-            boxes = torch.stack([start[:, 0], end[:, 0], start[:, 1], end[:, 1]], dim=1)
-        return ignore_outside_boxes(label, boxes)
+            boxes = boxes_in_patches(boxes, self.backbone.patch_size)
+        high, low = self.settings.high_threshold, self.settings.low_threshold
+        return token_labels(cam_aux, labels, grid, boxes, high=high, low=low)
 
     def local_crops(self, local_view: Tensor, cam_aux: Tensor, labels: Tensor) -> LocalCrops:
         """Draw crops for CTC where the auxiliary CAM (B, K, H, W) is not sure of foreground."""
@@ -349,10 +341,4 @@ class ToCo(WSSSModule):
 
     def energy(self, images: Tensor, logits: Tensor, label: Tensor, boxes: Tensor) -> Tensor:
         """Compute the gated dense-CRF energy of the prediction (toco.md section 2, "Reg")."""
-        kernel, mean, std = self.settings.energy_kernel, IMAGENET_MEAN, IMAGENET_STD
-        scale = (
-            0.5  # lattice / exact is 0.47-0.57: halving the exact one keeps the weight's meaning
-        )
-        return dense_energy_loss(
-            images, logits, label, boxes, kernel=kernel, gaussian_scale=scale, mean=mean, std=std
-        )
+        return imagenet_energy_loss(images, logits, label, boxes, self.settings.energy_kernel)

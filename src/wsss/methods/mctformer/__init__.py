@@ -1,0 +1,5 @@
+"""MCTformer+; read method.py."""
+
+from wsss.methods.mctformer.method import MCTformerPlus, MCTformerPlusSettings
+
+__all__ = ["MCTformerPlus", "MCTformerPlusSettings"]

@@ -47,6 +47,23 @@ METHODS = {
     ],
     "getam": ["method.decoder_channels=16", "method.energy_weight=0.0"],
     "tkp_pcl": ["budget.warmup_steps=4", "method.lstm_hidden=8", "method.trained_blocks=2"],
+    # a tower of CLIP with random weights, and random directions for texts
+    "weclip": [
+        "backbone=vit_pico",
+        "backbone.name=vit_base_patch16_clip_quickgelu_224",
+        "+backbone.overrides.num_classes=32",
+        "+backbone.frozen=true",
+        "method.text=random",
+        "method.static_layers=3",
+        "method.rfm_layers=2",
+        "method.rfm_start=5",
+        "method.decoder_channels=16",
+        "method.decoder_layers=1",
+        "method.decoder_heads=2",
+        "eval.resize_long=null",
+        "method.warmup_steps=1",
+    ],
+    "more": ["method.seg_after=0.5", "method.late_masks_after=0.5", "method.decoder_channels=16"],
 }
 SECONDS = 300  # on a machine that is busy
 

@@ -1,16 +1,19 @@
 """Every method x data x experiment composes, passes the check, and builds."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from wsss.comparison.protocols import MEASURING
 from wsss.core import places
 from wsss.core.errors import WSSSError
 from wsss.core.places import config_root
 from wsss.core.supervision import PIXEL_MASKS
 from wsss.data.prepare.coco import COCO_CLASSES
+from wsss.evaluation.protocol import Protocol
 from wsss.runs.compose import compose_config, sweep_jobs
 from wsss.runs.config import check_config, config_hash, override_config, plain, second_stage_config
 from wsss.runs.folder import build_data, build_module
@@ -26,6 +29,13 @@ METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")
 DATA = sorted(path.stem for path in (ROOT / "conf" / "data").glob("*.yaml"))
 # a value for what a user must give, and no download
 GIVEN = ["data.root=unset", "backbone.weights=random"]
+# what a method must be given besides
+NEEDS = {"weclip": ["method.text=random"], "clip_cam": ["method.text=random"]}
+# the same on the small encoder, which has fewer blocks than they read
+ON_PICO = {
+    "weclip": [*NEEDS["weclip"], "method.static_layers=3", "method.rfm_layers=3"],
+    "clip_cam": [*NEEDS["clip_cam"], "method.static_layers=3"],
+}
 # a table names its classes itself, where there is one
 CLASSES = {"table": ["data.class_names=[apple,leaf,sky]"]}
 # a study of a method under another name; what all methods share goes with the default one
@@ -39,8 +49,9 @@ SWEEPS = [
 
 @pytest.mark.parametrize("experiment", sorted({*EXPERIMENTS} - {*LEAGUES}))
 def test_experiments_compose_and_build(experiment: str) -> None:
-    config = plain(compose_config([f"+experiments={experiment}", *GIVEN]))
     folder = experiment.split("/")[0]
+    given = [*GIVEN, *NEEDS.get(folder, [])]
+    config = plain(compose_config([f"+experiments={experiment}", *given]))
     assert STUDIES.get(folder, folder) in config["method"]["_target_"]
     if "base" not in config["backbone"]["name"]:  # ViT-B is built once, below
         build_module(config, len(config["data"]["class_names"]))
@@ -48,7 +59,9 @@ def test_experiments_compose_and_build(experiment: str) -> None:
 
 @pytest.mark.parametrize("experiment", SWEEPS)
 def test_every_job_of_an_ablation_composes_and_builds(experiment: str) -> None:
-    every = sweep_jobs([f"+experiments={experiment}", *GIVEN])
+    swept = "method.text:" in (ROOT / "experiments" / f"{experiment}.yaml").read_text()
+    needs = [] if swept else NEEDS.get(experiment.split("/")[0], [])
+    every = sweep_jobs([f"+experiments={experiment}", *GIVEN, *needs])
     jobs = [job for job in every.samples if "seed=0" in job]  # the others differ in that alone
     assert every.count == len(every.samples) == 3 * len(jobs)
     configs = [plain(compose_config(job)) for job in jobs]
@@ -100,6 +113,7 @@ def test_every_method_with_every_data_set(method: str, data: str) -> None:
                 f"data={data}",
                 "backbone=vit_pico",
                 *GIVEN,
+                *ON_PICO.get(method, []),
                 *CLASSES.get(data, []),
             ]
         )
@@ -109,6 +123,19 @@ def test_every_method_with_every_data_set(method: str, data: str) -> None:
     module = build_module(config, data_module.num_classes)
     assert module.num_classes == len(config["data"]["class_names"])
     assert module.settings.max_steps == config["budget"]["max_steps"]
+
+
+def test_overlays_of_minivoc_are_evaluated_alike() -> None:
+    """Or `wsss compare` would not rank the methods."""
+    keys = {*MEASURING["seg_miou_ms_crf"], *MEASURING["seg_miou"], "refine", "use_image_labels"}
+    overlays = [name for name in EXPERIMENTS if name.endswith("/minivoc")]
+    declared = [
+        asdict(Protocol(**plain(compose_config([f"+experiments={name}"]))["eval"]))
+        for name in overlays
+    ]
+    assert len(overlays) > 5
+    for name, protocol in zip(overlays, declared, strict=True):
+        assert {key: protocol[key] for key in keys} == {key: declared[0][key] for key in keys}, name
 
 
 @pytest.mark.parametrize("group", ["backbone", "trainer", "logger", "eval"])
@@ -159,7 +186,10 @@ def test_stored_configuration_is_overridden_with_the_same_care() -> None:
         override_config(config, ["seed=zero"])
 
 
-@pytest.mark.parametrize("experiment", ["tkp_pcl/minivoc", "tkp_pcl/voc", "vit_pcm/voc"])
+@pytest.mark.parametrize(
+    "experiment",
+    ["tkp_pcl/minivoc", "tkp_pcl/voc", "vit_pcm/voc", "mctformer/minivoc", "mctformer/voc"],
+)
 def test_second_stage_is_a_whole_configuration(experiment: str) -> None:
     config = plain(compose_config([f"+experiments={experiment}", "data.root=unset", "seed=3"]))
     second = second_stage_config(config, "somewhere")

@@ -10,9 +10,12 @@ from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import Outputs, Step, WSSSModule
 from wsss.methods.clustercam import ClusterCAM, ClusterCAMSettings
 from wsss.methods.getam import GETAM, GETAMSettings
+from wsss.methods.mctformer import MCTformerPlus, MCTformerPlusSettings
+from wsss.methods.more import MoRe, MoReSettings
 from wsss.methods.segmenter import Segmenter, SegmenterSettings
 from wsss.methods.tkp_pcl import TKPPCL, TKPPCLSettings
 from wsss.methods.toco import ToCo, ToCoSettings
+from wsss.methods.weclip import CLIPCAM, CLIPCAMSettings, WeCLIP, WeCLIPSettings
 from wsss.models.backbone import Backbone
 from wsss.models.conv_backbone import ConvBackbone
 from wsss.runs.folder import Run, load_run
@@ -22,14 +25,20 @@ from wsss.training.run import train
 
 __version__: str
 __all__ = [
+    "CLIPCAM",
     "GETAM",
     "TKPPCL",
     "Backbone",
+    "CLIPCAMSettings",
     "ClusterCAM",
     "ClusterCAMSettings",
     "ConvBackbone",
     "Evaluator",
     "GETAMSettings",
+    "MCTformerPlus",
+    "MCTformerPlusSettings",
+    "MoRe",
+    "MoReSettings",
     "Outputs",
     "Protocol",
     "Run",
@@ -43,6 +52,8 @@ __all__ = [
     "VOCDataModule",
     "WSSSError",
     "WSSSModule",
+    "WeCLIP",
+    "WeCLIPSettings",
     "__version__",
     "compare",
     "evaluate",

@@ -25,6 +25,7 @@ VERBS = {
     "report": "report",
     "sync": "sync",
     "dashboard": "dashboard",
+    "text": "text",
     "predict": "predict",
     "submit": "submit",
     "pseudo": "pseudo",

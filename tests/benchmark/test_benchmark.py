@@ -32,7 +32,7 @@ from wsss.models.backbone import Backbone
 
 SAVINGS = [field.name for field in fields(Savings)]
 MAX_STEPS = 100
-TINY = {"image_size": 96, "batch_size": 2, "num_classes": 4, "seed": 0}
+TINY = {"image_size": 96, "batch_size": 2, "pairs": None, "num_classes": 4, "seed": 0}
 
 
 def module_of(kind: type[ToCo], quirks: Quirks = CORRECTED) -> ToCo:

@@ -231,6 +231,11 @@ def test_kinds_of_supervision_are_kept_apart(tmp_path: Path) -> None:
     assert [c.baseline for c in compare(runs, chosen)] == ["A", None], "of its supervision"
     again = make_run(tmp_path / "c", method="A", supervision="pixel masks")
     assert len(compare([*runs, again], CompareArguments(resamples=10))) == 3
+    # a card of an earlier version, which names the weights alone
+    weights = {"name": "vit_base_patch16_siglip_224.webli", "source": "timm:", "pretraining": "-"}
+    tower = make_run(tmp_path / "d", method="A", backbone=weights)
+    (found,) = [c for c in compare([*runs, tower], CompareArguments(resamples=10))[2:]]
+    assert (found.supervision, list(found.groups)) == ("image labels + CLIP", ["A"])
 
 
 def test_runs_of_a_group_differ_in_their_seed_alone(tmp_path: Path) -> None:

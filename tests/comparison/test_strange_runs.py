@@ -72,6 +72,23 @@ def test_numbers_that_the_counts_do_not_give_are_refused(
     assert f"run `wsss eval run={runs[1]}` again" in str(caught.value)
 
 
+def test_counts_of_no_image_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    with np.load(run / CELLS_FILE) as stored:
+        arrays = dict(stored)
+    np.savez(run / CELLS_FILE, **(arrays | {"val/seg": arrays["val/seg"][:0]}))
+    with pytest.raises(WSSSError, match=r"images\.npz: has no counts of seg; run `wsss eval"):
+        compare([run], CompareArguments(resamples=10))
+
+
+@pytest.mark.parametrize("digest", [5, ["x"], {"a": 1}, True])
+def test_a_hash_of_another_kind_is_no_obstacle(digest: object, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, method=name) for name in "AB"]
+    change(runs[1], set_key("protocol", "backbone", "state_sha256", value=digest))
+    with pytest.raises(WSSSError, match=r"protocols differ.*vit \(bbbbbbbb\)"):
+        compare(runs, CompareArguments(resamples=10))
+
+
 def test_a_number_may_differ_by_rounding(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     value = json.loads((run / RESULTS_FILE).read_text())["splits"]["val"]["seed_miou"]

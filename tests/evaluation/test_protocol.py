@@ -107,7 +107,7 @@ def test_declared_threshold_joins_the_curve_once() -> None:
         ({"seg_scales": (1.0, -1.0)}, "eval.seg_scales"),
         ({"seg_scales": (1.0, 0.001)}, "eval.seg_scales.*greater than or equal to 0.05"),
         ({"seg_sizes": (10**6,)}, "eval.seg_sizes.*less than or equal to 16384"),
-        ({"flip_merge": "mean"}, "eval.flip_merge='mean': expected 'sum' or 'max'"),
+        ({"flip_merge": "median"}, "eval.flip_merge='median': expected 'sum' or 'max' or 'mean'"),
         ({"merge_of": "labels"}, "eval.merge_of='labels': expected 'logits' or 'prob"),
         ({"refine": "crf"}, "eval.refine='crf': expected 'par' or 'pamr' or null"),
         ({"scale_merge": "median"}, "eval.scale_merge='median': expected 'sum' or 'max' or 'mean'"),

@@ -10,15 +10,25 @@ import pytest
 
 from wsss.benchmark import loading, pce
 from wsss.cli import VERBS
-from wsss.commands import benchmark, dashboard, data, evaluate, predict, pseudo, report, submit
+from wsss.commands import (
+    benchmark,
+    dashboard,
+    data,
+    evaluate,
+    predict,
+    pseudo,
+    report,
+    submit,
+    text,
+)
 from wsss.commands.train import _read_command_line
 from wsss.comparison import compare as comparison
 from wsss.core.arguments import parse_arguments, split_arguments
 from wsss.core.errors import WSSSError
 from wsss.methods.official import CONVERTERS
 from wsss.parity import METHODS
-from wsss.runs.compose import compose_config, sweep_jobs
-from wsss.runs.config import override_config, plain
+from wsss.runs.compose import compose_config, compose_walk, sweep_jobs
+from wsss.runs.config import check_walk, override_config, plain
 
 PROJECT = Path(__file__).parents[2]
 PAGES = [PROJECT / "README.md"]
@@ -66,6 +76,11 @@ def take_data(arguments: list[str]) -> None:
     parse_arguments(schemas[rest[0]], rest[1:])
 
 
+def take_text(arguments: list[str]) -> None:
+    _, overrides = parse_arguments(text.TextArguments, arguments, passed_on=("data",))
+    compose_config([*overrides, "data.root=anywhere"])
+
+
 def take_benchmark(arguments: list[str]) -> None:
     parts: dict[str, Any] = {"part=data": loading.LoadingArguments, "part=pce": pce.PCEArguments}
     for part, schema in parts.items():
@@ -92,6 +107,13 @@ def of_runs(schema: type, *passed_on: str) -> Callable[[list[str], dict[str, Any
     return take
 
 
+def take_pseudo(arguments: list[str], stored: dict[str, Any]) -> None:
+    chosen, overrides, walking = pseudo.parse(arguments)
+    override_config(stored, overrides)
+    if chosen.refine:
+        check_walk(stored, compose_walk(walking))
+
+
 def of_folders(schema: type) -> Callable[[list[str]], None]:
     return lambda arguments: split_arguments(schema, arguments) and None
 
@@ -108,6 +130,7 @@ ALONE: dict[str, Callable[[list[str]], None]] = {
     "train": take_train,
     "data": take_data,
     "benchmark": take_benchmark,
+    "text": take_text,
     "compare": of_folders(comparison.CompareArguments),
     "report": of_folders(report.ReportArguments),
     "dashboard": lambda arguments: (
@@ -120,7 +143,7 @@ ALONE: dict[str, Callable[[list[str]], None]] = {
 WITH_A_RUN = {
     "eval": of_runs(evaluate.EvalArguments, "data", "eval"),
     "predict": of_runs(predict.PredictArguments, "eval"),
-    "pseudo": of_runs(pseudo.PseudoArguments, "eval", "data"),
+    "pseudo": take_pseudo,
     "submit": of_runs(submit.SubmitArguments, "eval", "data"),
 }
 

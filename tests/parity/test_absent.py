@@ -17,6 +17,7 @@ LIGHT = (
     *("clustercam/inference_merge", "clustercam/init_map", "clustercam/labels_from_cam"),
     *("clustercam/par", "clustercam/seg_loss"),
     *("getam/a_encoder_distilled", "getam/d_pamr", "getam/e_complete", "getam/e_pipeline"),
+    *("mctformer/e_pool", "mctformer/f_loss", "mctformer/k_alpha", "mctformer/l_scan"),
     *("getam/f_ce", "getam/f_energy", "getam/f_saliency", "getam/h_optim", "getam/j_data"),
 )
 # without the array, how many of the file's arrays are not compared
@@ -43,6 +44,8 @@ HEAVY = [
     ("getam", "g_phase2_weak", "in_dropout_keep", 3),
     ("getam", "g_phase2_weak", "in_guide", 0),
     ("getam", "i_inference", "in_gt", 2),
+    ("mctformer", "j_init", "in_label", 4),
+    ("mctformer", "i_schedule", "out_decayed", 0),
 ]
 
 

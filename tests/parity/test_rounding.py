@@ -19,6 +19,7 @@ TIGHT = [
     ("clustercam", "gradients", "loss_seg"),
     ("clustercam", "cluster_block", "Z"),
     ("getam", "f_energy", "out_lattice_AS"),
+    ("mctformer", "f_loss", "out_loss_cct"),
 ]
 
 

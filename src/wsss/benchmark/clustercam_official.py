@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from wsss.benchmark.one_by_one import best_slots_one_by_one
-from wsss.benchmark.one_hot import ConvolvingPAR
+from wsss.benchmark.one_hot import with_neighbours
 from wsss.maps.pseudo_labels import best_slots, refine_cam_to_label
-from wsss.maps.refine.par import PAR
 from wsss.methods.base import Batch, Step
 from wsss.methods.clustercam.method import ClusterCAM
 from wsss.methods.clustercam.network import BlockOutput, Encoded
@@ -80,9 +79,8 @@ class OfficialClusterCAM(ClusterCAM):
     @torch.no_grad()
     def pseudo_labels(self, images: Tensor, cam: Tensor, labels: Tensor) -> Tensor:
         """Make pseudo labels; where a saving of item 4 is off, PAR does more work."""
-        kind = PAR if self.savings.sliced_neighbours else ConvolvingPAR
+        par = with_neighbours(self.par, sliced=self.savings.sliced_neighbours)
         refine = best_slots if self.savings.shared_affinity else best_slots_one_by_one
-        par = kind(eps=self.par.eps).to(images.device)
         s, guide = self.settings, self.guide(images)
         high, low = s.high_threshold, s.low_threshold
         return refine_cam_to_label(par, guide, cam, labels, high=high, low=low, refine=refine)

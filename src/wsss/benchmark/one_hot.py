@@ -44,3 +44,10 @@ class ConvolvingPAR(PAR):
     def propagate(self, affinity: Tensor, masks: Tensor) -> Tensor:
         """Propagate as :meth:`PAR.propagate`."""
         return diffuse_by_convolution(affinity, masks, self.dilations, self.num_iter)
+
+
+def with_neighbours(par: PAR, *, sliced: bool) -> PAR:
+    """Give a PAR of the same settings whose neighbours come from slices, or from convolutions."""
+    kind = PAR if sliced else ConvolvingPAR
+    own = kind(dilations=par.dilations, num_iter=par.num_iter, eps=par.eps)
+    return own.to(par.position.device)

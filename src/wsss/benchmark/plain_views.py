@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms as T
 
-from wsss.data.views.clustercam import increasing_rand_augment
+from wsss.data.views.imagenet import rand_augment
 from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 PlainViews = Callable[[Image.Image], dict[str, Tensor]]
@@ -81,7 +81,7 @@ class PlainClusterCAMViews:
 
     def __init__(self, size: int) -> None:
         crop = T.RandomResizedCrop(size, (0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC)
-        self.view = _normalised(crop, T.RandomHorizontalFlip(), increasing_rand_augment())
+        self.view = _normalised(crop, T.RandomHorizontalFlip(), rand_augment())
         self.erase = T.RandomErasing(p=0.25, value="random")
 
     def __call__(self, picture: Image.Image) -> dict[str, Tensor]:

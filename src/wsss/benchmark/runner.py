@@ -20,6 +20,9 @@ from wsss.methods.base import Batch, WSSSModule
 from wsss.runs.compose import compose_run
 from wsss.runs.folder import build_module
 
+#: method -> settings without which its configuration does not compose
+REQUIRED = {"weclip": ["method.text=random"], "clip_cam": ["method.text=random"]}
+
 
 @dataclass(frozen=True)
 class Side:
@@ -150,6 +153,7 @@ def build(config: dict[str, Any], side: Side) -> WSSSModule:
             "backbone.weights=random",
             f"budget.crop_size={config['image_size']}",
             f"budget.local_size={local}",
+            *REQUIRED.get(config["method"], []),
         ]
     )
     if side.target:
@@ -163,10 +167,11 @@ def build(config: dict[str, Any], side: Side) -> WSSSModule:
 
 
 def make_batch(config: dict[str, Any], device: torch.device) -> Batch:
-    """Make a random training batch: smooth images, one to three classes, every second padded.
+    """Make a random training batch: smooth images, every second padded.
 
-    The shapes are those of ``wsss.data.views.toco.ToCoViews``, with a saliency map; a method takes
-    what it needs.
+    The shapes are those of ``wsss.data.views.toco.ToCoViews``, with a saliency map and numbers of
+    the images; a method takes what it needs. Images show one to three classes in turn, or as many
+    as ``pairs`` gives them.
     """
     size, count = config["image_size"], config["batch_size"]
     views = [_smooth_images(count, size) for _ in range(3)]
@@ -178,12 +183,16 @@ def make_batch(config: dict[str, Any], device: torch.device) -> Batch:
         views[0][b, :, padding] = 0
     labels = torch.zeros(count, config["num_classes"])
     for b in range(count):
-        present = torch.randperm(config["num_classes"])[: 1 + b % 3]
+        shown = 1 + b % 3
+        if config["pairs"] is not None:
+            shown = config["pairs"] // count + (b < config["pairs"] % count)
+        present = torch.randperm(config["num_classes"])[:shown]
         labels[b, present] = 1
     named = zip(("image", "view2", "local_view"), views, strict=True)
     saliency = torch.zeros(count, size, size, dtype=torch.uint8)
     saliency[:, size // 4 : -size // 4, size // 4 : -size // 4] = 1
     batch = {**dict(named), "labels": labels, "box": boxes, "saliency": saliency}
+    batch["index"] = torch.arange(count)
     return {name: value.to(device) for name, value in batch.items()}
 
 

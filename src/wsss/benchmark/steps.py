@@ -23,6 +23,9 @@ OFFICIAL = {
     "toco": "wsss.benchmark.toco_official.OfficialToCo",
     "clustercam": "wsss.benchmark.clustercam_official.OfficialClusterCAM",
     "getam": "wsss.benchmark.getam_official.OfficialGETAM",
+    "mctformer": "wsss.benchmark.mctformer_official.OfficialMCTformerPlus",
+    "more": "wsss.benchmark.more_official.OfficialMoRe",
+    "weclip": "wsss.benchmark.weclip_official.OfficialWeCLIP",
 }
 #: method -> its paper's encoder and the side of its crops
 PAPERS = {
@@ -30,6 +33,9 @@ PAPERS = {
     "clustercam": ("deit_small", 448),
     "getam": ("vit_base", 256),
     "tkp_pcl": ("vit_base", 384),
+    "mctformer": ("deit_small", 448),
+    "more": ("vit_base", 448),
+    "weclip": ("clip_base", 320),
 }
 #: the same of any other method: those of conf/train.yaml and conf/data/voc.yaml
 DEFAULTS = ("deit_base", 448)
@@ -47,6 +53,7 @@ class BenchmarkConfig:
         backbone: an encoder of ``conf/backbone``, with random weights here; null: the method's own.
         image_size: side of the images in pixels; null: the method's own.
         batch_size: images a step.
+        pairs: of image and class in a batch, spread evenly; null: one to three classes an image.
         num_classes: K, foreground classes.
         repeats: steps that count.
         warmup: steps before them.
@@ -66,6 +73,7 @@ class BenchmarkConfig:
     backbone: str | None = None
     image_size: int | None = None
     batch_size: int = 2
+    pairs: int | None = None
     num_classes: int = 20
     repeats: int = 3
     warmup: int = 1

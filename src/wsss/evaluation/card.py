@@ -112,6 +112,7 @@ def protocol_card(
 MADE_ELSEWHERE = (
     "resize", "single_resize", "cam_resize", "seg_scales", "seg_sizes", "flip", "flip_merge",
     "scale_merge", "merge_of", "align_corners", "crf", "crf_prune", "crf_backend",
+    "resize_long", "scale_by", "scale_from", "merge_at",
 )  # fmt: skip
 
 

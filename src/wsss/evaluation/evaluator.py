@@ -23,6 +23,7 @@ from wsss.core.errors import WSSSError
 from wsss.core.modes import evaluating
 from wsss.core.stopwatch import device_name
 from wsss.evaluation.crf_queue import CRFQueue, crf_pool
+from wsss.evaluation.inference import HasFurtherMaps
 from wsss.evaluation.ledger import check_ledger, record_reading
 from wsss.evaluation.protocol import Protocol
 from wsss.evaluation.tally import Batch, Tally
@@ -45,7 +46,7 @@ def evaluate(
 
     Args:
         module: a method: ``forward(images) -> Outputs`` and ``cams(images, labels)``. Its training
-            mode is restored afterwards.
+            mode is restored afterwards. Further maps, where it names some, are scored too.
         dataloader: batches of evaluation images, each once.
         protocol: what is measured.
         class_names: the K foreground classes.
@@ -65,7 +66,9 @@ def evaluate(
     device = torch.device(device)
     started = time.perf_counter()
     module.to(device)
-    tally = Tally(protocol=protocol, class_names=class_names, full=True).to(device)
+    further = module.further_map_names if isinstance(module, HasFurtherMaps) else ()
+    tally = Tally(protocol=protocol, class_names=class_names, full=True, further=further)
+    tally.to(device)
     tally.reset()
     batches = dataloader if description is None else track(dataloader, description=description)
     num_images = 0  # of this process

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol as Interface
+from typing import runtime_checkable
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wsss.evaluation.protocol import Protocol, ScaleMerge
+from wsss.evaluation.protocol import Merge, Protocol
 from wsss.maps.cams import normalise_maximum
 from wsss.maps.pixels import squash_pixels
 from wsss.maps.pseudo_labels import cam_to_label_with_ignore, refine_cam_to_label
@@ -48,6 +49,18 @@ class ModuleLike(Interface):
         """Compute maps (B, K, H, W) in [0, 1], zero for classes that ``labels`` (B, K) lacks."""
 
 
+@runtime_checkable
+class HasFurtherMaps(Interface):
+    """A method with further localisation maps that are scored beside its CAMs."""
+
+    @property
+    def further_map_names(self) -> tuple[str, ...]:
+        """Keys of :meth:`further_cams`."""
+
+    def further_cams(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Compute maps as those of :meth:`ModuleLike.cams`, by name."""
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Logits of a batch.
@@ -76,7 +89,26 @@ def _squash(images: Tensor, side: int | None) -> Tensor:
     return images if side is None else resized(images, (side, side))
 
 
-def _merge(first: Tensor, second: Tensor, how: ScaleMerge) -> Tensor:
+def _long_side(images: Tensor, length: int | None) -> Tensor:
+    """Resize images (B, 3, H, W) so that the long side has so many pixels."""
+    if length is None:
+        return images
+    most = max(images.shape[-2:])
+    return resized(images, [max(1, int(length * side / most)) for side in images.shape[-2:]])
+
+
+def _by_factor(images: Tensor, scale: float, *, align_corners: bool) -> Tensor:
+    """Resize by exactly a factor: pixels are 1 / scale apart, whatever is left at the edge."""
+    return F.interpolate(
+        images.float(),
+        scale_factor=scale,
+        mode="bilinear",
+        align_corners=align_corners,
+        recompute_scale_factor=False,
+    )
+
+
+def _merge(first: Tensor, second: Tensor, how: Merge) -> Tensor:
     """Merge by maximum or sum; a mean is a sum until all are there."""
     return torch.maximum(first, second) if how == "max" else first + second
 
@@ -97,6 +129,7 @@ def predict(
         size: height and width of the result.
         protocol: scales and merges.
     """
+    images = _long_side(images, protocol.resize_long)
     outputs = module(_squash(images, protocol.single_resize))
     if outputs.seg_logits is None:
         return Prediction(outputs.class_logits.float(), None, None)
@@ -104,11 +137,15 @@ def predict(
     shared = protocol.single_resize == protocol.resize
     merged: Tensor | None = None
     count = 0
+    small = protocol.merge_at == "logits"
+    at = tuple(outputs.seg_logits.shape[-2:]) if small else size
+    first = outputs.seg_logits.float() if small else single
     for scale, scaled in _scaled_images(images, protocol):
-        logits = single if scale == 1 and shared else _segment(module, scaled, size)
+        logits = first if scale == 1 and shared else _segment(module, scaled, at)
         if protocol.flip:
-            mirrored = _segment(module, scaled.flip(-1), size).flip(-1)
+            mirrored = _segment(module, scaled.flip(-1), at).flip(-1)
             logits = _merge(logits, mirrored, protocol.flip_merge)
+            logits = logits / 2 if protocol.flip_merge == "mean" else logits
         if protocol.merge_of == "probabilities":
             logits = logits.softmax(1)
         merged = logits if merged is None else _merge(merged, logits, protocol.scale_merge)
@@ -117,6 +154,8 @@ def predict(
         merged = merged / count
     if merged is not None and protocol.merge_of == "probabilities":
         merged = merged.log()
+    if merged is not None:
+        merged = resized(merged, size)
     return Prediction(outputs.class_logits.float(), single, merged)
 
 
@@ -126,10 +165,14 @@ def _scaled_images(images: Tensor, protocol: Protocol) -> Iterator[tuple[float |
         for side in protocol.seg_sizes:
             yield None, squash_pixels(images, side)
         return
-    images = _squash(images, protocol.resize)
+    native, images = images, _squash(images, protocol.resize)
     for scale in protocol.seg_scales if protocol.multi_scale else ():
+        if protocol.scale_by == "factor" and scale != 1:
+            yield scale, _by_factor(images, scale, align_corners=protocol.align_corners)
+            continue
         height, width = (max(1, int(scale * side)) for side in images.shape[-2:])
-        yield scale, resized(images, (height, width), align_corners=protocol.align_corners)
+        source = native if protocol.scale_from == "native" else images
+        yield scale, resized(source, (height, width), align_corners=protocol.align_corners)
 
 
 def _segment(module: ModuleLike, images: Tensor, size: Sequence[int]) -> Tensor:
@@ -153,8 +196,19 @@ def localise(
     Returns:
         (B, K, H, W) in [0, 1].
     """
-    cams = module.cams(_squash(images, protocol.cam_resize), labels)
+    images = _squash(_long_side(images, protocol.resize_long), protocol.cam_resize)
+    cams = module.cams(images, labels)
     return resized(cams, size) * labels[:, :, None, None].to(cams.device)
+
+
+def localise_further(
+    module: HasFurtherMaps, images: Tensor, labels: Tensor, size: Sequence[int], protocol: Protocol
+) -> dict[str, Tensor]:
+    """Compute further maps at mask size, by name; else as :func:`localise`."""
+    images = _squash(_long_side(images, protocol.resize_long), protocol.cam_resize)
+    maps = module.further_cams(images, labels)
+    shown = labels[:, :, None, None]
+    return {name: resized(own, size) * shown.to(own.device) for name, own in maps.items()}
 
 
 def smoothed_label(

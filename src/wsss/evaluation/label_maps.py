@@ -257,7 +257,7 @@ class LabelMapCounts(ConfusionMatrix):
         )
 
     def _on_device(self, counts: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(counts).to(self.device)
+        return torch.from_numpy(counts).to(self.device, non_blocking=True)
 
     def _cells(self, guess: LabelMap, regions: Regions) -> NDArray[np.int64]:
         """Count the (C, C + 1) confusion of the valid pixels, abstentions last."""

@@ -8,8 +8,7 @@ from wsss.core.ranges import Fraction, Number, Scale, Side, Some
 from wsss.core.schema import check_fields
 from wsss.maps.refine.dense_crf import CRF_PRESETS, CRFPreset
 
-Merge = Literal["sum", "max"]
-ScaleMerge = Literal["sum", "max", "mean"]
+Merge = Literal["sum", "max", "mean"]
 ORACLE_THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(20))
 
 
@@ -24,6 +23,8 @@ class Protocol:
             ToCo's logged single-scale numbers are of images squashed to 448, its multi-scale ones
             of native size (toco.md section 5).
         cam_resize: the same for CAMs.
+        resize_long: instead of squares, the long side to which images are resized before all else,
+            their shape kept (WeCLIP: 512); None: native.
         seg_scales: scales of multi-scale segmentation.
         seg_sizes: instead of scales, sides of squares to which the 8-bit pixels are squashed for
             multi-scale segmentation (GETAM: 256, 320, 480); None: ``seg_scales`` count.
@@ -33,6 +34,12 @@ class Protocol:
         merge_of: what the scales merge: ``logits``, or ``probabilities``, whose logarithm then
             stands for the logits (clustercam.md section 5). Image and mirror merge as logits.
         align_corners: whether images are resized to a scale with aligned corners.
+        scale_by: how they are sampled then: by the ratio of the two ``size``s, which are whole
+            numbers, or by the ``factor`` itself (WeCLIP).
+        scale_from: what is sampled for a scale of the square ``resize``: the ``resized`` image
+            once more, or the ``native`` one at once (MoRe).
+        merge_at: where logits of scales, their mirror images merged, come together: at the size of
+            the ``mask``, or of the first scale's ``logits`` (WeCLIP).
         crf: name of a dense CRF preset, or None for no CRF.
         crf_prune: let only background and the image's labelled classes into the CRF. It uses
             image labels, so it is refused unless ``use_image_labels`` is set.
@@ -55,13 +62,17 @@ class Protocol:
     resize: Side | None = None
     single_resize: Side | None = None
     cam_resize: Side | None = None
+    resize_long: Side | None = None
     seg_scales: Some[Scale] = (1.0,)
     seg_sizes: Some[Side] | None = None
     flip: bool = False
     flip_merge: Merge = "sum"
-    scale_merge: ScaleMerge = "sum"
+    scale_merge: Merge = "sum"
     merge_of: Literal["logits", "probabilities"] = "logits"
     align_corners: bool = False
+    scale_by: Literal["size", "factor"] = "size"
+    scale_from: Literal["resized", "native"] = "resized"
+    merge_at: Literal["mask", "logits"] = "mask"
     crf: str | None = None
     crf_prune: bool = False
     crf_backend: Literal["pydensecrf", "torch"] = "pydensecrf"
@@ -83,6 +94,14 @@ class Protocol:
             raise WSSSError(
                 "eval.crf_prune=true uses image labels, which eval.use_image_labels=false "
                 "forbids; set one of the two"
+            )
+        squares = ("resize", "single_resize", "cam_resize", "seg_sizes")
+        squashed = [name for name in squares if getattr(self, name) is not None]
+        if self.resize_long is not None and squashed:
+            raise WSSSError(
+                f"eval.resize_long={self.resize_long} keeps the shape of an image and "
+                f"eval.{squashed[0]}={getattr(self, squashed[0])} does not; set one of the two to "
+                "null"
             )
         high, low = self.cam_high, self.cam_low
         if (high is None) != (low is None):

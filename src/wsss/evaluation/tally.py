@@ -23,9 +23,11 @@ from wsss.evaluation.confusion import (
 )
 from wsss.evaluation.crf_queue import CRFQueue
 from wsss.evaluation.inference import (
+    HasFurtherMaps,
     ModuleLike,
     Prediction,
     localise,
+    localise_further,
     predict,
     predicted_labels,
     pseudo_label,
@@ -89,10 +91,16 @@ class Tally(nn.Module):
         protocol: what is measured.
         class_names: the K foreground classes.
         full: also score seeds with the module's own labels, beside those with true labels.
+        further: names of the module's further maps that are scored as seeds.
     """
 
     def __init__(
-        self, *, protocol: Protocol, class_names: Sequence[str], full: bool = False
+        self,
+        *,
+        protocol: Protocol,
+        class_names: Sequence[str],
+        full: bool = False,
+        further: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.protocol = protocol
@@ -106,6 +114,12 @@ class Tally(nn.Module):
             num_classes=num_classes, thresholds=(protocol.cam_threshold,)
         )
         self.seed_pixels = PixelAveragePrecision(num_classes=num_classes - 1)
+        self.further = nn.ModuleDict(
+            {
+                name: ThresholdConfusion(num_classes=num_classes, thresholds=thresholds)
+                for name in further
+            }
+        )
         self.maps = nn.ModuleDict(
             {
                 name: LabelMapCounts(
@@ -141,8 +155,9 @@ class Tally(nn.Module):
         Raises:
             WSSSError: the module's classes do not match the data's.
         """
-        images = batch["image"].to(self.device)
-        target, labels = batch["mask"].to(self.device), batch["labels"].to(self.device)
+        images, target, labels = (
+            batch[name].to(self.device, non_blocking=True) for name in ("image", "mask", "labels")
+        )
         size = target.shape[-2:]
         with self.watch("segmentation"):
             prediction = predict(module, images, size, self.protocol)
@@ -154,25 +169,57 @@ class Tally(nn.Module):
             truth = Truth.of(batch, self.num_classes)
         self.count_segmentation(prediction, truth, labels, crf)
         allowed = labels if self.protocol.use_image_labels else guessed
-        # a class's map does not depend on the others', so one call serves every set of labels
-        wanted = allowed
+        wanted = {"allowed": allowed}
         if self.both_labels:
-            wanted = torch.maximum(wanted, guessed)
+            wanted["guessed"] = guessed
         if self.protocol.cam_high is not None:
-            wanted = torch.maximum(wanted, labels)
+            wanted["labels"] = labels
         with self.watch("cams"):
-            cams = localise(module, images, wanted, size, self.protocol)
-        self.count_cams(cams, allowed, labels, truth)
+            cams = self.class_maps(module, images, size, wanted)
+        self.count_cams(cams["allowed"], allowed, labels, truth, cams.get("labels"))
         if self.both_labels:
             with self.watch("counting"):
-                self.seed_predicted.update(cams * guessed[..., None, None], target)
+                self.seed_predicted.update(cams["guessed"] * guessed[..., None, None], target)
+        if self.further:
+            assert isinstance(module, HasFurtherMaps)
+            with self.watch("further_maps"):
+                further = localise_further(module, images, allowed, size, self.protocol)
+            with self.watch("counting"):
+                for name, maps in further.items():
+                    self.further_counts(name).update(maps, target)
+
+    def class_maps(
+        self, module: ModuleLike, images: Tensor, size: Sequence[int], wanted: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Compute CAMs (B, K, H, W) for several sets of labels (B, K), by name.
+
+        A class's map does not depend on the others', so one call serves every set; where classes
+        compete (``module.classes_compete``), every set has a call of its own.
+        """
+        if not getattr(module, "classes_compete", False):
+            union = torch.stack(list(wanted.values())).amax(0)
+            cams = localise(module, images, union, size, self.protocol)
+            return dict.fromkeys(wanted, cams)
+        found: dict[str, Tensor] = {}
+        for name, labels in wanted.items():
+            same = [one for one in found if torch.equal(wanted[one], labels)]
+            own = found[same[0]] if same else localise(module, images, labels, size, self.protocol)
+            found[name] = own
+        return found
 
     @property
     def num_classes(self) -> int:
         """C, with the background."""
         return len(self.class_names) + 1
 
-    def count_cams(self, cams: Tensor, allowed: Tensor, labels: Tensor, truth: Truth) -> None:
+    def count_cams(
+        self,
+        cams: Tensor,
+        allowed: Tensor,
+        labels: Tensor,
+        truth: Truth,
+        of_labels: Tensor | None = None,
+    ) -> None:
         """Count class maps: the threshold curve, pixel AP, seeds and pseudo labels.
 
         Args:
@@ -180,8 +227,9 @@ class Tally(nn.Module):
             allowed: (B, K), classes that seeds may show.
             labels: (B, K) image labels, by which pseudo labels are made.
             truth: of the same images.
+            of_labels: as ``cams``, for the image labels; None: the same.
         """
-        target = truth.mask.to(cams.device)
+        target = truth.mask.to(cams.device, non_blocking=True)
         with self.watch("counting"):
             seeds = cams * allowed[..., None, None]
             self.seed.update(seeds, target)
@@ -191,7 +239,7 @@ class Tally(nn.Module):
         if self.protocol.cam_high is None:
             return
         with self.watch("pseudo_labels"):
-            true = cams * labels[..., None, None]
+            true = (cams if of_labels is None else of_labels) * labels[..., None, None]
             pseudo = pseudo_label(self.refine, truth.rgb, true, labels, self.protocol)
         self.count_labels("pseudo_label", pseudo, truth)
 
@@ -226,6 +274,12 @@ class Tally(nn.Module):
         assert isinstance(counts, LabelMapCounts)
         return counts
 
+    def further_counts(self, name: str) -> ThresholdConfusion:
+        """Give the counts of one further map."""
+        counts = self.further[name]
+        assert isinstance(counts, ThresholdConfusion)
+        return counts
+
     def compute(self) -> dict[str, Any]:
         """Compute all numbers, summed over ranks where several run.
 
@@ -246,6 +300,8 @@ class Tally(nn.Module):
         result |= {"per_class": columns, "confusion": {}, "cells": {}}
         image = self.image_level.compute()
         self._seeds(result)
+        for name in self.further:
+            self._further_map(name, result)
         for name in LABEL_MAPS:
             self._label_maps(name, result)
         scored = bool(image.num_images)
@@ -296,6 +352,20 @@ class Tally(nn.Module):
         }
         result["per_class"]["seed_iou_oracle"] = curve[oracle].iou.tolist()
         result["per_class"]["seed_pixel_ap"] = [math.nan, *pixel_ap.tolist()]
+
+    def _further_map(self, name: str, result: dict[str, Any]) -> None:
+        """Compute the seed mIoU of a further map at the declared and at the oracle threshold."""
+        matrices = self.further_counts(name).compute().cpu()
+        if not matrices[0][1:].sum():
+            return
+        thresholds = self.protocol.curve_thresholds
+        values = [scores(matrix).miou for matrix in matrices]
+        oracle = values.index(max(values))
+        result |= {
+            f"{name}_miou": values[thresholds.index(self.protocol.cam_threshold)],
+            f"{name}_miou_oracle": values[oracle],
+            f"{name}_threshold_oracle": thresholds[oracle],
+        }
 
     def _label_maps(self, name: str, result: dict[str, Any]) -> None:
         """Compute the numbers of one kind of label map; None where there is none to compute.

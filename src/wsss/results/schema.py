@@ -121,6 +121,9 @@ class _Split(Record):
     seed_miou_oracle: Share = None
     seed_threshold_oracle: Share = None
     seed_pixel_map: Share = None
+    lam_miou: Share = None
+    lam_miou_oracle: Share = None
+    lam_threshold_oracle: Share = None
     pseudo_label_miou_ignored_as_background: Share = None
     pseudo_label_miou_excluded: Share = None
     pseudo_label_coverage: Share = None

@@ -93,7 +93,8 @@ def weclip(
         rfm_layers=2,
         rfm_start=11,
     )
-    return sharpened(kind(backbone=backbone, num_classes=4, settings=settings, quirks=quirks))
+    module = sharpened(kind(backbone=backbone, num_classes=4, settings=settings, quirks=quirks))
+    return module.double()  # scores of two labels may be as near as float32's rounding
 
 
 BUILD: dict[str, Callable[..., WSSSModule]] = {
@@ -122,7 +123,8 @@ def batch_of(method: str, **changes: Any) -> Batch:
 
 def step_of(method: str, module: WSSSModule, step: int) -> tuple[Step, dict[str, torch.Tensor]]:
     """Losses and gradients of one step with fixed weights, batch and draws."""
-    result = module.losses(batch_of(method), step)
+    batch, kind = batch_of(method), next(module.parameters()).dtype
+    result = module.losses({**batch, "image": batch["image"].to(kind)}, step)
     result.total.backward()
     zero = {name: torch.zeros_like(p) for name, p in module.named_parameters() if p.requires_grad}
     found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
@@ -143,11 +145,11 @@ def assert_same_step(method: str, module: WSSSModule, expected: WSSSModule, step
     return ours
 
 
-def without(method: str, *off: str) -> WSSSModule:
+def without(method: str, *off: str) -> Any:
     module: Any = BUILD[method](KINDS[method])
     names = [one.name for one in fields(SAVINGS[method])]
     module.use_savings(SAVINGS[method](**{name: name not in off for name in names}))
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -276,11 +278,11 @@ def test_a_batch_without_labels_agrees_too() -> None:
 def uncertain_maps() -> list[torch.Tensor]:
     """Maps with many, few and no windows to choose, with and without tokens of a class."""
     draws = torch.Generator().manual_seed(3)
-    shares = [(0.2, 0.3, 0.5), (0.1, 0.65, 0.25), (0.3, 0.7, 0.0), (1.0, 0.0, 0.0)]
-    maps = [torch.multinomial(torch.tensor(s), 88, True, generator=draws) for s in shares]
-    lonely = torch.zeros(88, dtype=torch.long)
-    lonely[3 * 11 + 4] = 2  # the pool of one token is too small
-    return [one.view(8, 11) for one in [*maps, lonely]]
+    shares = [(0.05, 0.3, 0.65), (0.35, 0.2, 0.45), (0.3, 0.7, 0.0), (1.0, 0.0, 0.0)]
+    maps = [torch.multinomial(torch.tensor(s), 182, True, generator=draws) for s in shares]
+    lonely = torch.zeros(182, dtype=torch.long)
+    lonely[3 * 14 + 4] = 2  # the pool of one token is too small
+    return [one.view(13, 14) for one in [*maps, lonely]]
 
 
 def test_tokens_found_cell_by_cell_are_the_same() -> None:
@@ -290,9 +292,10 @@ def test_tokens_found_cell_by_cell_are_the_same() -> None:
         return [torch.Generator().manual_seed(i) for i in range(len(maps))]
 
     ours = select_tokens(maps, draws(), corner=True)
-    counts = [len(one) for one in ours]
-    assert counts[0] == 8  # drawn of more
-    assert 2 in counts[1:]  # none is a candidate
+    many, few, *none = map(len, ours)
+    assert many == 8  # drawn of more
+    assert 2 < few < 8
+    assert none == [2, 2, 2]  # no window at all
     for expected, one, generator in zip(ours, maps, draws(), strict=True):
         torch.testing.assert_close(looped_selection(one, generator), expected)
 
@@ -304,7 +307,7 @@ def test_weclip_runs_the_last_block_for_every_pair() -> None:
         norm = module.backbone.vit.blocks[-1].norm1
         norm.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
         step_of("weclip", module, step)
-        images = batch_of("weclip")["image"]
+        images = batch_of("weclip")["image"].double()
         return counts, len(module.encode(images, layers=2).attentions)
 
     assert runs(WeCLIP, LAST) == ([2, 2], 1)  # the second by `encode` here
@@ -371,5 +374,5 @@ def test_both_sides_come_from_the_configuration(
     for name, loss in ours["losses"].items():
         assert official["losses"][name] == pytest.approx(loss, rel=1e-4), name
     phases = {"mctformer": {"forward"}, "more": {"cam", "energy"}, "weclip": {"encoder", "cam"}}
-    for side in results:
-        assert phases[method] <= set(side["steps"][0]["phases"])
+    for result in results:
+        assert phases[method] <= set(result["steps"][0]["phases"])

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from wsss.benchmark.plain_views import PLAIN
 from wsss.benchmark.report import figures_file, write_figures
+from wsss.benchmark.runner import REQUIRED
 from wsss.core.arguments import parse_arguments
 from wsss.core.errors import WSSSError
 from wsss.core.places import choices
@@ -134,6 +135,7 @@ def time_method(method: str, paths: Sequence[Path], chosen: LoadingArguments) ->
             "backbone.weights=random",
             f"budget.crop_size={chosen.image_size}",
             f"budget.local_size={max(1, chosen.image_size * 96 // 448)}",
+            *REQUIRED.get(method, []),
         ]
     )
     transform = build(config["data"]["train_transform"])

@@ -176,27 +176,36 @@ class OfficialWeCLIP(WeCLIP):
 
     def _backward_cams(self, tokens: Tensor, texts: Texts, slots: Slots) -> tuple[Tensor, Tensor]:
         """Compute :meth:`_grad_cams` of images whose slots share a pass, a backward pass a slot."""
-        backbone, block, kept = self.backbone, self.backbone.vit.blocks[-1], []
+        backbone, block = self.backbone, self.backbone.vit.blocks[-1]
+        patches = slice(backbone.num_prefix_tokens, None)
+        kept: list[Tensor] = []
 
         def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
             # a = LN1(x), of which the residual is no function
             kept.append(output.requires_grad_())
 
+        raw = []
         with self._graph(block, keep):
             tokens, attention = block_with_attention(block, tokens)
-            embedding = backbone.vit.norm(tokens)[:, backbone.num_prefix_tokens :].mean(1)
+            embedding = backbone.vit.norm(tokens)[:, patches].mean(1)
             if backbone.projection is not None:
                 embedding = embedding @ backbone.projection
-            probabilities = text_logits(embedding, texts, slots)[0].softmax(1)
-            raw = []
-            for slot in range(slots[0].shape[1]):
-                score, wanted = probabilities[:, slot].sum(), [*kept, *block.parameters()]
-                gradient = torch.autograd.grad(score, wanted, retain_graph=True)[0]
-                patches = slice(backbone.num_prefix_tokens, None)
-                weights = gradient[:, patches].mean(1)  # alpha, (B, D)
-                raw.append((kept[0].detach()[:, patches] @ weights[..., None])[..., 0])
+            logits, _ = text_logits(embedding, texts, slots)
+            wanted = [*kept, *block.parameters()]
+            for slot, shown in enumerate(slots[1].unbind(1)):
+                score = self._scores(logits[shown], slot).sum()
+                gradient, *_ = torch.autograd.grad(score, wanted, retain_graph=True)
+                alpha = gradient[:, patches].mean(1)  # (B, D)
+                raw.append((kept[0].detach()[:, patches] @ alpha[..., None])[..., 0])
         cam = torch.stack(raw, dim=1).relu()[:, :, None]
         return unit_range(unit_range(cam))[:, :, 0], attention.detach().mean(1)
+
+    def _scores(self, logits: Tensor, slot: int) -> Tensor:
+        """Give what is differentiated (b,) of logits (b, S+G): log-odds, or the probability."""
+        if self.quirks.vanishing_gradient:
+            return logits.softmax(1)[:, slot]
+        others = logits.index_fill(1, torch.tensor([slot], device=logits.device), -torch.inf)
+        return logits[:, slot] - others.logsumexp(1)
 
     @staticmethod
     @contextmanager

@@ -204,7 +204,7 @@ def test_sides_are_ours_the_official_one_and_one_a_saving() -> None:
         ("official=maybe", "official"),
         ("dtype=float16", "float32 or bfloat16"),
         ("stage=during", "after or before"),
-        ("method=tocco", "method=tocco: expected clustercam or getam"),
+        ("method=tocco", "method=tocco: expected clip_cam or clustercam"),
         ("repeats", "expected KEY=VALUE"),
         ("out=/nowhere/at/all.json", "/nowhere/at"),
         ("out=/tmp", "out=/tmp: is a folder"),

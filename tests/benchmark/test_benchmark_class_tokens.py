@@ -8,7 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wsss.benchmark import mctformer_official, more_official, runner, weclip_official
+from wsss.benchmark import (
+    mctformer_official,
+    more_official,
+    one_hot,
+    runner,
+    weclip_official,
+)
 from wsss.benchmark.mctformer_official import OfficialMCTformerPlus
 from wsss.benchmark.more_official import OfficialMoRe, looped_selection
 from wsss.benchmark.runner import TimedSide, make_batch, saving_names
@@ -16,8 +22,10 @@ from wsss.benchmark.steps import OFFICIAL, groups
 from wsss.benchmark.weclip_official import OfficialWeCLIP, boxes_by_opencv
 from wsss.commands import benchmark
 from wsss.core.errors import WSSSError
+from wsss.maps.refine.par import PAR
 from wsss.methods.base import Batch, Step, WSSSModule
 from wsss.methods.mctformer import MCTformerPlus, MCTformerPlusSettings
+from wsss.methods.mctformer import official as mctformer_quirks
 from wsss.methods.more import MoRe, MoReSettings
 from wsss.methods.more import official as more_quirks
 from wsss.methods.more.contrast import select_tokens
@@ -29,7 +37,8 @@ from wsss.models.backbone import Backbone
 LAST = 99
 STAGES = {"first": 0, "last": LAST}
 TINY: dict[str, Any] = {"batch_size": 2, "pairs": 3, "num_classes": 4}
-SIZES = {"mctformer": 96, "more": 128, "weclip": 48}  # more: UNE's windows are 6 x 6 of 8 x 8
+# no whole patches, and for more 8 x 8 tokens: UNE's windows are 6 x 6
+SIZES = {"mctformer": 90, "more": 128, "weclip": 45}
 
 
 def sharpened(module: WSSSModule) -> WSSSModule:
@@ -46,12 +55,16 @@ def small_vit(depth: int) -> Backbone:
     return Backbone(name="vit_tiny_patch16_224", weights="random", overrides=sizes)
 
 
-def mctformer(kind: type[MCTformerPlus] = MCTformerPlus) -> WSSSModule:
+def mctformer(
+    kind: type[MCTformerPlus] = MCTformerPlus,
+    quirks: mctformer_quirks.Quirks = mctformer_quirks.CORRECTED,
+) -> WSSSModule:
     torch.manual_seed(0)
     settings = MCTformerPlusSettings(
         max_steps=LAST + 1, input_size=96, drop_path=0.3, token_noise=0.02
     )
-    return sharpened(kind(backbone=small_vit(3), num_classes=4, settings=settings))
+    backbone = small_vit(3)
+    return sharpened(kind(backbone=backbone, num_classes=4, settings=settings, quirks=quirks))
 
 
 def more(
@@ -94,6 +107,7 @@ def weclip(
         rfm_start=11,
     )
     module = sharpened(kind(backbone=backbone, num_classes=4, settings=settings, quirks=quirks))
+    module.get_buffer("texts.scale").fill_(3)  # so that no text alone wins
     return module.double()  # scores of two labels may be as near as float32's rounding
 
 
@@ -167,7 +181,12 @@ def test_the_official_way_gives_the_same_step(method: str, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
-    ("method", "quirks"), [("more", more_quirks.OFFICIAL), ("weclip", weclip_quirks.OFFICIAL)]
+    ("method", "quirks"),
+    [
+        ("mctformer", mctformer_quirks.OFFICIAL),
+        ("more", more_quirks.OFFICIAL),
+        ("weclip", weclip_quirks.OFFICIAL),
+    ],
 )
 def test_both_ways_agree_under_all_quirks(method: str, quirks: Any, stage: str) -> None:
     module = BUILD[method](KINDS[method], quirks)
@@ -248,6 +267,8 @@ def test_more_saves_passes_blocks_and_heads() -> None:
     half, both = (4, 24, False), (4, 72, False)
     assert work_of(more(), LAST) == Work([step, mirror, half], [step, mirror, half], [2], [2])
     assert work_of(more(), 0) == Work([step, mirror, half], [step], [], [2])
+    twice = work_of(without("more", "reuse_scale_one"), 0)
+    assert twice == Work([step, both, half], [step], [], [2])
     whole = Work([step, both, half], [step, both, half], [4, 4, 2], [2, 4, 4])
     for at in (0, LAST):
         assert work_of(more(OfficialMoRe), at) == whole
@@ -280,9 +301,10 @@ def uncertain_maps() -> list[torch.Tensor]:
     draws = torch.Generator().manual_seed(3)
     shares = [(0.05, 0.3, 0.65), (0.35, 0.2, 0.45), (0.3, 0.7, 0.0), (1.0, 0.0, 0.0)]
     maps = [torch.multinomial(torch.tensor(s), 182, True, generator=draws) for s in shares]
-    lonely = torch.zeros(182, dtype=torch.long)
-    lonely[3 * 14 + 4] = 2  # the pool of one token is too small
-    return [one.view(13, 14) for one in [*maps, lonely]]
+    lonely = torch.zeros(2, 182, dtype=torch.long)
+    lonely[:, 3 * 14 + 4] = 2  # a pool of one token is too small
+    lonely[1, 6 * 14 + 5] = 2  # and of two just enough
+    return [one.view(13, 14) for one in [*maps, *lonely]]
 
 
 def test_tokens_found_cell_by_cell_are_the_same() -> None:
@@ -295,23 +317,70 @@ def test_tokens_found_cell_by_cell_are_the_same() -> None:
     many, few, *none = map(len, ours)
     assert many == 8  # drawn of more
     assert 2 < few < 8
-    assert none == [2, 2, 2]  # no window at all
+    assert none == [2, 2, 2, 2]  # no window at all
     for expected, one, generator in zip(ours, maps, draws(), strict=True):
         torch.testing.assert_close(looped_selection(one, generator), expected)
 
 
-def test_weclip_runs_the_last_block_for_every_pair() -> None:
-    def runs(kind: type[WeCLIP], step: int) -> tuple[list[int], int]:
-        module: Any = weclip(kind)
+def spied(monkeypatch: pytest.MonkeyPatch, place: Any, name: str) -> list[Any]:
+    """Collect the last argument of every call of a function."""
+    calls: list[Any] = []
+    function = getattr(place, name)
+
+    def spy(*given: Any, **named: Any) -> Any:
+        calls.append(given[-1])
+        return function(*given, **named)
+
+    monkeypatch.setattr(place, name, spy)
+    return calls
+
+
+@pytest.mark.parametrize(("method", "runs"), [("more", 4), ("weclip", 2)])
+def test_par_runs_one_by_one_the_official_way_alone(
+    method: str, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MoRe's of two images and two thresholds."""
+    images = spied(monkeypatch, PAR, "affinity")
+    convolved = spied(monkeypatch, one_hot, "diffuse_by_convolution")
+    step_of(method, BUILD[method](), LAST)
+    assert ([len(one) for one in images], convolved) == ([2], [])
+    images.clear()
+    step_of(method, BUILD[method](KINDS[method]), LAST)
+    assert [len(one) for one in images] == [1] * runs
+    assert len(convolved) == runs
+
+
+def test_weclip_differentiates_every_pair_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes = spied(monkeypatch, weclip_official, "boxes_by_opencv")
+    wanted = spied(monkeypatch, torch.autograd, "grad")
+
+    def runs(module: Any) -> list[int]:
+        """Images of every forward pass of the last block."""
         counts: list[int] = []
         norm = module.backbone.vit.blocks[-1].norm1
         norm.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
-        step_of("weclip", module, step)
-        images = batch_of("weclip")["image"].double()
-        return counts, len(module.encode(images, layers=2).attentions)
+        step_of("weclip", module, LAST)
+        return counts
 
-    assert runs(WeCLIP, LAST) == ([2, 2], 1)  # the second by `encode` here
-    assert runs(OfficialWeCLIP, LAST) == ([1, 1, 1], 3)
+    assert runs(weclip()) == [2]
+    assert not boxes
+    wanted.clear()
+    assert runs(weclip(OfficialWeCLIP)) == [1, 1, 1]
+    # the target and the block's twelve weights and biases
+    assert [len(one) for one in wanted if isinstance(one, list)] == [13] * 3
+    assert len(boxes) == 4  # of two images' slots
+    wanted.clear()
+    assert runs(without("weclip", "closed_form")) == [2]
+    assert len(wanted) == 2  # slots
+
+
+def test_weclip_keeps_the_attention_of_all_blocks() -> None:
+    images = batch_of("weclip")["image"].double()
+    modules: list[Any] = [weclip(OfficialWeCLIP), without("weclip"), weclip()]
+    encoded = [module.encode(images, layers=2) for module in modules]
+    assert [len(one.attentions) for one in encoded] == [3, 1, 1]  # the last block's is not there
+    for one in encoded[1:]:
+        torch.testing.assert_close(encoded[0].attentions[-1:], one.attentions)
 
 
 def test_weclips_encoder_stays_frozen_the_official_way() -> None:

@@ -31,6 +31,14 @@ def _transposed(picture: Image.Image) -> Image.Image:
     return picture.transpose(Image.Transpose.TRANSPOSE)
 
 
+def _rescaled(picture: Image.Image) -> Image.Image:
+    """Scale by U(0.5, 2), then mirror with p = 0.5."""
+    scale = random.uniform(0.5, 2.0)
+    size = (int(scale * picture.width), int(scale * picture.height))
+    scaled = picture.resize(size, Image.Resampling.BILINEAR)
+    return scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else scaled
+
+
 def _padded_crop(picture: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int, int, int]]:
     """Pad with zeros at a random offset, then crop at random."""
     width, height = max(picture.width, size), max(picture.height, size)
@@ -62,12 +70,7 @@ class PlainToCoViews:
 
     def __call__(self, picture: Image.Image) -> dict[str, Tensor]:
         """Make the views of one decoded picture."""
-        scale = random.uniform(0.5, 2.0)
-        size = (int(scale * picture.width), int(scale * picture.height))
-        scaled = picture.resize(size, Image.Resampling.BILINEAR)
-        if random.random() < 0.5:
-            scaled = scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        crop, box = _padded_crop(scaled, self.size)
+        crop, box = _padded_crop(_rescaled(picture), self.size)
         return {
             "image": self.input(crop),
             "local_view": self.local(crop),
@@ -76,8 +79,8 @@ class PlainToCoViews:
         }
 
 
-class PlainClusterCAMViews:
-    """ClusterCAM's view (methods/clustercam.md section 4), with timm's RandAugment on Pillow."""
+class PlainImageNetViews:
+    """ClusterCAM's and MCTformer+'s view (section 4 of both), with timm's RandAugment on Pillow."""
 
     def __init__(self, size: int) -> None:
         crop = T.RandomResizedCrop(size, (0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC)
@@ -128,10 +131,42 @@ class PlainGETAMViews:
         return {"image": image * inside, "box": torch.tensor(box)}
 
 
+class PlainMoReViews:
+    """MoRe's view on VOC (methods/more.md section 4), without the one that is never used."""
+
+    def __init__(self, size: int) -> None:
+        self.box = torch.tensor([0, size, 0, size])
+        self.view = _normalised(
+            T.RandomResizedCrop(size, (0.32, 1.0), interpolation=T.InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.5),
+        )
+
+    def __call__(self, picture: Image.Image) -> dict[str, Tensor]:
+        """Make the view of one decoded picture."""
+        return {"image": self.view(picture), "box": self.box}
+
+
+class PlainWeCLIPViews:
+    """WeCLIP's view (methods/weclip.md section 8)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.normalise = _normalised()
+
+    def __call__(self, picture: Image.Image) -> dict[str, Tensor]:
+        """Make the view of one decoded picture."""
+        crop, box = _padded_crop(_rescaled(picture), self.size)
+        return {"image": self.normalise(crop), "box": torch.tensor(box)}
+
+
 #: method of ``conf/method`` -> its views the plain way
 PLAIN: dict[str, Callable[[int], PlainViews]] = {
     "toco": PlainToCoViews,
-    "clustercam": PlainClusterCAMViews,
+    "clustercam": PlainImageNetViews,
     "getam": PlainGETAMViews,
     "tkp_pcl": PlainTKPPCLView,
+    "mctformer": PlainImageNetViews,
+    "more": PlainMoReViews,
+    "weclip": PlainWeCLIPViews,
 }

@@ -134,7 +134,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         tiny(depth=3)
     with pytest.raises(WSSSError, match="low_threshold <= high_threshold"):
         tiny(low_threshold=0.8)
-    with pytest.raises(WSSSError, match=r"method\.tap_channels=\[8, 16\]: .* at least 4 items"):
+    with pytest.raises(WSSSError, match=r"method\.tap_channels=\[8, 16\]: .* at least 4 of them"):
         tiny(tap_channels=[8, 16])
     with pytest.raises(WSSSError, match=r"method\.tap_channels=.*greater than or equal to 1"):
         tiny(tap_channels=[8, 16, 0, 4])

@@ -41,6 +41,8 @@ def missing_files(root: Path) -> list[str]:
             code = f"src/wsss/methods/{name}/method.py"
         paths = [code, f"tests/methods/test_{name}.py", f"docs/methods/{name}.md"]
         missing += [path for path in paths if not (root / path).is_file()]
+    for settings in sorted((root / "conf" / "random_walk").glob("*.yaml")):  # not one that maps
+        configured |= {*re.findall(r"_target_: wsss\.methods\.(\w+)\.", settings.read_text())}
     methods = root / "src" / "wsss" / "methods"
     for path in sorted([*methods.glob("*.py"), *methods.glob("*/method.py")]):
         name = path.parent.name if path.name == "method.py" else path.stem

@@ -224,7 +224,8 @@ class WeCLIP(WSSSModule):
         """Run the frozen tower on images (B, 3, H, W); see :func:`tower.encode`."""
         cut, how = self.quirks.dropped_remainder, self.settings.normalisation
         images = tower.whole_patches(images, self.backbone.patch_size, cut=cut)
-        return tower.encode(self.backbone, tower.renormalised(images, how), layers=layers)
+        images = tower.renormalised(images, how)
+        return tower.encode(self.backbone, images, layers=layers, phase=self.phase)
 
     def at_pixels(self, maps: Tensor, images: Tensor) -> Tensor:
         """Resize maps (B, C, h, w) of the patch grid to the images' size."""

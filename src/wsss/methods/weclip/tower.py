@@ -1,8 +1,9 @@
 """CLIP's frozen image tower as WeCLIP reads it (weclip.md section 1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -79,13 +80,20 @@ def check_layers(backbone: Backbone, **layers: int) -> None:
 
 
 @torch.no_grad()
-def encode(backbone: Backbone, images: Tensor, *, layers: int = 0) -> Encoded:
+def encode(
+    backbone: Backbone,
+    images: Tensor,
+    *,
+    layers: int = 0,
+    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> Encoded:
     """Run the frozen tower.
 
     Args:
         backbone: CLIP's tower.
         images: (B, 3, H, W), normalised as the tower shall see them.
         layers: of how many last blocks attention is wanted; 0 leaves out the last block.
+        phase: opens ``cam`` around the last block, which belongs to the CAM.
     """
     before = backbone.depth - 1
     wanted = range(max(0, backbone.depth - layers), before) if layers else ()
@@ -96,7 +104,7 @@ def encode(backbone: Backbone, images: Tensor, *, layers: int = 0) -> Encoded:
     ]
     last, vit = None, backbone.vit
     if layers:
-        with full_precision(images):
+        with phase("cam"), full_precision(images):
             state, prefix = widened(tokens[-1]), backbone.num_prefix_tokens
             last = LastBlock.run(vit.blocks[-1], vit.norm, backbone.projection, state, prefix)
     attentions = [features.mean_attentions[index] for index in wanted]

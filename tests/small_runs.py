@@ -63,7 +63,12 @@ METHODS = {
         "eval.resize_long=null",
         "method.warmup_steps=1",
     ],
-    "more": ["method.seg_after=0.5", "method.late_masks_after=0.5", "method.decoder_channels=16"],
+    "more": [
+        "budget.warmup_steps=1",
+        "method.seg_after=0.5",
+        "method.late_masks_after=0.5",
+        "method.decoder_channels=16",
+    ],
 }
 SECONDS = 300  # on a machine that is busy
 

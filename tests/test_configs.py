@@ -218,6 +218,7 @@ def test_second_stage_leaves_the_first_one_what_it_is() -> None:
         ("second_stage.method.optimiser=adam", "optimiser"),
         ("second_stage.budget.crop_size=0", r"budget\.crop_size"),
         ("+second_stage.data.limitt=3", r"data\.limit"),
+        ("+second_stage.backbone.overrides.checkpoint_path=a", r"second_stage\.backbone\.weights"),
     ],
 )
 def test_second_stage_is_checked_before_the_first_begins(override: str, expected: str) -> None:

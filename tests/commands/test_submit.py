@@ -109,6 +109,7 @@ def test_masks_of_two_protocols_never_mix(
         (["competition=comp4"], "expected comp5 or comp6"),
         (["split=tset"], "split 'tset' is missing (its folder has test)"),
         (["run=nowhere"], "no such checkpoint"),
+        (["device=cuda:99"], "device=cuda:99: torch sees no such GPU"),
         (["data.root=nowhere"], "data folder nowhere is missing"),
     ],
 )
@@ -168,6 +169,21 @@ def grey_mask(folder: Path, names: list[str]) -> None:
 
 def no_mask(folder: Path, names: list[str]) -> None:
     (folder / INNER / f"{names[0]}.png").write_bytes(b"no image")
+
+
+@pytest.mark.parametrize("spoil", [small_mask, void_mask, grey_mask, no_mask])
+def test_a_damaged_mask_is_made_again(
+    spoil: Callable[[Path, list[str]], None],
+    submitted: tuple[Path, Path, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint, root, out = submitted
+    path = out / INNER / f"{NAMES[1] if spoil is small_mask else NAMES[0]}.png"
+    whole = path.read_bytes()
+    spoil(out, NAMES)
+    assert cli.main(["submit", f"run={checkpoint}", f"data.root={root}", f"out={out}"]) == 0
+    assert f"1 damaged masks are made again: {path} " in capsys.readouterr().out
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

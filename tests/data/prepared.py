@@ -3,10 +3,13 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from wsss.cli import main
+from wsss.core.lock import lock
 
 
 def prepare(*arguments: str) -> None:
@@ -31,6 +34,25 @@ def prepare_killed(number: int, *arguments: str) -> None:
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+
+
+@contextmanager
+def in_another_process(root: Path) -> Iterator[None]:
+    """Have another process prepare a folder, for as long as the block lasts."""
+    ready, begun = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with lock(root, "preparing"):
+            os.write(begun, b".")
+            signal.pause()
+    try:
+        assert os.read(ready, 1) == b"."
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(begun)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -86,6 +86,12 @@ JOINED = {
     "other case": "Scab rust",
     "underscore": "scab_rust",
     "three": "scab rust scab",
+    "colon": "scab:rust",
+    "full-width colon": "scab：rust",
+    "dot": "scab.rust",
+    "full-width separator": "scab；rust",
+    "full-width comma": "scab，rust",
+    "ideographic comma": "scab、rust",
 }
 
 
@@ -108,6 +114,38 @@ def test_labels_never_seen_alone_are_refused_where_they_show(tmp_path: Path) -> 
     path = write(tmp_path, "1.jpg,scab rust", "2.jpg,rust scab")
     with pytest.raises(WSSSError, match="which has the words of 'rust scab'"):
         read_table(path, tmp_path)
+
+
+@pytest.mark.parametrize("sign", "，、；")
+def test_full_width_separators_are_refused_where_they_show(tmp_path: Path, sign: str) -> None:
+    with pytest.raises(WSSSError, match=f"'scab{sign}rust', which has the .* '{sign}'; separate"):
+        read_table(write(tmp_path, f"1.jpg,scab{sign}rust"), tmp_path)
+
+
+NO_LABELS = ("None", "N/A", "n.a.", "NULL", "-", "--", "NaN", "<NA>", "no_label", "No label")
+
+
+@pytest.mark.parametrize("text", [*NO_LABELS, "unlabeled", "Unlabelled", "?"])
+def test_cells_that_mean_nothing_are_no_class(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, "1.jpg,cat", f"2.jpg,{text}", f"3.jpg,cat;{text}")
+    with pytest.raises(WSSSError) as error:
+        read_table(path, tmp_path)
+    said = f"{path} line 3 has the label {text!r}, which says that there is none"
+    assert str(error.value).startswith(said)
+    assert "leave the cell empty" in str(error.value)
+    (tmp_path / "classes.txt").write_text(f"cat\n{text}\n")
+    assert read_table(path, tmp_path).class_names == ("cat", text)
+
+
+def test_one_number_written_twice_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "1.jpg,1.0", "2.jpg,2", "3.jpg,1")
+    with pytest.raises(WSSSError, match=r"line 2 has the label '1.0', the same number as '1' \("):
+        read_table(path, tmp_path)
+    (tmp_path / "classes.txt").write_text("1\n1.0\n2\n")
+    assert read_table(path, tmp_path).class_names == ("1", "1.0", "2")
+    (tmp_path / "classes.txt").unlink()
+    path = write(tmp_path, "1.jpg,1.5", "2.jpg,5.1", "3.jpg,1", "4.jpg,5", "5.jpg,16:9")
+    assert read_table(path, tmp_path).class_names == ("1", "1.5", "16:9", "5", "5.1")
 
 
 def test_names_of_several_words_are_no_joined_labels(tmp_path: Path) -> None:

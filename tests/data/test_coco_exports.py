@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from prepared import contents, prepare
+from prepared import contents, in_another_process, prepare
 from trees import make_coco, rectangle, run_lengths
 
 from wsss.cli import main
 from wsss.data.prepare import instances, painting
 from wsss.data.prepare.instances import Instance, Picture
 from wsss.data.prepare.painting import paint
+from wsss.data.prepare.regions import looks_like_fractions
 from wsss.data.table import Table, read_table
 
 pytest.importorskip("pycocotools.mask")
@@ -214,6 +215,8 @@ FLAT = [9, 9, 20, 9, 9, 9]
 EMPTY = {
     "fractions": [FRACTIONS],
     "tiny fractions": [[0.01, 0.01, 0.02, 0.01, 0.02, 0.02]],
+    "fractions rounded up": [[0.1, 0.1, 1.0000001, 0.1, 1.0000001, 0.9, 0.1, 0.9]],
+    "fractions that overshoot": [[-0.05, -0.001, 1.1, 0.1, 1.02, 1.01, 0.1, 0.9]],
     "integers 0 and 1": [[0, 0, 1, 0, 1, 1, 0, 1]],
     "right of it": [OUTSIDE],
     "left of it": [rectangle(-30, 5, 20, 20)],
@@ -287,6 +290,91 @@ def test_images_of_skipped_crowds_are_counted(
     assert not mask_of(tmp_path, "b").any()
 
 
+@pytest.mark.parametrize("crowd", ["ignore", "skip"])
+def test_a_class_of_crowds_alone_cannot_be_scored(
+    tmp_path: Path, crowd: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = two_images()
+    put("annotations", 0, iscrowd=1)(content)
+    path = write(tmp_path, content)
+    error = refused(capsys, tmp_path, f"crowd={crowd}")
+    assert f"{path}: annotation 1 of a.jpg shows no pixel in its mask" in error
+    assert f"no other of the class 'cat' does: crowd={crowd}" in error
+    assert "give crowd=paint" in error
+
+
+@pytest.mark.parametrize("crowd", ["ignore", "skip"])
+def test_images_that_are_all_crowds_are_refused(
+    tmp_path: Path, crowd: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = two_images()
+    for number in range(3):
+        put("annotations", number, iscrowd=1)(content)
+    write(tmp_path, content)
+    assert "annotation 1 of a.jpg shows no pixel" in refused(capsys, tmp_path, f"crowd={crowd}")
+
+
+def test_images_of_ignored_crowds_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = two_images()
+    only([OUTER], iscrowd=1)(content)
+    path = write(tmp_path, content)
+    prepare("coco", f"root={tmp_path}", "crowd=ignore")
+    first = f"first {path}: annotation 3 of b.jpg; crowd=ignore leaves nothing to score"
+    assert f"note: 1 images show only crowd regions, {first}" in capsys.readouterr().out
+    assert {*np.unique(mask_of(tmp_path, "b"))} == {0, 255}
+
+
+def test_a_class_that_others_cover_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, two_images())
+    error = refused(capsys, tmp_path, "overlap=last")
+    assert "annotation 1 of a.jpg shows no pixel in its mask" in error
+    assert "class 'cat' does: others cover it (overlap=last); give overlap=smallest" in error
+    prepare("coco", f"root={tmp_path}")
+
+
+def test_labels_that_a_mask_does_not_show_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = two_images()
+    content["annotations"].append(annotation(4, 2, 1, [OUTER]))  # as large as the dog before it
+    path = write(tmp_path, content)
+    prepare("coco", f"root={tmp_path}")
+    out = capsys.readouterr().out
+    assert "note: 1 of 4 instances are of a class that their mask does not show" in out
+    assert f"first {path}: annotation 4 of b.jpg; their labels stay" in out
+
+
+@pytest.mark.parametrize(("width", "fraction"), [(60, True), (3, True), (2, False)])
+def test_narrow_images_have_coordinates_about_one(width: int, fraction: bool) -> None:
+    overshoot = [[0.0, 0.0, 1.1, 0.0, 1.1, 1.1, 0.0, 1.1]]
+    assert looks_like_fractions(overshoot, width) == fraction
+    assert not looks_like_fractions([[0.0, 0.0, 1.2, 0.0, 1.2, 1.2]], width)
+    assert not looks_like_fractions([[-0.1, 0.0, 1.0, 0.0, 1.0, 1.0]], width)
+
+
+def test_a_background_in_capitals_is_no_class(tmp_path: Path) -> None:
+    content = two_images()
+    content["categories"].insert(0, {"id": 0, "name": "BackGround"})
+    write(tmp_path, content)
+    prepare("coco", f"root={tmp_path}")
+    assert table_of(tmp_path).class_names == ("cat", "dog")
+
+
+def test_two_preparations_at_once_do_not_mix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, two_images())
+    with in_another_process(tmp_path):
+        assert main(["data", "prepare", "coco", f"root={tmp_path}"]) == 2
+    assert "is preparing here; wait until it ends" in capsys.readouterr().err
+    assert not (tmp_path / "wsss").exists()
+    prepare("coco", f"root={tmp_path}")
+
+
 # --- shapes --------------------------------------------------------------------------------------
 
 SHAPES: dict[str, tuple[Any, str]] = {
@@ -313,7 +401,7 @@ def test_bad_shapes_are_named_before_a_file_is_written(
     only(shape, iscrowd=crowd)(content)
     path = write(tmp_path, content)
     error = refused(capsys, tmp_path, "crowd=skip")
-    assert f"{path}: annotation 3 has " in error
+    assert f"{path}: annotation 3 of b.jpg has " in error
     assert expected in error
 
 
@@ -451,6 +539,13 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a separator": (put("categories", 1, name="a;b"), "labels.csv cannot list the class 'a;b'"),
     "two lines": (put("categories", 1, name="a\u2028b"), "the class 'a\\u2028b', which holds"),
     "background": (put("categories", 0, name="background"), "which is the background"),
+    "Background": (put("categories", 0, name="Background"), "which is the background"),
+    "one blank": (
+        lambda c: [c["categories"][n].update(name=name) for n, name in enumerate(("a b", "ab"))],
+        "'a b' and 'ab', which differ only in case or blanks",
+    ),
+    "unseen blank": (put("categories", 1, name="ca\u200bt"), "'cat' and 'ca\\u200bt', which"),
+    "nothing seen": (put("categories", 1, name="\u200b"), "'\\u200b', which cannot be printed"),
     "area in words": (put("annotations", 0, area="big"), "annotation 1 has the area 'big'"),
     "crowd of 2": (put("annotations", 0, iscrowd=2), "iscrowd 2"),
     "null as annotation": (lambda c: c["annotations"].append(None), "no list 'annotations'"),
@@ -597,7 +692,7 @@ def test_a_root_category_that_is_used_is_a_class(tmp_path: Path) -> None:
     roboflow(tmp_path, "train", "valid")
     path = tmp_path / "valid" / "_annotations.coco.json"
     content = json.loads(path.read_text())
-    content["annotations"].append(annotation(9, 1, 0, [OUTER]))
+    content["annotations"].append(annotation(9, 1, 0, [rectangle(50, 2, 5, 5)]))
     path.write_text(json.dumps(content))
     prepare("coco", f"root={tmp_path}")
     assert table_of(tmp_path).class_names == ("pets-x1", "cat", "dog")

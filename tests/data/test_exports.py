@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from prepared import contents, prepare
+from prepared import contents, in_another_process, prepare
 from trees import CLASSES_OF_PHOTOS, coco_instances, make_photos, rectangle
 from voc_tree import write_xml
 
@@ -356,12 +356,15 @@ CAT = "cat:255,0,10::"
         (label_map("background:0,0,0::"), "holds 0 classes"),
         (two_lists, "'001' is listed in"),
         (labelme_names, "has '_background_' after a class"),
-        (small_mask, "005.png is 5x5"),
+        (small_mask, "SegmentationClass/005.png is 5x5"),
         (other_colour, "002.png has the colour (1, 2, 3)"),
         (no_colour, "line 2 reads 'sky:red::'"),
         (no_picture, "002.png has no image"),
         (twins, "002.png share the name '002'"),
-        (separator_in_a_name, "the class 'a;b', which holds ; or |"),
+        (
+            separator_in_a_name,
+            "labelmap.txt: labels.csv cannot list the class 'a;b', which holds ; or |",
+        ),
     ],
 )
 def test_bad_exports_are_one_line(
@@ -375,7 +378,23 @@ def test_bad_exports_are_one_line(
     assert not (tmp_path / "wsss").exists()
     error = capsys.readouterr().err.strip()
     assert expected in error
+    assert ".wsss.tmp" not in error  # where it is made: no file of the user's
     assert len(error.splitlines()) == 1
+
+
+def test_two_preparations_at_once_do_not_mix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = cvat_voc(tmp_path)
+    (tmp_path / ".wsss.tmp").mkdir()
+    (tmp_path / ".wsss.tmp" / "000.png").write_bytes(b"made by the other process")
+    before = contents(tmp_path)
+    with in_another_process(tmp_path):
+        assert main(["data", "prepare", "voc", f"root={tmp_path}"]) == 2
+        assert before.items() <= contents(tmp_path).items()
+    assert "is preparing here; wait until it ends" in capsys.readouterr().err
+    prepare("voc", f"root={tmp_path}")
+    check_masks(tmp_path, labels)
 
 
 def test_photographs_have_three_classes() -> None:

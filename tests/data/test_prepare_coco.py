@@ -283,7 +283,10 @@ SPOILT: dict[str, tuple[Callable[[Path], Path], str]] = {
     "area in words": (spoil(lambda c: first(c).update(area="big")), "has the area 'big'"),
     "crowd in words": (spoil(lambda c: first(c).update(iscrowd="no")), "iscrowd 'no'"),
     "results file": (spoil(lambda c: c.pop("categories")), "not the structure"),
-    "only boxes": (spoil(lambda c: first(c).update(segmentation=[])), "annotation 1 has no seg"),
+    "only boxes": (
+        spoil(lambda c: first(c).update(segmentation=[])),
+        "000001.jpg has no segmentation",
+    ),
     "a line": (spoil(lambda c: first(c).update(segmentation=[[1, 2, 3, 4]])), "three points"),
     "short run lengths": (
         spoil(lambda c: c["annotations"][3]["segmentation"].update(counts=[5, 6])),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from prepared import contents, prepare, prepare_killed
+from prepared import contents, in_another_process, prepare, prepare_killed
 from trees import AUG, SBD_TRAIN, VOC_TRAIN, VOC_VAL, ids_of, make_official_voc
 from voc_tree import write_image, write_mask, write_xml
 
@@ -83,6 +83,16 @@ def test_sbd_is_found_where_people_unpack_it(tmp_path: Path, place: str) -> None
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     shutil.move(tmp_path / "benchmark_RELEASE" / "dataset", tmp_path / place)
     assert find_sbd(root, None) == tmp_path / place
+
+
+def test_two_preparations_at_once_do_not_mix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_official_voc(tmp_path)
+    with in_another_process(root):
+        assert main(["data", "prepare", "voc", f"root={tmp_path}"]) == 2
+    assert "is preparing here; wait until it ends" in capsys.readouterr().err
+    assert not (root / "SegmentationClassAug").exists()
 
 
 def test_sbd_may_be_given(tmp_path: Path) -> None:
@@ -195,6 +205,11 @@ def overlapping_lists(root: Path) -> Path:
     return Path("val and test share 1 images")
 
 
+def train_in_test(root: Path) -> Path:
+    (root / "ImageSets" / "Segmentation" / "test.txt").write_text(VOC_TRAIN[0])
+    return Path("the lists train and test share 1 images")
+
+
 def coloured_mask(root: Path) -> Path:
     path = root / "SegmentationClass" / f"{VOC_TRAIN[1]}.png"
     Image.open(path).convert("RGB").save(path)
@@ -225,6 +240,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing image": (without_image, "is missing"),
     "no SBD at all": (without_sbd, "sbd=none"),
     "lists that overlap": (overlapping_lists, "expected none"),
+    "train in test": (train_in_test, "expected none"),
     "RGB mask": (coloured_mask, "has mode RGB"),
     "unknown object": (unknown_object, "'unicorn'"),
     "no object": (without_objects, "no label"),

@@ -41,7 +41,7 @@ def override(rng: random.Random, settings: dict[str, Any]) -> str:
     elif kind < 0.5 and type(settings[key]) in (int, float):
         value = str(settings[key] * rng.choice([-1, 0, 0.5, 1, 2, 1000]))
     elif kind < 0.5:
-        value = rng.choice(["null", "true", "1", "2", "0.5", "text", "[1.0]", "[text]"])
+        value = rng.choice(["null", "true", "1", "2", "3", "0.5", "0.1", "text", "[1.0]", "[text]"])
     if rng.random() < 0.1:
         key = text_altered(rng, key)
     joint = rng.choice(["="] * 12 + ["", "==", ":", "+="])

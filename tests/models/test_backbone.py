@@ -4,6 +4,7 @@ import hashlib
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -295,6 +296,33 @@ def test_configured_names_are_pinned_tags_that_timm_knows(name: str) -> None:
 
 
 # ---- what GETAM asks for -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"checkpoint_path": "other.pth"},
+        {"pretrained_cfg": {"file": "other.pth"}},
+        {"pretrained_cfg_overlay": {"file": "other.pth"}},
+        {"cache_dir": "elsewhere"},
+        {"features_only": True},
+        {"scriptable": True},
+    ],
+)
+def test_overrides_bring_no_weights(override: dict[str, Any]) -> None:
+    (key,) = override
+    with pytest.raises(WSSSError, match=rf"backbone\.overrides\.{key}: .*backbone\.weights alone"):
+        Backbone(name="vit_tiny_patch16_224", weights="random", overrides={**TINY, **override})
+
+
+@pytest.mark.parametrize(
+    "override",
+    [{"depth": 10**9}, {"embed_dim": 10**7}, {"reg_tokens": 10**6}, {"num_classes": 10**9},
+     {"img_size": 10**6}, {"depth": 1000, "embed_dim": 2**16}, {"depth": "3"}],
+)  # fmt: skip
+def test_an_encoder_has_an_end(override: dict[str, Any]) -> None:
+    with pytest.raises(WSSSError, match=r"^backbone\.overrides.*expected"):
+        Backbone(name="vit_tiny_patch16_224", weights="random", overrides=override)
 
 
 def hybrid(**overrides: int) -> Backbone:

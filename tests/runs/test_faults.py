@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import PLAIN, SMALL, Command
 
 from wsss.cli import main
@@ -20,7 +21,7 @@ from wsss.core.lock import LOCK_FILE, lock
 from wsss.data.builtin import minivoc_root
 from wsss.data.train_masks import CARD_FILE, read_card
 from wsss.evaluation.ledger import past_readings
-from wsss.runs.compose import compose_run
+from wsss.runs.compose import compose_run, quoted
 from wsss.runs.config import override_config
 from wsss.runs.folder import load_run
 from wsss.runs.masks import write_masks
@@ -260,6 +261,31 @@ NONSENSE = [
     (["method.scales=[1,0.05]"], "method.scales: scale 0.05 of a 64 px crop leaves 3 px"),
     (["eval.seg_scales=[1,0.001]"], "eval.seg_scales=[1, 0.001]"),
     (["eval.holdout_per_class=-1"], "eval.holdout_per_class=-1"),
+    (["budget.max_steps=1000000000000000000"], "budget.max_steps=1000000000000000000"),
+    (["data.num_workers=1000000"], "data.num_workers=1000000"),
+    (["data.seed=18446744073709551616"], "data.seed=18446744073709551616"),
+    (["data.eval_batch_size=1000000"], "data.eval_batch_size=1000000"),
+    (["eval.seg_scales=[" + "1," * 999 + "1]"], "a list of float, at most 100 of them"),
+    (["method.scales=[1e9]"], "method.scales=[1000000000.0]"),
+    (["method.decoder_channels=1000000"], "method.decoder_channels=1000000"),
+    (["backbone.overrides.depth=1000000000"], "backbone.overrides.depth=1000000000"),
+    (["+trainer.logger=false"], "trainer.logger: every run has its own"),
+    (["+trainer.callbacks=[]"], "trainer.callbacks: every run has its own"),
+    (["+trainer.default_root_dir=/etc"], "what sets it is runs_dir="),
+    (["+trainer.enable_checkpointing=false"], "what sets it is budget.eval_every="),
+    (["data._target_=wsss.train"], "data._target_=wsss.train: no such class"),
+    (["+backbone.overrides.act_layer=os.system"], "timm cannot build it with overrides"),
+    (["study=CON"], "study='CON'"),
+    (["study=nul.txt"], "study='nul.txt'"),
+    (["study='a:b?'"], "study='a:b?'"),
+    (["study=-rf"], "study='-rf'"),
+    (["study='~'"], "study='~'"),
+    (["study='$HOME'"], "study='$HOME'"),
+    (["study='a*'"], "study='a*'"),
+    (["study=a."], "study='a.'"),
+    (["data.name='a?'"], "data.name='a?'"),
+    (["data.train_split=val"], "data.train_split=val: 4 of its images are also in 'val'"),
+    (["data.test_splits=[val_unseen]", "data.train_split=val_unseen"], "data.test_splits has scor"),
 ]
 
 
@@ -277,6 +303,48 @@ def test_nonsense_is_refused_before_anything_is_written(
     assert message in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_lists_of_training_may_be_scored_too(tmp_path: Path) -> None:
+    """Seeds are scored on the list they are made for."""
+    splits = ["data.val_split=train", "data.test_splits=[train]"]
+    assert prepare(compose_run([*TINY, *splits, f"runs_dir={tmp_path}"])).data.val_split == "train"
+
+
+@pytest.mark.parametrize("name", ["toco-minivoc", "a b", "lr=0.1,x+y", "été_2", "CONV", "1.0"])
+def test_names_of_folders_that_are_in_use(name: str) -> None:
+    assert compose_run([*TINY, f"study={quoted(name)}"])["study"] == name
+
+
+@pytest.mark.parametrize(
+    ("setting", "ended"),
+    [
+        ("+trainer.limit_train_batches=0", "0 of 2 steps"),
+        ("+trainer.max_time=00:00:00:00", "0 of 2 steps"),
+        ("trainer.max_epochs=0", "0 of 2 steps"),
+        ("trainer.max_epochs=1", "1 of 2 steps"),
+        ("+trainer.fast_dev_run=true", "1 of 2 steps"),
+    ],
+)
+def test_a_run_that_ended_early_has_no_scores(
+    setting: str, ended: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert wsss("train", *TINY, setting, f"runs_dir={tmp_path}") == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("wsss")]
+    assert f"trained {ended}, so the run isn't finished" in line
+    assert setting.lstrip("+").split("=")[0] in line
+    assert not [*tmp_path.rglob("results.json")]
+
+
+def test_a_stored_configuration_that_is_refused_names_its_file(run: Path) -> None:
+    file = run / "checkpoints" / "last.ckpt"
+    content = torch.load(file, weights_only=True)
+    content["wsss"]["config"]["method"]["lr"] = -1.0
+    torch.save(content, file)
+    with pytest.raises(WSSSError, match=rf"^{re.escape(str(file))}: its method\.lr=-1\.0: expec"):
+        load_run(run)
+    with pytest.raises(WSSSError, match=r"^data\.limit=-1"):
+        load_run(run, ["data.limit=-1", "method.lr=0.1"])
 
 
 def test_a_configuration_in_python_that_lacks_a_key_is_named(tmp_path: Path) -> None:

@@ -5,13 +5,17 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from wsss.cli import main
+from wsss.core.errors import WSSSError
 from wsss.data.builtin import minivoc_root
+from wsss.runs.folder import load_run
+from wsss.runs.origin import check_origin, check_resumed, read_origin
 
 (STORED,) = (Path(__file__).parents[1] / "before").glob("tkppcl-*")
 LINE = [
@@ -128,7 +132,10 @@ def test_other_data_resumes_no_run(
     assert main(LINE) == 0
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{", '{"val": 3}', "[" * 10**5])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[1]", "{", '{"val": 3}', "[" * 10**5, '{"val": {}}', '{"data.root": {"absolute": 5}}'],
+)
 def test_a_damaged_file_is_named(
     content: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +144,82 @@ def test_a_damaged_file_is_named(
     (copy / "data.json").write_text(content)
     assert main(["eval", f"run={copy}", "data.root=builtin"]) == 2
     assert f"{copy / 'data.json'}: is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("val.list_sha256", 5),
+        ("val.masks_sha256", ""),
+        ("val.labels_sha256", "0" * 63),
+        ("val.images", "8"),
+        ("train.list_sha256", None),
+        ("data.root.absolute", ["x"]),
+        ("data.root.given", 3),
+    ],
+)
+def test_a_damaged_part_is_named(key: str, value: Any, run: Path, tmp_path: Path) -> None:
+    group, _, last = key.rpartition(".")
+    stored = json.loads((run / "data.json").read_text())
+    stored[group][last] = value
+    (tmp_path / "data.json").write_text(json.dumps(stored))
+    with pytest.raises(WSSSError, match=rf"data\.json: is damaged: {group}: {last}.*; restore it"):
+        read_origin(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (("val",), "data.json does not know val; see"),
+        (("data.root", "train", "val"), "data.json does not know val; see"),
+        (None, "there is no"),
+    ],
+)
+def test_what_is_not_compared_is_said(
+    lost: tuple[str, ...] | None,
+    said: str,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run")) / "data.json"
+    stored = json.loads(copy.read_text())
+    if lost is None:
+        copy.unlink()
+    else:
+        copy.write_text(json.dumps({k: v for k, v in stored.items() if k not in lost}))
+    loaded = load_run(copy.parent, ["data.root=builtin"])
+    check_origin(loaded, ["val"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: not compared: ")
+    assert said in line
+    assert str(copy) in line
+    check_resumed(loaded)
+    assert "val" in capsys.readouterr().err or lost is None
+
+
+def test_masks_that_came_later_are_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    loaded = load_run(copy, ["data.root=builtin"])
+    check_origin(loaded, ["train", "val"])
+    assert capsys.readouterr().err == ""
+    stored = json.loads((copy / "data.json").read_text())
+    stored["val"]["masks_sha256"] = None
+    (copy / "data.json").write_text(json.dumps(stored))
+    check_origin(loaded, ["train", "val"], with_masks=False)
+    assert capsys.readouterr().err == ""
+    check_origin(loaded, ["train", "val"])
+    assert "not compared: masks of val, which had none" in capsys.readouterr().err
+
+
+def test_a_holdout_is_no_list_to_compare(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["eval", f"run={run}", "data.root=builtin", f"out={tmp_path / 'out'}"]
+    assert main([*line, "splits=[holdout]", "eval.holdout_per_class=1"]) == 0
+    assert "not compared" not in capsys.readouterr().err
 
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:

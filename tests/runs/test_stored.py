@@ -186,7 +186,8 @@ def test_a_trusted_package_may_be_named(tmp_path: Path, monkeypatch: pytest.Monk
         ("data._target_=io.FileIO", "expected a ImageDataModule"),
         ("trainer._target_=io.FileIO", "expected a Trainer"),
         ("method.scales=[{_target_:io.FileIO}]", "expected a list of float"),
-        ("+backbone.overrides.a._target_=io.FileIO", "no class belongs there"),
+        ("+backbone.overrides.a._target_=io.FileIO", "no part of an architecture"),
+        ("+logger.a._target_=io.FileIO", "no class belongs there"),
     ],
 )
 def test_a_line_names_classes_of_their_kind(line: str, words: str) -> None:
@@ -240,6 +241,28 @@ def test_parts_of_a_checkpoint_are_looked_at(
 ) -> None:
     run = altered(tmp_path, change)
     with pytest.raises(WSSSError, match=words):
+        load_run(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (setting("wsss.backbone.name", 5), "encoder's weights is damaged"),
+        (setting("wsss.backbone.source", ["x"]), "encoder's weights is damaged"),
+        (setting("wsss.backbone.file_sha256", 0), "encoder's weights is damaged"),
+        (setting("wsss.files_sha256", {"x": {"y": 1}}), "its files_sha256 is damaged"),
+        (setting("wsss.files_sha256", {1: "x"}), "its files_sha256 is damaged"),
+        (setting("wsss.config.seed", torch.zeros(3)), "its seed is a Tensor, which is no value"),
+        (setting("wsss.config.data.class_names", {"a"}), r"data\.class_names is a set"),
+        (setting("wsss.config.data.limit", 1 + 2j), r"data\.limit is a complex"),
+        (setting("wsss.config.data.root", b"a"), r"data\.root is a bytes"),
+    ],
+)
+def test_a_checkpoints_values_are_of_their_kind(
+    change: Callable[[dict[str, Any]], None], words: str, tmp_path: Path
+) -> None:
+    run = altered(tmp_path, change)
+    with pytest.raises(WSSSError, match=rf"last\.ckpt: .*{words}"):
         load_run(run)
 
 

@@ -4,11 +4,13 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import AfterValidator, AllowInfNan
 from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
+# names that Windows keeps for devices, with any ending
+DEVICES = re.compile(r"(CON|PRN|AUX|NUL|(COM|LPT)\d)(\..*)?", re.IGNORECASE)
 Finite = Annotated[float, AllowInfNan(False)]
 Positive = Annotated[float, Gt(0), AllowInfNan(False)]
 NotNegative = Annotated[float, Ge(0), AllowInfNan(False)]
@@ -16,29 +18,36 @@ Fraction = Annotated[float, Ge(0), Le(1), AllowInfNan(False)]  # both ends inclu
 BelowOne = Annotated[float, Ge(0), Lt(1), AllowInfNan(False)]
 Share = Annotated[float, Gt(0), Le(1), AllowInfNan(False)]  # of something, more than nothing
 Part = Annotated[float, Gt(0), Lt(1), AllowInfNan(False)]  # of something, neither nothing nor all
-Count = Annotated[int, Ge(1)]
+# a configuration may be a stranger's: every number ends where no machine could follow
+Count = Annotated[int, Ge(1), Le(10**9)]
+Layers = Annotated[int, Ge(1), Le(1000)]  # of a network, one after another
+Width = Annotated[int, Ge(1), Le(2**16)]  # of a layer in channels, or the side of a kernel
+Tokens = Annotated[int, Ge(0), Le(1000)]  # that a network adds to those of an image
+Together = Annotated[int, Ge(1), Le(4096)]  # images that are evaluated at once
+Workers = Annotated[int, Ge(0), Le(1024)]  # processes that read images
 Side = Annotated[int, Ge(1), Le(2**14)]  # of an image or a crop in pixels
 Pictures = Annotated[int, Ge(0), Le(1000)]  # that are drawn, and kept in memory until they are
 Scale = Annotated[float, Ge(0.05), Le(16), AllowInfNan(False)]  # of images, of a few pixels too
 Seed = Annotated[int, Ge(0), Lt(2**32)]
-Number = Annotated[int, Ge(0)]
+Number = Annotated[int, Ge(0), Le(10**9)]
 GreyLevel = Annotated[int, Ge(0), Le(254)]  # a threshold below which 255 never lies
-Some = Annotated[tuple[T, ...], MinLen(1)]  # one at least, in any number
+Some = Annotated[tuple[T, ...], MinLen(1), MaxLen(1000)]  # one at least
+Scales = Annotated[tuple[Scale, ...], MinLen(1), MaxLen(100)]  # an image is seen at each
 
 
 def folder_name(text: str) -> str:
     """Give a text back if a folder may be called so, and lies where it is made.
 
     Raises:
-        PydanticCustomError: it is empty, a path, hidden, too long or has characters that a
-            terminal does not show.
+        PydanticCustomError: it is empty, a path, hidden, too long, the name of a device, or has
+            characters that a shell, a terminal or another file system reads otherwise.
     """
-    plain = text.isprintable() and text == text.strip() and 1 <= len(text.encode()) <= 200
-    if not plain or text.startswith(".") or any(c in text for c in "/\\"):
+    plain = re.fullmatch(r"\w([\w .,+=-]*[\w,+=-])?", text) and len(text.encode()) <= 200
+    if not plain or "\n" in text or DEVICES.fullmatch(text):
         raise PydanticCustomError(
             "folder_name",
-            "the name of one folder: 1 to 200 characters without / and \\, no dot at its "
-            "beginning, no blanks around it",
+            "the name of one folder: 1 to 200 bytes of letters, digits, _ - . , + = and blanks, "
+            "a letter or digit first, no blank or dot last, no device such as CON",
         )
     return text
 

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import inspect
+import logging
 import math
 import types
 import typing
@@ -19,6 +20,8 @@ from wsss.core.failures import one_line
 
 # arguments that the training code passes itself, so a configuration need not
 SUPPLIED = {"backbone", "num_classes"}
+# get_class also logs what it raises, which would be a second line beside ours
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
 LONGEST_VALUE = 300  # characters of a value in an error
 # kinds of pydantic's errors that say a number is out of its range
 RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
@@ -231,6 +234,8 @@ def _expected(annotation: Any, error: ValidationError) -> str:
         return f"{reason.replace('input should be', 'a number').replace('a number a', 'a')}{null}"
     if first["type"] == "too_short":
         return f"{_named(annotation)}, at least {first['ctx']['min_length']} of them"
+    if first["type"] == "too_long":
+        return f"{_named(annotation)}, at most {first['ctx']['max_length']} of them"
     return f"{_named(annotation)} ({reason})"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsss.core.errors import WSSSError
-from wsss.core.ranges import Count, FolderName, GreyLevel, Number
+from wsss.core.ranges import Count, FolderName, GreyLevel, Seed, Together, Workers
 from wsss.core.ranks import is_first_process
 from wsss.core.schema import check_fields
 from wsss.core.supervision import IMAGE_LABELS
@@ -73,9 +73,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
     train_transform: TrainTransform | None
     global_batch_size: Count  # images per optimiser step, all processes and accumulated batches
     label_source: str  # where image-level labels come from; part of every result
-    num_workers: Number = 0  # worker processes per loader and process
-    seed: Number = 0  # of order and augmentation
-    eval_batch_size: Count = 1  # images of equal size that are evaluated together; 1: singly
+    num_workers: Workers = 0  # worker processes per loader and process
+    seed: Seed = 0  # of order and augmentation
+    eval_batch_size: Together = 1  # images of equal size that are evaluated together; 1: singly
     limit: Count | None = None  # use only the first so many names of every list
     # grey PNGs of the training split for methods that use saliency, relative to the root or
     # absolute; None: image-level labels are all there is
@@ -183,9 +183,27 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """
         if (text := self.left_out()) and is_first_process():
             print(f"warning: {text}", file=sys.stderr)
+        self._check_apart()
         self._make_train_dataset().check_contents()
         for split in (self.val_split, *self.test_splits):
             self.eval_dataset(split).check_contents()
+
+    def _check_apart(self) -> None:
+        """Raise WSSSError where training would see images of a list whose scores are reported.
+
+        A list whose name begins with ``train`` may be scored all the same: seeds usually are.
+        """
+        trained = {sample.name for sample in self.samples(self.train_split)}
+        for key, splits in (("val_split", [self.val_split]), ("test_splits", self.test_splits)):
+            for split in splits:
+                if split.startswith("train"):
+                    continue
+                if shared := [s.name for s in self.samples(split) if s.name in trained]:
+                    raise WSSSError(
+                        f"data.train_split={self.train_split}: {len(shared)} of its images are "
+                        f"also in {split!r} ({shared[0]!r}), which data.{key} has scored; train "
+                        "on a list of other images"
+                    )
 
     def _make_train_dataset(self) -> ImageDataset:
         if self._train_dataset is None:

@@ -34,7 +34,16 @@ COLUMNS = ("image", "labels", "mask", "split")
 CLASSES_FILE = "classes.txt"
 FOLDER = "wsss"  # below the data's root: what we make never lies among the user's files
 WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # how an absolute path of Windows begins
-JOINTS = re.compile(r"[\s,/+&_-]+")  # what people write between two labels in one cell
+# what people write between two labels in one cell; 1.0 and 16:9 are numbers
+JOINTS = re.compile(r"[\s,/+&_\-，、；：]+|(?<!\d)[.:]|[.:](?!\d)")
+COMMAS = {
+    ",": "a comma",
+    "，": "the comma '，'",
+    "、": "the comma '、'",
+    "；": "the separator '；'",
+}
+# what programs write into a cell without a value, less its brackets, dashes and the like
+NO_VALUE = frozenset({"", "none", "na", "nan", "null", "nolabel", "unlabeled", "unlabelled"})
 PICKLES = frozenset({".npy", ".npz", ".pkl", ".pickle", ".pt", ".pth"})
 
 
@@ -138,14 +147,30 @@ def _joined_labels(path: Path, rows: Sequence[Row]) -> list[str]:
     problems = []
     lines = {label: row.line for row in reversed(rows) for label in row.labels}  # the first one
     orders: dict[tuple[str, ...], str] = {}
+    numbers: dict[float | str, str] = {}
     for label in sorted(lines):
+        if re.sub(r"[-–—_./#<>()?]", "", spelling(label)) in NO_VALUE:
+            problems.append(
+                f"{path} line {lines[label]} has the label {label!r}, which says that there is "
+                "none; leave the cell empty for an image that shows none of the classes or, if it "
+                f"is a class, list the classes in {path.parent / CLASSES_FILE}, one a line"
+            )
+            continue
+        if (same := numbers.setdefault(_number(label), label)) != label:
+            problems.append(
+                f"{path} line {lines[label]} has the label {label!r}, the same number as {same!r} "
+                f"(line {lines[same]}); write one of them, or list the classes in "
+                f"{path.parent / CLASSES_FILE}, one a line"
+            )
+            continue
         parts = joined(label, lines)
+        comma = next((COMMAS[c] for c in label if c in COMMAS), "")
         words = _words(label)
         other = orders.setdefault(tuple(sorted(words)), label)
         if parts:
             what = f"which joins the labels {' and '.join(map(repr, parts))}"
-        elif "," in label:
-            what = "which has a comma"
+        elif comma:
+            what = f"which has {comma}"
         elif len(words) > 1 and other != label:
             what = f"which has the words of {other!r}"
         else:
@@ -173,6 +198,14 @@ def joined(label: str, names: Iterable[str]) -> list[str]:
 
     parts = cut(_words(label)) or []
     return parts if len(parts) > 1 else []
+
+
+def _number(label: str) -> float | str:
+    """Give the number that a label is, or the label where it is none."""
+    try:
+        return float(label)
+    except ValueError:
+        return label
 
 
 def _words(name: str) -> tuple[str, ...]:

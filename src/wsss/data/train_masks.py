@@ -64,7 +64,8 @@ def read_card(train_masks: str | None) -> dict[str, Any] | None:
     path = Path(train_masks) / CARD_FILE
     if not path.is_file():
         return None
-    mend = "run wsss pseudo again"
+    # the card says what made the masks, so without it nobody knows
+    mend = f"remove {path.parent}, and run wsss pseudo again"
     card = read_json(path, mend)
     if not isinstance(card, dict):
         raise WSSSError(f"{path}: expected a JSON object; {mend}")

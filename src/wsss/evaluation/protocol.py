@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from wsss.core.errors import WSSSError
-from wsss.core.ranges import Fraction, Number, Scale, Side, Some
+from wsss.core.ranges import Fraction, Number, Scales, Side, Some
 from wsss.core.schema import check_fields
 from wsss.maps.refine.dense_crf import CRF_PRESETS, CRFPreset
 
@@ -63,7 +63,7 @@ class Protocol:
     single_resize: Side | None = None
     cam_resize: Side | None = None
     resize_long: Side | None = None
-    seg_scales: Some[Scale] = (1.0,)
+    seg_scales: Scales = (1.0,)
     seg_sizes: Some[Side] | None = None
     flip: bool = False
     flip_merge: Merge = "sum"

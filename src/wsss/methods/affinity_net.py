@@ -32,7 +32,7 @@ from wsss.maps.pixels import IGNORE_INDEX
 from wsss.maps.refine.random_walk import affinity, pad_to_multiple, pairs
 from wsss.methods.base import Batch, Outputs, Step, WSSSModule
 from wsss.methods.schedules import poly_warmup
-from wsss.methods.settings import BelowOne, Count, NotNegative, Positive, Settings, Some
+from wsss.methods.settings import BelowOne, NotNegative, Positive, Settings, Some, Width
 from wsss.models.backbone import Backbone
 from wsss.models.conv_backbone import ConvBackbone
 
@@ -46,7 +46,7 @@ class AffinityNetSettings(Settings):
 
     # network
     taps: Some[int] = (-3, -2, -1)  # blocks of a ViT, or parts of a ResNet: its last three stages
-    widths: Some[Count] = (64, 128, 256)  # of the taps' convolutions; their sum is the features'
+    widths: Some[Width] = (64, 128, 256)  # of the taps' convolutions; their sum is the features'
     radius: Radius = 5  # pairs are nearer than that, in features
     freeze_batch_norm: bool = True  # keep them as pretrained; not for a random start
 

@@ -29,14 +29,7 @@ from wsss.core.errors import WSSSError
 from wsss.maps.pixels import IGNORE_INDEX
 from wsss.methods.base import Batch, Outputs, Step, WSSSModule
 from wsss.methods.schedules import poly_warmup
-from wsss.methods.settings import (
-    Count,
-    NotNegative,
-    Positive,
-    Settings,
-    Some,
-    check_scales,
-)
+from wsss.methods.settings import NotNegative, Positive, Scales, Settings, Some, Width, check_scales
 from wsss.models.backbone import Backbone, Features
 from wsss.models.conv_backbone import ConvBackbone
 from wsss.models.decoders import ASPPSum
@@ -48,7 +41,7 @@ class SegmenterSettings(Settings):
 
     # network
     head: Literal["v2", "v3"] = "v2"  # the sum of dilated convolutions, or torchvision's head
-    rates: Some[Count] = (6, 12, 18, 24)  # dilations of the head, in features
+    rates: Some[Width] = (6, 12, 18, 24)  # dilations of the head, in features
     freeze_batch_norm: bool = True  # keep them as pretrained; not for a random start
 
     # optimiser
@@ -58,7 +51,7 @@ class SegmenterSettings(Settings):
     weight_decay: NotNegative = 5e-4  # on all but the head's biases
 
     # losses
-    loss_scales: Some[Positive] = (1.0, 0.75, 0.5)  # of the input; of several, the maximum too
+    loss_scales: Scales = (1.0, 0.75, 0.5)  # of the input; of several, the maximum too
 
     def check_crop(self, crop_size: int, patch_size: int) -> None:
         """Raise WSSSError where a scale leaves nothing."""

@@ -15,11 +15,16 @@ from wsss.core.ranges import (
     Count,
     Finite,
     Fraction,
+    Layers,
     NotNegative,
     Number,
     Positive,
+    Scales,
     Share,
+    Side,
     Some,
+    Tokens,
+    Width,
 )
 from wsss.core.schema import check_fields, check_names
 
@@ -28,14 +33,19 @@ __all__ = [
     "Count",
     "Finite",
     "Fraction",
+    "Layers",
     "NotNegative",
     "Number",
     "Positive",
     "QuirkSwitches",
+    "Scales",
     "Settings",
     "Share",
+    "Side",
     "Some",
     "ThresholdSettings",
+    "Tokens",
+    "Width",
     "check_scales",
 ]
 

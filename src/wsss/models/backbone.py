@@ -12,16 +12,19 @@ Three things differ from calling timm directly:
   and :attr:`Backbone.weights_info` records which, with hashes. There is no silent fallback.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le
 from timm.layers import HybridEmbed
 from torch import Tensor, nn
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256
+from wsss.core.ranges import BelowOne, Layers, Positive, Side, Tokens, Width
+from wsss.core.schema import check_value, nearest
 from wsss.core.supervision import CLIP, names_clip
 from wsss.models.clip import (
     check_gelu,
@@ -39,6 +42,47 @@ from wsss.models.vit import (
     resize_positions,
 )
 from wsss.models.weights import load_encoder, read_state_dict, state_sha256, weights_path
+
+#: what may be set of an architecture, with its range. timm takes more: among it files of weights,
+#: which would be loaded behind the stated source
+ARCHITECTURE: dict[str, Any] = {
+    "img_size": Side | tuple[Side, Side],
+    "patch_size": Side,
+    "embed_dim": Width,
+    "depth": Layers,
+    "num_heads": Layers,
+    "mlp_ratio": Annotated[float, Gt(0), Le(64)],
+    "num_classes": Annotated[int, Ge(0), Le(2**16)],
+    "reg_tokens": Tokens,
+    "init_values": Positive | None,
+    **dict.fromkeys(("qkv_bias", "qk_norm", "proj_bias", "no_embed_class", "pre_norm"), bool),
+    **dict.fromkeys(("act_layer", "norm_layer"), str | Callable[..., Any]),
+    **dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate"), BelowOne),
+    **dict.fromkeys(("attn_drop_rate", "drop_path_rate"), BelowOne),
+}
+LARGEST = 10**10  # weights of an encoder; more than a machine has room for
+
+
+def check_overrides(overrides: Mapping[str, Any], path: str = "backbone") -> None:
+    """Raise WSSSError unless the overrides of an encoder change its architecture, within limits.
+
+    Args:
+        overrides: arguments for timm's constructor.
+        path: dotted key of the backbone, for the error.
+    """
+    for key, value in overrides.items():
+        if key not in ARCHITECTURE:
+            raise WSSSError(
+                f"{path}.overrides.{key}: no part of an architecture{nearest(key, ARCHITECTURE)}; "
+                f"weights come from {path}.weights alone"
+            )
+        check_value(f"{path}.overrides.{key}", value, ARCHITECTURE[key])
+    depth, width = overrides.get("depth", 12), overrides.get("embed_dim", 768)
+    if (count := depth * width**2 * (4 + 2 * overrides.get("mlp_ratio", 4))) > LARGEST:
+        raise WSSSError(
+            f"{path}.overrides: depth={depth} and embed_dim={width} make {count:.2g} weights, "
+            f"expected at most {LARGEST:.0e}"
+        )
 
 
 @dataclass(frozen=True)
@@ -120,13 +164,15 @@ class Backbone(nn.Module):
         weights: ``"timm"`` (download or cache), ``"random"``, a path to a ``.pth`` /
             ``.safetensors`` file, or ``package:<path>`` for a file shipped inside ``wsss``.
         pretraining: the data behind the weights, recorded with every result.
-        overrides: arguments for timm's constructor (``patch_size``, ``depth``, ``img_size``, ...).
+        overrides: arguments for timm's constructor, those of :data:`ARCHITECTURE` (``patch_size``,
+            ``depth``, ``img_size``, ...).
         frozen: the encoder learns nothing (:meth:`freeze`), so an optimiser keeps no state of it. A
             CLIP tower keeps its :attr:`projection`.
 
     Raises:
-        WSSSError: unknown name, not a plain ViT or the hybrid, missing or unfitting weights; a
-            frozen CLIP tower whose weights want another GELU than timm builds.
+        WSSSError: unknown name, an override that is no part of an architecture, not a plain ViT or
+            the hybrid, missing or unfitting weights; a frozen CLIP tower whose weights want another
+            GELU than timm builds.
     """
 
     #: maps a frozen CLIP tower's normed tokens to the space of its texts, (D, E); otherwise None
@@ -147,6 +193,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         changed = dict(overrides or {})
+        check_overrides(changed)
         width = projection_width(name, changed) if frozen else 0
         if width:
             changed.pop("num_classes", None)

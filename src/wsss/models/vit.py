@@ -195,7 +195,7 @@ def create_vit(
             f"({first_line(error)}); fetch the file on a machine with internet "
             "and pass backbone.weights=/path/to/file.safetensors"
         ) from error
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise WSSSError(
             f"backbone {name}: timm cannot build it with overrides {overrides} "
             f"({first_line(error)})"

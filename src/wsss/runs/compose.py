@@ -64,7 +64,7 @@ def _compose(
             return compose(
                 config_name, with_search_path(overrides), return_hydra_config=return_hydra_config
             )
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
         path = root / "conf" / f"{config_name}.yaml"
         raise WSSSError(_one_line(error, path, overrides)) from error
 

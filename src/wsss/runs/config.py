@@ -46,6 +46,7 @@ from wsss.core.schema import (
 )
 from wsss.evaluation.protocol import Protocol
 from wsss.maps.refine.random_walk import WalkSettings
+from wsss.models.backbone import Backbone, check_overrides
 from wsss.results.store import NUMBERS
 from wsss.runs.stored import check_place
 from wsss.runs.targets import with_former_targets
@@ -366,13 +367,32 @@ def check_config(config: DictConfig) -> None:
         parameters = parameters_of(target)
         if path == "trainer":
             parameters |= parameters_of(TrainerSettings)
+            _check_trainer(node)
         check_node(node, parameters, path, supplied=SUPPLIED)
+        if issubclass(target, Backbone):
+            check_overrides(node.get("overrides") or {}, path)
         arguments_of(target, node)  # what settings say of each other
     _check_group(content["eval"], Protocol, "eval")
     _check_group(content["logger"], LoggerConfig, "logger")
     if content.get("second_stage"):
         check_config(OmegaConf.create(second_stage_config(content, "written by the first stage")))
         check_refinement(content)
+
+
+#: arguments of ``lightning.Trainer`` that a run gives itself -> what is to be set instead
+GIVEN_BY_RUN = {
+    "default_root_dir": "runs_dir=",
+    "logger": "the group logger=",
+    "callbacks": "the list of wsss.training.trainer.build_trainer",
+    "enable_checkpointing": "budget.eval_every=, the steps between checkpoints",
+}
+
+
+def _check_trainer(node: Mapping[str, Any]) -> None:
+    """Refuse what would take the place of a part that every run needs."""
+    for key, instead in GIVEN_BY_RUN.items():
+        if key in node:
+            raise WSSSError(f"trainer.{key}: every run has its own; what sets it is {instead}")
 
 
 def _check_group(node: Any, schema: type, path: str) -> None:
@@ -398,8 +418,15 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return plain(node)
 
 
-def override_config(config: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+def override_config(
+    config: dict[str, Any], overrides: list[str], origin: str = ""
+) -> dict[str, Any]:
     """Apply ``key=value`` changes to a stored configuration, checked like a fresh one.
+
+    Args:
+        config: as it is stored.
+        overrides: the changes.
+        origin: the file that holds it, for an error that no change is about.
 
     Raises:
         WSSSError: unknown key, wrong type.
@@ -425,6 +452,10 @@ def override_config(config: dict[str, Any], overrides: list[str]) -> dict[str, A
             f"{error.key} is missing in the stored configuration: it was altered, or written by "
             "another version of wsss, which can still use it"
         ) from error
+    except WSSSError as error:
+        if not origin or any(str(error).startswith(o.partition("=")[0]) for o in overrides):
+            raise
+        raise WSSSError(f"{origin}: its {error}") from error
     return plain(node)
 
 

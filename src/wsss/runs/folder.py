@@ -187,7 +187,7 @@ def load_run(path: Path | str, overrides: Sequence[str] = (), *, trust: Sequence
     checkpoint = _read_checkpoint(file)
     meta = checkpoint["wsss"]
     stored = check_stored(with_current_targets(meta["config"]), str(file), trust)
-    config = override_config(stored, list(overrides))
+    config = override_config(stored, list(overrides), str(file))
     data = build_data(config, for_training=False)
     module = build_module(config, data.num_classes, with_weights=False, with_texts=False)
     restore_state(module, checkpoint["state_dict"], str(file))
@@ -245,6 +245,12 @@ def check_checkpoint(content: Any, path: Path, *, to_resume: bool = False) -> di
         raise WSSSError(f"{path}: its configuration is missing or damaged; copy it again")
     if backbone.keys() != {field.name for field in fields(WeightsInfo)}:
         raise WSSSError(f"{path}: what it says of its encoder's weights is damaged; copy it again")
+    texts = {key: str | None if key == "file_sha256" else str for key in backbone}
+    if not all(isinstance(backbone[key], kind) for key, kind in texts.items()):
+        raise WSSSError(f"{path}: what it says of its encoder's weights is damaged; copy it again")
+    files = meta.get("files_sha256", {})
+    if not all(isinstance(text, str) for pair in files.items() for text in pair):
+        raise WSSSError(f"{path}: its files_sha256 is damaged; copy it again")
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise WSSSError(f"{path}: its state_dict holds more than tensors by name; copy it again")
     step = content.get("global_step", 0)

@@ -114,6 +114,7 @@ def score_folder(
     results |= {"cost": None, "source": source}
     declared = {item.partition("=")[0].removeprefix("eval.") for item in overrides}
     folder = Path(out) if out else None
+    place = choose_device(device)
     if folder:
         make_writable(folder)
         check_ledger(folder)
@@ -121,7 +122,7 @@ def score_folder(
         cells: dict[str, dict[str, Any]] = {}
         with shown_on_failure(results):
             for split in splits or [data.val_split]:
-                metrics = _score(maps, data, protocol, split, device)
+                metrics = _score(maps, data, protocol, split, place)
                 cells[split] = {"names": data.eval_dataset(split).names, **metrics.pop("cells")}
                 metrics["protocol"] = folder_card(
                     protocol=protocol,
@@ -146,13 +147,13 @@ def score_folder(
 
 
 def _score(
-    maps: MapFolder, data: ImageDataModule, protocol: Protocol, split: str, device: str
+    maps: MapFolder, data: ImageDataModule, protocol: Protocol, split: str, device: torch.device
 ) -> dict[str, Any]:
     """Count one split; give its metrics."""
     started = time.perf_counter()
     dataset = data.eval_dataset(split)
     tally = Tally(protocol=protocol, class_names=data.class_names)
-    tally.to(choose_device(device)).reset()
+    tally.to(device).reset()
     files = find_files(maps.path, list(dataset.names), maps.suffixes, maps.holds)
     agreed = 0
     for index in track(range(len(dataset)), description=f"scoring {split}"):

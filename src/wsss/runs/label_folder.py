@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from wsss.core.errors import WSSSError
+from wsss.core.failures import one_line
 from wsss.core.files import make_writable, write_atomically
 from wsss.core.lock import lock
 from wsss.core.modes import evaluating
 from wsss.core.ranks import rank_and_count
-from wsss.data.images import write_mask
+from wsss.data.dataset import ImageDataset, in_threads
+from wsss.data.images import image_size, read_mask, write_mask
 from wsss.data.train_masks import CARD_FILE, read_card
 from wsss.evaluation.crf_queue import CRFPoolLike
 from wsss.runs.folder import Run
@@ -65,7 +67,9 @@ def fill_folder(
 ) -> None:
     """Label every image of a list, going on where an earlier call stopped.
 
-    Where ``torch.distributed`` is initialised, each rank labels its share of the images.
+    A label map that is there is opened: one that is damaged is made again, also in a folder that
+    was finished. Where ``torch.distributed`` is initialised, each rank labels its share of the
+    images.
 
     Args:
         run: whose module makes the maps, where it is.
@@ -80,7 +84,10 @@ def fill_folder(
     Raises:
         WSSSError: the folder holds labels made in another way, or another process works there.
     """
-    if _is_finished(folder, card["made_from"], mend):
+    dataset = run.data.unmasked_dataset(split)
+    if _is_finished(folder, card["made_from"], mend) and not _unlabelled(
+        dataset, run.data.num_classes, folder, range(len(dataset))
+    ):
         print(f"{folder} is finished")
         return
     first = rank_and_count()[0] == 0
@@ -92,7 +99,7 @@ def fill_folder(
         if first:
             write_card(folder, {**card, "status": "begun"})
         _barrier()
-        seconds = _label_all(run, split, labeller, folder, crf_jobs)
+        seconds = _label_all(run, dataset, split, labeller, folder, crf_jobs)
         _barrier()
         if first:
             write_card(folder, {**card, "seconds_per_image": seconds, "status": "finished"})
@@ -115,22 +122,58 @@ def _is_finished(folder: Path, identity: dict[str, Any], mend: str) -> bool:
     keys = dict.fromkeys([*identity, *made_from])
     other = [key for key in keys if made_from.get(key) != identity.get(key)]
     if other:
-        raise WSSSError(f"{folder} holds pseudo labels of another {', '.join(other)}; {mend}")
+        shown = one_line(", ".join(other), 200)
+        raise WSSSError(f"{folder} holds pseudo labels of another {shown}; {mend}")
     return bool(card.get("status") == "finished")
 
 
+def _unlabelled(
+    dataset: ImageDataset, num_classes: int, folder: Path, indices: Sequence[int]
+) -> dict[int, str]:
+    """Give which images have no label map of their size and classes, and why: '' where no file is.
+
+    Args:
+        dataset: the images.
+        num_classes: K; a map holds 0..K and 255.
+        folder: of the maps.
+        indices: of the images to look at.
+    """
+
+    def fault(index: int) -> str | None:
+        sample = dataset.samples[index]
+        path = folder / f"{sample.name}.png"
+        if not path.is_file():
+            return ""
+        size = image_size(sample.image)  # a broken image is no fault of its label map
+        try:
+            read_mask(path, num_classes=num_classes, size=size)
+        except WSSSError as error:
+            return str(error)
+        return None
+
+    faults = zip(indices, in_threads(fault, indices), strict=True)
+    return {index: found for index, found in faults if found is not None}
+
+
 def _label_all(
-    run: Run, split: str, labeller: LabellerLike, folder: Path, crf_jobs: int | None
+    run: Run,
+    dataset: ImageDataset,
+    split: str,
+    labeller: LabellerLike,
+    folder: Path,
+    crf_jobs: int | None,
 ) -> float | None:
-    """Label this rank's images that have no file yet; give the seconds an image, if there was one.
+    """Label this rank's images that have no whole file yet; give the seconds an image, if any.
 
     An interrupted call took as long for each of its images, so these seconds stand for all.
     """
-    started = time.perf_counter()
-    dataset = run.data.unmasked_dataset(split)
     rank, ranks = rank_and_count()
     own = range(rank, len(dataset), ranks)  # whatever is done, or ranks would disagree
-    todo = [i for i in own if not (folder / f"{dataset.names[i]}.png").is_file()]
+    todo = _unlabelled(dataset, run.data.num_classes, folder, own)
+    if damaged := [found for found in todo.values() if found]:
+        first = damaged[0].partition(";")[0]
+        print(f"warning: {len(damaged)} damaged label maps are made again: {first}")
+    started = time.perf_counter()
     waiting: deque[tuple[str, Callable[[], Labels]]] = deque()
 
     def save_oldest() -> None:

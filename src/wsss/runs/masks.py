@@ -140,15 +140,15 @@ def write_masks(run: Run, images: ImageFolderDataset, out: Path, device: str = "
     Args:
         run: a trained run.
         images: the folder.
-        out: where masks go; it is made once every image has been looked at.
+        out: where masks go; it is made once every image and the device have been looked at.
         device: where to predict.
 
     Raises:
         WSSSError: a broken image, ``out`` cannot be written, no such device.
     """
     masks = _predict_all(run, images)
-    make_writable(out)
     run.to(choose_device(device))
+    make_writable(out)
     for name, rgb, mask in track(masks, description="predicting", total=len(images)):
         _save(mask, rgb, out / name)
     names = ["background", *run.data.class_names]

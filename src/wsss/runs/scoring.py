@@ -60,7 +60,7 @@ def score(
             works in the folder of results, or that cannot be written.
     """
     names = list(splits or [run.data.val_split, *run.data.test_splits])
-    check_origin(run, names)
+    check_origin(run, [name for name in names if name != HOLDOUT])
     folder = Path(out) if out else _results_folder(run, splits)
     ledger = run.path if run.path.is_dir() else folder
     if is_first_process():

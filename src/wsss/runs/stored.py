@@ -106,8 +106,13 @@ def _leaves(node: Any, origin: str, path: str = "", depth: int = 0) -> Iterator[
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
             yield from _leaves(value, origin, f"{path}.{index}", depth + 1)
-    else:
+    elif node is None or isinstance(node, str | int | float):
         yield path, node
+    else:  # a tensor, a set: a checkpoint can hold them
+        raise WSSSError(
+            f"{origin}: its {path[:60]} is a {type(node).__name__}, which is no value of a "
+            "configuration; the file was altered"
+        )
 
 
 def _check_target(name: Any, path: str, origin: str, trusted: Sequence[str]) -> None:

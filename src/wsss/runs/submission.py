@@ -14,13 +14,14 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.progress import track
 
 from wsss.core.devices import choose_device
 from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256, make_writable, whole_file, write_atomically
-from wsss.data.dataset import Sample, check_files
+from wsss.data.dataset import Sample, check_files, in_threads
 from wsss.data.images import image_size, mask_png, read_rgb
 from wsss.data.voc import VOC_CLASSES, find_voc_root, list_path, voc_samples
 from wsss.runs.folder import Run
@@ -54,6 +55,7 @@ def submit(
         raise WSSSError(
             f"{run.path}: its classes are not VOC's 20 in their order; the server scores only those"
         )
+    place = choose_device(device)
     root = find_voc_root(run.data.root)
     samples = voc_samples(root, split, "")[: run.data.limit]
     check_files("image", [sample.image for sample in samples], list_path(root, split))
@@ -62,7 +64,7 @@ def submit(
     make_writable(out)
     inner = PurePosixPath("results/VOC2012/Segmentation") / f"{competition}_test_cls"
     _settle_origin(out, run)
-    _predict_all(run, samples, out / inner, device)
+    _predict_all(run, samples, out / inner, place)
     archive = out / f"{competition}_test_cls.tar.gz"
     write_archive(archive, out, [inner / f"{sample.name}.png" for sample in samples])
     validate_archive(archive, inner, samples)
@@ -80,12 +82,22 @@ def _settle_origin(out: Path, run: Run) -> None:
     write_atomically(path, text.encode())
 
 
-def _predict_all(run: Run, samples: Sequence[Sample], folder: Path, device: str) -> None:
-    """Predict what is not there yet; a stopped call goes on where it was."""
-    todo = [sample for sample in samples if not (folder / f"{sample.name}.png").is_file()]
+def _predict_all(run: Run, samples: Sequence[Sample], folder: Path, device: torch.device) -> None:
+    """Predict what is not there yet, or is damaged; a stopped call goes on where it was."""
+
+    def fault(sample: Sample) -> str | None:
+        path = folder / f"{sample.name}.png"
+        return _fault(path.read_bytes(), image_size(sample.image)) if path.is_file() else ""
+
+    faults = in_threads(fault, samples)
+    todo = [sample for sample, found in zip(samples, faults, strict=True) if found is not None]
+    damaged = [(s.name, found) for s, found in zip(samples, faults, strict=True) if found]
+    if damaged:
+        name, found = damaged[0]
+        print(f"warning: {len(damaged)} damaged masks are made again: {folder}/{name}.png {found}")
     if not todo:
         return
-    run.to(choose_device(device))
+    run.to(device)
     for sample in track(todo, description="predicting"):
         mask = predict_mask(run, read_rgb(sample.image))
         write_atomically(folder / f"{sample.name}.png", mask_png(mask))
@@ -139,14 +151,25 @@ def validate_archive(archive: Path, inner: PurePosixPath, samples: Sequence[Samp
 
 
 def _validate_mask(archive: Path, name: str, content: bytes, expected: dict[str, Sample]) -> None:
-    size = image_size(expected[name].image)
+    if found := _fault(content, image_size(expected[name].image)):
+        raise WSSSError(f"{archive}: {name} {found}; remove it and repeat")
+
+
+def _fault(content: bytes, size: tuple[int, int]) -> str | None:
+    """Say what of a mask the server would not take; None where it is as expected.
+
+    Args:
+        content: of its file.
+        size: (height, width) of the image.
+    """
     try:
         with Image.open(io.BytesIO(content)) as image:
             mode, ids = image.mode, np.asarray(image)
-    except Exception as error:  # as Pillow raises
-        raise WSSSError(f"{archive}: {name} is no image; remove it and repeat") from error
-    if mode != "P" or ids.shape != size or ids.max(initial=0) > len(VOC_CLASSES):
-        raise WSSSError(
-            f"{archive}: {name} has mode {mode}, shape {ids.shape} and ids up to {ids.max()}; "
-            f"expected an index PNG of {size} with 0..{len(VOC_CLASSES)}; remove it and repeat"
-        )
+    except Exception:  # as Pillow raises
+        return "is no image"
+    if mode == "P" and ids.shape == size and ids.max(initial=0) <= len(VOC_CLASSES):
+        return None
+    return (
+        f"has mode {mode}, shape {ids.shape} and ids up to {ids.max()}; "
+        f"expected an index PNG of {size} with 0..{len(VOC_CLASSES)}"
+    )

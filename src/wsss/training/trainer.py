@@ -120,7 +120,8 @@ def fit(run: Run, trainer: lightning.Trainer) -> Run:
         The trained run, with its steps, its cost and the hash of its training list.
 
     Raises:
-        WSSSError: see the method; where a checkpoint is left, it says that the run resumes.
+        WSSSError: see the method; where a checkpoint is left, it says that the run resumes. It
+            ended before its last step.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with a checkpoint that resumes.
     """
     if not run.module.trains:
@@ -158,12 +159,35 @@ def fit(run: Run, trainer: lightning.Trainer) -> Run:
         if number == signal.SIGUSR2:
             signal.raise_signal(number)  # submitit queues the job again
         raise SystemExit(128 + (number or signal.SIGINT))
+    _check_length(run, trainer)
     meter = _callback(trainer, CostMeter)
     return replace(
         run,
         step=trainer.global_step,
         cost=training_cost(meter.state_dict()) if meter.sessions else None,
         train_list=run.data.list_hash(run.data.train_split),
+    )
+
+
+#: arguments of ``lightning.Trainer`` that end a run early
+SHORTENING = ("fast_dev_run", "limit_train_batches", "overfit_batches", "max_epochs", "max_time")
+
+
+def _check_length(run: Run, trainer: lightning.Trainer) -> None:
+    """Raise WSSSError where a run ended at another step than its last one.
+
+    Every score would be that of a network that learned less than its configuration says.
+    """
+    given, steps = run.config["trainer"], run.config["trainer"]["max_steps"]
+    if trainer.global_step == steps:
+        return
+    values = {key: given[key] for key in SHORTENING if given.get(key) is not None}
+    # max_epochs is -1 in every choice of conf/trainer: no end
+    shortening = [f"trainer.{key}={value}" for key, value in values.items() if value != -1]
+    raise WSSSError(
+        f"trained {trainer.global_step} of {steps} steps, so the run isn't finished and has no "
+        f"scores; {', '.join(shortening) or 'something'} ended it: leave that out, and set "
+        "budget.max_steps for a shorter run"
     )
 
 

@@ -38,7 +38,7 @@ def test_epsilon_rules_where_neighbours_are_nearly_alike() -> None:
     )
 
 
-def test_weights_follow_their_formula_with_an_epsilon_that_counts() -> None:
+def test_weights_follow_their_formula_where_epsilon_counts() -> None:
     """Loops over pixels and neighbours: both standard deviations are unbiased and plus epsilon."""
     images = torch.rand(1, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     eps, steps = 0.5, [(d * r, d * c) for d in (1, 2) for r in (-1, 0, 1) for c in (-1, 0, 1)]

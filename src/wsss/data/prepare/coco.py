@@ -20,12 +20,13 @@ from rich.table import Table
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256, write_atomically
+from wsss.core.lock import lock
 from wsss.data.dataset import in_threads, missing_files
 from wsss.data.images import ON_ITS_SIDE, image_size, mask_png, orientation
 from wsss.data.prepare.common import (
     TABLE_FILE,
     TableRow,
-    check_table,
+    check_readable,
     note_rules,
     rules_are_new,
     run_all,
@@ -87,6 +88,11 @@ def prepare_coco(
     Raises:
         WSSSError: a broken file, missing images, or masks begun by other rules.
     """
+    with lock(root, "preparing"):
+        return _prepare(root, files, overlap, crowd, jobs)
+
+
+def _prepare(root: Path, files: list[Path], overlap: str, crowd: str, jobs: int | None) -> int:
     names = _names(root, files)
     rules = {
         "overlap": overlap,
@@ -101,14 +107,14 @@ def prepare_coco(
     ]
     rows, note, setting = _splits(root, subsets)
     class_names = subsets[0].content.class_names
-    check_table(root / FOLDER, rows, class_names)
+    check_readable(root, rows, class_names)
     every = [job for subset in subsets for job in subset.jobs]
     missing = {*missing_files([job.target for job in every])}
     todo = [[job for job in subset.jobs if new or job.target in missing] for subset in subsets]
     if any(todo):
         in_threads(_check_size, [job for chosen in todo for job in chosen])
-        notes = look_over([subset.content for subset in subsets], names, crowd=crowd, jobs=jobs)
-        for line in notes:
+        contents = [subset.content for subset in subsets]
+        for line in look_over(contents, names, overlap=overlap, crowd=crowd, jobs=jobs):
             print(line)
     note_rules(root / FOLDER, rules)
     for subset, chosen in zip(subsets, todo, strict=True):

@@ -9,6 +9,7 @@ import io
 import json
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +21,8 @@ from rich.progress import track
 from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
 from wsss.core.processes import serve
-from wsss.data.table import CLASSES_FILE, COLUMNS, read_text
+from wsss.data.dataset import check_class_names
+from wsss.data.table import CLASSES_FILE, COLUMNS, FOLDER, read_table, read_text
 
 TABLE_FILE = "labels.csv"
 MARKER_FILE = "prepare.json"
@@ -93,28 +95,59 @@ def write_table(folder: Path, rows: Iterable[TableRow], class_names: Sequence[st
         WSSSError: see `check_table`.
     """
     listed = list(rows)
-    check_table(folder, listed, class_names)
+    check_table(folder, listed)
     write_text(folder / CLASSES_FILE, "".join(f"{name}\n" for name in class_names))
     return write_text(folder / TABLE_FILE, table_text(listed))
 
 
-def check_table(folder: Path, rows: Sequence[TableRow], class_names: Sequence[str]) -> None:
-    """Check that a table can be written which its reader takes.
+def check_names(path: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Check that our table can list the classes which a file names, and give them as a tuple.
 
     Raises:
-        WSSSError: a class name holds a separator, there is no row, two images share a name, or a
-            path has blanks at its ends.
+        WSSSError: see `check_class_names`, or a name holds a separator.
     """
-    bad = [
-        name
-        for name in class_names
-        if {*name} & {*";|"} or name != name.strip() or len(name.splitlines()) != 1
-    ]
-    if bad:
-        raise WSSSError(
-            f"{folder / TABLE_FILE} cannot list the class {bad[0]!r}, which holds ; or |, a line "
-            "break or blanks at its ends; rename it"
+    try:
+        checked = check_class_names(names)
+    except WSSSError as error:
+        raise WSSSError(f"{path}: {error}") from error
+    for name in checked:
+        if {*name} & {*";|"} or name != name.strip() or len(name.splitlines()) != 1:
+            raise WSSSError(
+                f"{path}: {TABLE_FILE} cannot list the class {name!r}, which holds ; or |, a line "
+                "break or blanks at its ends; rename it"
+            )
+    return checked
+
+
+def check_readable(root: Path, rows: Sequence[TableRow], class_names: Sequence[str]) -> None:
+    """Write the table of a data set elsewhere and read it, before anything lies in its place.
+
+    Raises:
+        WSSSError: the reader refuses it, or would read something else.
+    """
+    with tempfile.TemporaryDirectory() as elsewhere:
+        try:
+            write_table(Path(elsewhere), rows, class_names)
+            table = read_table(Path(elsewhere) / TABLE_FILE, root)
+        except WSSSError as error:
+            raise WSSSError(str(error).replace(elsewhere, str(root / FOLDER))) from error
+    for row, read in zip(rows, table.rows, strict=True):
+        files = [os.path.relpath(path, root) if path else "" for path in read.sample[1:]]
+        # a backslash is part of a name only where such a file is there, as no mask is yet
+        written, found = (
+            [path.replace("\\", "/") for path in pair]
+            for pair in ((row.image, row.mask or ""), files)
         )
+        if (written, tuple(row.labels), row.split) != (found, read.labels, read.split):
+            raise WSSSError(f"{row.image} cannot be listed in a table under this name; rename it")
+
+
+def check_table(folder: Path, rows: Sequence[TableRow]) -> None:
+    """Check that rows can be written which the reader of tables takes.
+
+    Raises:
+        WSSSError: there is no row, two images share a name, or a path has blanks at its ends.
+    """
     if not rows:
         raise WSSSError(f"nothing to list in {folder / TABLE_FILE}: no image has a label")
     by_name: dict[PurePosixPath, str] = {}

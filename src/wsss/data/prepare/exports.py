@@ -8,7 +8,6 @@
   only ``Annotations``.
 """
 
-import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,22 +19,25 @@ from numpy.typing import NDArray
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
-from wsss.data.dataset import check_class_names, present
+from wsss.core.lock import lock
+from wsss.data.dataset import present
 from wsss.data.images import IMAGE_SUFFIXES, image_size, mask_png, read_mask, read_rgb
 from wsss.data.prepare.common import (
     TABLE_FILE,
     TableRow,
+    check_names,
+    check_readable,
     run_all,
     split_of,
     write_table,
 )
-from wsss.data.table import FOLDER, read_table, read_text
+from wsss.data.table import FOLDER, read_text
 from wsss.data.voc import labels_from_mask, labels_from_xml, read_names
 from wsss.maps.pixels import IGNORE_INDEX
 
 LABELME_CLASSES = "class_names.txt"
 CVAT_CLASSES = "labelmap.txt"
-BACKGROUND = ("_background_", "background", "__ignore__", "ignored")
+BACKGROUND = ("_background_", "__background__", "background", "__ignore__", "ignored")
 IGNORED = ("ignored", "__ignore__")  # those of them that are no background either
 BLACK = (0, 0, 0)
 NO_LIST = "default"  # the split of images in none of the lists, as CVAT calls them
@@ -78,6 +80,11 @@ def prepare_export(root: Path, *, jobs: int | None = None) -> int:
         WSSSError: a broken file, an unknown class or colour, an image that is missing; then
             nothing has changed.
     """
+    with lock(root, "preparing"):
+        return _prepare(root, jobs)
+
+
+def _prepare(root: Path, jobs: int | None) -> int:
     class_names, colours = read_export_classes(root)
     images = _by_name(root / "JPEGImages", IMAGE_SUFFIXES)
     sources = _masks(root)
@@ -89,7 +96,7 @@ def prepare_export(root: Path, *, jobs: int | None = None) -> int:
         masks = _ids(sources, colours, staged, jobs)
         rows = []
         for name in sorted(masks or images):
-            labels = _labels(root, name, images[name], masks, class_names)
+            labels = _labels(root, images[name], sources.get(name), masks.get(name), class_names)
             mask = masks.get(name)
             if mask and colours:
                 mask = root / FOLDER / "masks" / mask.name
@@ -105,7 +112,7 @@ def prepare_export(root: Path, *, jobs: int | None = None) -> int:
         if len(class_names) > 1:
             rows = [row for row in rows if row.labels]
         rows, more = _usable_splits(rows, len(splits))
-        _check_readable(root, rows, class_names, staged / "table")
+        check_readable(root, rows, class_names)
         if colours:
             _publish(masks, root / FOLDER / "masks")
         state = write_table(root / FOLDER, rows, class_names)
@@ -145,24 +152,6 @@ def _publish(masks: dict[str, Path], folder: Path) -> None:
         content, target = path.read_bytes(), folder / path.name
         if not target.is_file() or target.read_bytes() != content:
             write_atomically(target, content)
-
-
-def _check_readable(
-    root: Path, rows: Sequence[TableRow], class_names: Sequence[str], folder: Path
-) -> None:
-    """Write the table aside and read it.
-
-    Raises:
-        WSSSError: the reader refuses it, or would read something else.
-    """
-    write_table(folder, rows, class_names)
-    table = read_table(folder / TABLE_FILE, root)
-    for row, read in zip(rows, table.rows, strict=True):
-        written = (row.image, row.mask or "", tuple(row.labels), row.split)
-        image, mask = read.sample.image, read.sample.mask
-        files = [os.path.relpath(path, root) if path else "" for path in (image, mask)]
-        if written != (*files, read.labels, read.split):
-            raise WSSSError(f"{row.image} cannot be listed in a table under this name; rename it")
 
 
 def _classes_file(root: Path) -> Path:
@@ -210,7 +199,7 @@ def read_export_classes(
                 f"({where}), so that its pixels could be either; give each label a colour of its "
                 "own and export again"
             )
-    return _checked(path, names), tuple((colour, one.class_id) for colour, one in labels.items())
+    return check_names(path, names), tuple((colour, one.class_id) for colour, one in labels.items())
 
 
 def _labelme_classes(path: Path) -> tuple[str, ...]:
@@ -224,14 +213,7 @@ def _labelme_classes(path: Path) -> tuple[str, ...]:
             f"{path} has {late[0]!r} after a class, so that the ids of its masks are unsure; "
             "expected it first"
         )
-    return _checked(path, [name for name in names if name.lower() not in BACKGROUND])
-
-
-def _checked(path: Path, names: Sequence[str]) -> tuple[str, ...]:
-    try:
-        return check_class_names(names)
-    except WSSSError as error:
-        raise WSSSError(f"{path}: {error}") from error
+    return check_names(path, [name for name in names if name.lower() not in BACKGROUND])
 
 
 def ids_of_colours(
@@ -357,12 +339,14 @@ def _usable_splits(rows: list[TableRow], listed: int) -> tuple[list[TableRow], s
 
 
 def _labels(
-    root: Path, name: str, image: Path, masks: dict[str, Path], class_names: Sequence[str]
+    root: Path, image: Path, source: Path | None, mask: Path | None, class_names: Sequence[str]
 ) -> list[str]:
-    if masks:
-        size = image_size(image)
-        mask = read_mask(masks[name], num_classes=len(class_names), size=size, image=image)
-        labels = labels_from_mask(mask, len(class_names))
-    else:
-        labels = labels_from_xml(root / "Annotations" / f"{name}.xml", class_names)
-    return present(labels, class_names)
+    """Give the classes of an image; an error names the user's own mask, not what we made of it."""
+    if mask is None:
+        labels = labels_from_xml(root / "Annotations" / f"{image.stem}.xml", class_names)
+        return present(labels, class_names)
+    try:
+        ids = read_mask(mask, num_classes=len(class_names), size=image_size(image), image=image)
+    except WSSSError as error:
+        raise WSSSError(str(error).replace(str(mask), str(source))) from error
+    return present(labels_from_mask(ids, len(class_names)), class_names)

@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from wsss.core.errors import WSSSError
+from wsss.data.dataset import spelling
+from wsss.data.prepare.common import check_names
 from wsss.data.prepare.exports import BACKGROUND
 from wsss.data.prepare.regions import shown, whole
 from wsss.data.table import read_text
@@ -194,7 +196,7 @@ def _things(content: _Content, used: set[tuple[Key, str]]) -> dict[Key, str]:
     things = {
         key: names[key]
         for key in sorted(names, key=lambda key: (isinstance(key, str), key))
-        if names[key] not in BACKGROUND
+        if spelling(names[key]) not in BACKGROUND
         and ((key, names[key]) in used or not above[names[key]] - {key})
     }
     seen: dict[str, Key] = {}
@@ -212,6 +214,7 @@ def _things(content: _Content, used: set[tuple[Key, str]]) -> dict[Key, str]:
             f"{content.path} has {len(things)} categories; expected 1 to {IGNORE_INDEX - 1} (ids "
             "of an 8-bit mask)"
         )
+    check_names(content.path, tuple(things.values()))
     return things
 
 

@@ -180,10 +180,15 @@ def decompress(text: str) -> list[int]:
     return runs
 
 
-def looks_like_fractions(segmentation: Any) -> bool:
-    """Say whether all coordinates of a list of polygons lie in 0..1."""
+def looks_like_fractions(segmentation: Any, width: int) -> bool:
+    """Say whether all coordinates of a list of polygons lie in 0..1, with rounding and overshoot.
+
+    Only where the image is wider than 2 px is what lies there no object: at most a pixel.
+    """
+    low, high = (-0.05, 1.1) if width > 2 else (0, 1)
     return isinstance(segmentation, list) and all(
-        isinstance(part, list) and all(0 <= value <= 1 for value in part) for part in segmentation
+        isinstance(part, list) and all(low <= value <= high for value in part)
+        for part in segmentation
     )
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
+from wsss.core.lock import lock
 from wsss.data.dataset import Sample, check_files, in_threads, present
 from wsss.data.images import image_size, mask_png, read_mask
 from wsss.data.prepare.common import TableRow, run_all, table_text, write_text
@@ -63,6 +64,11 @@ def prepare_voc(
     Raises:
         WSSSError: something is missing, broken, or contradicts what is there.
     """
+    with lock(root, "preparing"):
+        return _prepare(root, sbd, labels, jobs)
+
+
+def _prepare(root: Path, sbd: str | None, labels: LabelSource, jobs: int | None) -> int:
     lists = {split: read_split(root, split) for split in ("train", "val")}
     if list_path(root, "test").is_file():
         lists["test"] = read_split(root, "test")
@@ -193,8 +199,8 @@ def read_sbd_mask(path: Path) -> NDArray[np.uint8]:
 
 
 def _check_disjoint(lists: dict[str, list[str]]) -> None:
-    pairs = [("train", "val"), ("train_aug", "val"), ("train_aug", "test"), ("val", "test")]
-    for first, second in pairs:
+    pairs = [("train", "val"), ("train", "test"), ("val", "test")]
+    for first, second in [*pairs, ("train_aug", "val"), ("train_aug", "test")]:
         shared = sorted({*lists.get(first, ())} & {*lists.get(second, ())})
         if shared:
             raise WSSSError(

@@ -42,11 +42,13 @@ from wsss.methods.settings import (
     BelowOne,
     Count,
     Fraction,
+    Layers,
     NotNegative,
     Number,
     Positive,
-    Some,
+    Scales,
     ThresholdSettings,
+    Width,
 )
 from wsss.models import class_tokens
 from wsss.models.backbone import Backbone
@@ -78,16 +80,16 @@ class ClusterCAMSettings(ThresholdSettings):
     # has 94,000
     token_noise: NotNegative = 0.0
     drop_path: BelowOne = 0.1  # rate of the last block, rising linearly from 0
-    decoder_channels: Count = 512  # width of the decoder
-    cluster_side: Count = 2  # patches a side of a cluster's start; 2: N / 4 clusters, 1: N
-    iterations: Count = 3  # of soft assignment of patches to clusters
+    decoder_channels: Width = 512  # width of the decoder
+    cluster_side: Width = 2  # patches a side of a cluster's start; 2: N / 4 clusters, 1: N
+    iterations: Layers = 3  # of soft assignment of patches to clusters
     # None learns lambda; a number from 0 (attention to patches alone makes the class maps) to 1
     # (attention through clusters alone) keeps it there, in every block
     fixed_mixing: Fraction | None = None
 
     # CAMs, pseudo labels, loss
     cam_layers: Count = 3  # last blocks whose class maps make the CAM; all where there are fewer
-    scales: Some[Positive] = (1.0, 0.75, 1.25)  # of the CAMs; 1 is always among them
+    scales: Scales = (1.0, 0.75, 1.25)  # of the CAMs; 1 is always among them
     high_threshold: Fraction = 0.5  # background score that foreground must beat; bg + delta
     low_threshold: Fraction = 0.3  # background score below which all is background; bg - delta
     seg_weight: NotNegative = 0.1  # of the segmentation loss

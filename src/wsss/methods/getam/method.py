@@ -32,7 +32,7 @@ from annotated_types import Len
 from torch import Tensor, nn
 
 from wsss.core.errors import WSSSError
-from wsss.core.ranges import BelowOne, Count, Fraction, NotNegative, Positive
+from wsss.core.ranges import BelowOne, Count, Fraction, NotNegative, Positive, Width
 from wsss.maps.cams import normalise_maximum
 from wsss.maps.pseudo_labels import ignore_outside_boxes, inside_boxes
 from wsss.maps.refine.pamr import PAMR
@@ -76,13 +76,13 @@ class GETAMSettings(ThresholdSettings):
     # network
     # widths of the four levels, finest first; None: D/8, D/4, D/2, D
     tap_channels: Annotated[tuple[Count, ...], Len(4, 4)] | None = None
-    decoder_channels: Count = 256  # width of the decoder
+    decoder_channels: Width = 256  # width of the decoder
 
     # maps and labels
     gradient_form: GradientForm = "coupled"  # how attention and gradient make a map
     map_layers: Count = 6  # last blocks whose maps are summed; all where there are fewer
     quantile: BelowOne | None = 0.9  # of a map, completes above it; COCO 0.95; None: no completion
-    opening: Count = 10  # side in pixels of the square that opens the labels
+    opening: Width = 10  # side in pixels of the square that opens the labels
     low_threshold: Fraction = 0.077  # without saliency: background up to it
     high_threshold: Fraction = 0.2  # without saliency: foreground above it
 

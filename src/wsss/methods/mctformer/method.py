@@ -36,8 +36,9 @@ from wsss.methods.settings import (
     Fraction,
     NotNegative,
     Positive,
+    Scales,
     Settings,
-    Some,
+    Side,
 )
 from wsss.models.backbone import Backbone
 from wsss.models.class_tokens import require_one_class_token, whole_patches
@@ -63,7 +64,7 @@ class MCTformerPlusSettings(Settings):
     weight_decay: NotNegative = 0.05  # AdamW's, of weights of two and more dimensions
 
     # network
-    input_size: Count = 448  # side of a training crop in pixels, whose grid has the positions
+    input_size: Side = 448  # side of a training crop in pixels, whose grid has the positions
     # deviation of normal noise that parts the class tokens at the start; copies of one part through
     # their targets alone, and CCT has no gradient before (Q3)
     token_noise: NotNegative = 0.0
@@ -78,7 +79,7 @@ class MCTformerPlusSettings(Settings):
     map: Literal["fused", "patchcam", "mct"] = "fused"  # mct: what class tokens attend to alone
     cam_layers: Count = 12  # last blocks of the class maps; all where there are fewer
     affinity: bool = True  # spread the maps along what patches attend to, in all blocks
-    scales: Some[Positive] = (1.0, 0.75, 1.25)  # of the maps, each with its mirror image
+    scales: Scales = (1.0, 0.75, 1.25)  # of the maps, each with its mirror image
 
     def check_schedule(self) -> None:
         """Raise WSSSError where a warm-up is longer than the run, or the rate would rise."""

@@ -11,8 +11,10 @@ from wsss.methods.settings import (
     NotNegative,
     Number,
     Positive,
-    Some,
+    Scales,
     ThresholdSettings,
+    Tokens,
+    Width,
 )
 
 
@@ -35,19 +37,19 @@ class MoReSettings(ThresholdSettings):
     weight_decay: NotNegative = 0.01  # AdamW's, decoupled, on everything
 
     # network
-    registers: Number = 4  # tokens that no head reads
+    registers: Tokens = 4  # tokens that no head reads
     register_std: Positive = 1.0  # deviation of their positions, cut at -2 and 2
     class_token_noise: NotNegative = 0.02  # deviation that parts the class tokens at the start
     graph: bool = True  # False: class tokens as the encoder gives them
     neighbours: Count | None = None  # of a class token in the graph; None: half the classes
     gate: Gate = "sums"  # of the graph's messages; dot: scaled dot products
     aux_layer: int = -3  # block of the auxiliary classifier; -3: third from last
-    decoder_channels: Count = 512  # hidden width of LargeFOV
-    decoder_dilation: Count = 5  # reach of its 3x3 convolutions in patches; 5 is for 28 x 28
+    decoder_channels: Width = 512  # hidden width of LargeFOV
+    decoder_dilation: Width = 5  # reach of its 3x3 convolutions in patches; 5 is for 28 x 28
 
     # maps, and the scores above which a token or pixel is foreground, up to which background
-    scales: Some[Positive] = (1.0, 0.5, 0.75, 1.5)  # of the CAM; each with its mirror image
-    lam_scales: Some[Positive] = (1.0,)  # of the LAM, the same
+    scales: Scales = (1.0, 0.5, 0.75, 1.5)  # of the CAM; each with its mirror image
+    lam_scales: Scales = (1.0,)  # of the LAM, the same
     high_threshold: Fraction = 0.7  # of pseudo labels, PTC and UNE; COCO 0.65
     low_threshold: Fraction = 0.25  # of the same and CLE
     cle_high_threshold: Fraction = 0.5  # of CLE

@@ -62,6 +62,7 @@ from wsss.methods.settings import (
     Positive,
     Settings,
     Share,
+    Width,
 )
 from wsss.methods.tkp_pcl.equivariance import (
     in_patches,
@@ -97,7 +98,7 @@ class TKPPCLSettings(Settings):
 
     # network
     input_scaling: Literal["symmetric", "imagenet"] = "symmetric"  # see TKPPCL.score
-    lstm_hidden: Count = 192  # width of each LSTM direction; e is four times that
+    lstm_hidden: Width = 192  # width of each LSTM direction; e is four times that
     dropout: BelowOne = 0.2  # before the LSTMs, of their inputs, and before the classifier
     top_k: Count = 6  # patches that are pooled; 1 is ViT-PCM's max pooling
     top_k_fraction: Share | None = None  # of the patches, rounded up; None: top_k of them

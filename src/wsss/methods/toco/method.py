@@ -40,13 +40,14 @@ from wsss.methods.losses import (
 )
 from wsss.methods.schedules import encoder_and_heads, poly_warmup
 from wsss.methods.settings import (
-    Count,
     Fraction,
     NotNegative,
     Number,
     Positive,
-    Some,
+    Scales,
+    Side,
     ThresholdSettings,
+    Width,
 )
 from wsss.methods.toco.contrast import (
     CTCHead,
@@ -76,10 +77,10 @@ class ToCoSettings(ThresholdSettings):
 
     # network and maps
     aux_layer: int = -3  # block of the auxiliary classifier; -3: third from last
-    decoder_channels: Count = 512  # hidden width of LargeFOV
-    decoder_dilation: Count = 5  # reach of its 3x3 convolutions in patches; 5 is for 28 x 28
-    local_size: Count = 96  # side of the local crops in pixels
-    scales: Some[Positive] = (1.0, 0.5, 1.5)  # of the CAM; each with its mirror image
+    decoder_channels: Width = 512  # hidden width of LargeFOV
+    decoder_dilation: Width = 5  # reach of its 3x3 convolutions in patches; 5 is for 28 x 28
+    local_size: Side = 96  # side of the local crops in pixels
+    scales: Scales = (1.0, 0.5, 1.5)  # of the CAM; each with its mirror image
     high_threshold: Fraction = 0.7  # a score above it is foreground
     low_threshold: Fraction = 0.25  # a score up to it is background
 

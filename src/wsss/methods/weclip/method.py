@@ -27,7 +27,16 @@ from wsss.maps.refine.par import PAR
 from wsss.methods.base import Batch, Outputs, Step, WSSSModule
 from wsss.methods.losses import balanced_segmentation_loss
 from wsss.methods.schedules import poly_warmup
-from wsss.methods.settings import Count, Fraction, NotNegative, Number, Positive, Settings
+from wsss.methods.settings import (
+    Count,
+    Fraction,
+    Layers,
+    NotNegative,
+    Number,
+    Positive,
+    Settings,
+    Width,
+)
 from wsss.methods.weclip import maps, tower
 from wsss.methods.weclip.affinity import Filter, affinity_loss, near_pairs
 from wsss.methods.weclip.decoder import WeCLIPDecoder, affinity
@@ -61,13 +70,13 @@ class WeCLIPSettings(Settings):
     margin: Fraction = 0.0  # pseudo labels whose two best scores are nearer are 255 (Q11)
 
     # decoder
-    decoder_channels: Count = 256  # d
-    decoder_layers: Count = 3  # blocks of its transformer
-    decoder_heads: Count = 8
+    decoder_channels: Width = 256  # d
+    decoder_layers: Layers = 3  # blocks of its transformer
+    decoder_heads: Layers = 8
     dropout: Fraction = 0.1  # of channels of the fused features
 
     # losses
-    radius: Count = 8  # patches between which affinity is learned
+    radius: Width = 8  # patches between which affinity is learned
     aff_weight: NotNegative = 0.1
 
 

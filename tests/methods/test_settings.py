@@ -84,7 +84,11 @@ def test_settings_are_frozen_and_by_keyword(method: str) -> None:
         ("seg_after", 2.0, r"method\.seg_after=2\.0: expected a number less than or equal to 1"),
         ("contrast_after", -0.1, r"method\.contrast_after=-0\.1: .* equal to 0, or null"),
         ("scales", [], r"method\.scales=\[\]: expected a list of float, at least 1 of them$"),
-        ("scales", [1.0, 0.0], r"method\.scales=\[1\.0, 0\.0\]: expected a number greater than 0"),
+        (
+            "scales",
+            [1.0, 0.0],
+            r"method\.scales=\[1\.0, 0\.0\]: expected a number greater than or equal to 0.05",
+        ),
         ("energy_kernel", "box", r"method\.energy_kernel='box': expected .*'lattice'"),
         ("max_steps", 0, r"method\.max_steps=0: .* greater than or equal to 1"),
         (

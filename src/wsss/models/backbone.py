@@ -56,6 +56,7 @@ ARCHITECTURE: dict[str, Any] = {
     "reg_tokens": Tokens,
     "init_values": Positive | None,
     **dict.fromkeys(("qkv_bias", "qk_norm", "proj_bias", "no_embed_class", "pre_norm"), bool),
+    **dict.fromkeys(("scale_attn_norm", "scale_mlp_norm", "class_token", "final_norm"), bool),
     **dict.fromkeys(("act_layer", "norm_layer"), str | Callable[..., Any]),
     **dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate"), BelowOne),
     **dict.fromkeys(("attn_drop_rate", "drop_path_rate"), BelowOne),

@@ -30,11 +30,17 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Any:
-    """Sums are added up in the same order on every machine."""
-    before = torch.get_num_threads()
+    """Sums are added up in the same order on every machine, whatever ran before.
+
+    A training with ``trainer.deterministic=true`` leaves torch so, which then also fills new memory
+    and takes other ways.
+    """
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(strict)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from quirk_ways import ways_of
 from small_clustercam import (
     MAX_STEPS,
     SIDE,
@@ -35,17 +36,9 @@ from wsss.runs.compose import compose_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "clustercam"
 NAMES = [field.name for field in fields(Quirks)]
+each_way = ways_of(Quirks)
 LR = 8.7890625e-6
 both_ways = pytest.mark.parametrize("quirks", [CORRECTED, OFFICIAL], ids=["default", "official"])
-
-
-def each_way(name: str) -> Any:
-    """Four sets of quirks, and whether the one that is named shows in them."""
-    others = Quirks(**{other: other != name for other in NAMES})
-    sets = [CORRECTED, others, Quirks(**{name: True}), OFFICIAL]
-    values = zip(sets, (False, False, True, True), strict=True)
-    ids = ["none", "all_others", "alone", "all"]
-    return pytest.mark.parametrize(("quirks", "on"), list(values), ids=ids)
 
 
 def test_official_is_every_quirk_and_corrected_none() -> None:

@@ -3,12 +3,12 @@
 from dataclasses import fields
 from math import cos, pi
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from quirk_ways import ways_of
 from small_mctformer import (
     NUM_CLASSES,
     backbone_of,
@@ -29,18 +29,10 @@ from wsss.models.vit import resize_positions
 from wsss.parity.mctformer import official_miou, stop_of
 
 NAMES = [field.name for field in fields(Quirks)]
+each_way = ways_of(Quirks)
 EVERY = torch.arange(NUM_CLASSES)
 LR, FIRST, LAST = 3.125e-5, 1e-6, 1e-5  # of VOC: base, start and end
 both_ways = pytest.mark.parametrize("quirks", [CORRECTED, OFFICIAL], ids=["default", "official"])
-
-
-def each_way(name: str) -> Any:
-    """Four sets of quirks, and whether the one that is named shows in them."""
-    others = Quirks(**{other: other != name for other in NAMES})
-    sets = [CORRECTED, others, Quirks(**{name: True}), OFFICIAL]
-    values = zip(sets, (False, False, True, True), strict=True)
-    ids = ["none", "all_others", "alone", "all"]
-    return pytest.mark.parametrize(("quirks", "on"), list(values), ids=ids)
 
 
 def test_official_is_every_quirk_and_corrected_none() -> None:

@@ -10,21 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from quirk_ways import ways_of
 from small_more import MAX_STEPS, SIDE, losses_at, make_batch, tiny
 
 from wsss.core.errors import WSSSError
 from wsss.methods.more.official import CORRECTED, OFFICIAL, Quirks
 
 NAMES = [field.name for field in fields(Quirks)]
-
-
-def each_way(name: str) -> Any:
-    """Four sets of quirks, and whether the one that is named shows in them."""
-    others = Quirks(**{other: other != name for other in NAMES})
-    sets = [CORRECTED, others, Quirks(**{name: True}), OFFICIAL]
-    values = zip(sets, (False, False, True, True), strict=True)
-    ids = ["none", "all_others", "alone", "all"]
-    return pytest.mark.parametrize(("quirks", "on"), list(values), ids=ids)
+each_way = ways_of(Quirks)
 
 
 def test_official_is_every_quirk_and_corrected_none() -> None:

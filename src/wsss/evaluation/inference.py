@@ -181,6 +181,11 @@ def _segment(module: ModuleLike, images: Tensor, size: Sequence[int]) -> Tensor:
     return resized(logits, size)
 
 
+def _for_maps(images: Tensor, protocol: Protocol) -> Tensor:
+    """Resize images (B, 3, H, W) to where localisation maps are computed."""
+    return _squash(_long_side(images, protocol.resize_long), protocol.cam_resize)
+
+
 def localise(
     module: ModuleLike, images: Tensor, labels: Tensor, size: Sequence[int], protocol: Protocol
 ) -> Tensor:
@@ -196,8 +201,7 @@ def localise(
     Returns:
         (B, K, H, W) in [0, 1].
     """
-    images = _squash(_long_side(images, protocol.resize_long), protocol.cam_resize)
-    cams = module.cams(images, labels)
+    cams = module.cams(_for_maps(images, protocol), labels)
     return resized(cams, size) * labels[:, :, None, None].to(cams.device)
 
 
@@ -205,8 +209,7 @@ def localise_further(
     module: HasFurtherMaps, images: Tensor, labels: Tensor, size: Sequence[int], protocol: Protocol
 ) -> dict[str, Tensor]:
     """Compute further maps at mask size, by name; else as :func:`localise`."""
-    images = _squash(_long_side(images, protocol.resize_long), protocol.cam_resize)
-    maps = module.further_cams(images, labels)
+    maps = module.further_cams(_for_maps(images, protocol), labels)
     shown = labels[:, :, None, None]
     return {name: resized(own, size) * shown.to(own.device) for name, own in maps.items()}
 

@@ -109,11 +109,8 @@ class AffinityNet(WSSSModule):
     ) -> None:
         # the base keeps the encoder and asks nothing of it
         super().__init__(backbone=backbone, num_classes=num_classes, settings=settings)  # type: ignore[arg-type]
-        self.frozen_norms: list[nn.BatchNorm2d] = []
         if settings.freeze_batch_norm:
-            self.frozen_norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
-        for norm in self.frozen_norms:
-            norm.requires_grad_(False)
+            self.freeze_batch_norms()
         self.narrow = nn.ModuleList(
             nn.Conv2d(tap, width, 1)
             for tap, width in zip(self._tap_widths(), settings.widths, strict=True)
@@ -185,13 +182,6 @@ class AffinityNet(WSSSModule):
         )
 
     # ---- training ----------------------------------------------------------------------------
-
-    def train(self, mode: bool = True) -> "AffinityNet":
-        """Set the mode of all but frozen batch norms."""
-        super().train(mode)
-        for norm in self.frozen_norms:
-            norm.eval()
-        return self
 
     def losses(self, batch: Batch, step: int) -> Step:
         """Compute the losses of background, of same and of different pairs.

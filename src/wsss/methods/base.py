@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from lightning import LightningModule
@@ -79,12 +79,16 @@ class WSSSModule(LightningModule):
     classes_compete = False
     #: whether it learns on an encoder that learns nothing itself (``backbone.frozen``)
     takes_frozen = False
+    #: settings that name a file whose content a checkpoint of ours holds -> what says so instead
+    held_by_checkpoint: Mapping[str, Any] = MappingProxyType({})
     #: SHA-256 of the files beside data and weights that it learnt from, by name
     files_sha256: Mapping[str, str] = MappingProxyType({})
     #: whether the batch is the first of its optimiser step, as ``training_step`` found it
     first_of_step = True
     #: the run's seed, as ``on_fit_start`` found it
     seed = 0
+    #: batch norms whose statistics and weights stay as they are, see :meth:`freeze_batch_norms`
+    frozen_norms: Sequence[nn.Module] = ()
     #: keys of :meth:`further_cams`
     further_map_names: tuple[str, ...] = ()
 
@@ -145,6 +149,19 @@ class WSSSModule(LightningModule):
     @abstractmethod
     def lr_multiplier(self, step: int) -> float:
         """Give the factor on every group's learning rate at a 0-based optimiser step."""
+
+    def freeze_batch_norms(self) -> None:
+        """Keep the encoder's batch norms as pretraining left them, while training too."""
+        self.frozen_norms = [m for m in self.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in self.frozen_norms:
+            norm.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all but frozen batch norms."""
+        super().train(mode)
+        for norm in self.frozen_norms:
+            norm.eval()
+        return self
 
     def check_classes(self, class_names: Sequence[str]) -> None:
         """Raise WSSSError where the method cannot learn these K classes; by default it can.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from math import cos, pi
 from typing import Any
 
@@ -28,6 +30,37 @@ def encoder_and_heads(
             for name, head in heads.items()
         ),
     ]
+
+
+def decayed_or_not(
+    module: nn.Module,
+    *,
+    lr: float,
+    head_lr_factor: float,
+    weight_decay: float,
+    spared: Collection[str],
+    fresh: re.Pattern[str],
+) -> list[dict[str, Any]]:
+    """Give optimiser groups: weights of two and more dimensions are decayed, all else is not.
+
+    Args:
+        module: whose parameters learn.
+        lr: base rate.
+        head_lr_factor: times ``lr``, for what pretraining does not give.
+        weight_decay: of what is decayed.
+        spared: names of further parameters that are not decayed.
+        fresh: finds in its name what pretraining does not give.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        decayed = parameter.ndim > 1 and name not in spared
+        new = fresh.search(name) is not None
+        key = ("" if decayed else "not ") + "decayed" + (", new" if new else "")
+        rate = lr * (head_lr_factor if new else 1.0)
+        decay = weight_decay if decayed else 0.0
+        group = {"name": key, "params": [], "lr": rate, "weight_decay": decay}
+        groups.setdefault(key, group)["params"].append(parameter)
+    return list(groups.values())
 
 
 def poly_warmup(

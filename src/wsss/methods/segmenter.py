@@ -85,11 +85,8 @@ class Segmenter(WSSSModule):
     ) -> None:
         # the base keeps the encoder and asks nothing of it
         super().__init__(backbone=backbone, num_classes=num_classes, settings=settings)  # type: ignore[arg-type]
-        self.frozen_norms: list[nn.BatchNorm2d] = []
         if settings.freeze_batch_norm:
-            self.frozen_norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
-        for norm in self.frozen_norms:
-            norm.requires_grad_(False)
+            self.freeze_batch_norms()
         width, rates = num_classes + 1, settings.rates
         self.head: nn.Module
         if settings.head == "v2":
@@ -125,13 +122,6 @@ class Segmenter(WSSSModule):
         return Outputs((logits[:, 1:] - logits[:, :1]).amax((2, 3)), logits)
 
     # ---- training ----------------------------------------------------------------------------
-
-    def train(self, mode: bool = True) -> "Segmenter":
-        """Set the mode of all but frozen batch norms."""
-        super().train(mode)
-        for norm in self.frozen_norms:
-            norm.eval()
-        return self
 
     def losses(self, batch: Batch, step: int) -> Step:
         """Compute the cross-entropy at every scale and of their maximum; the total is the sum.

@@ -17,7 +17,6 @@ from wsss.core.schema import arguments_of, target_class
 from wsss.data.datamodule import TRAINING_LIST, ImageDataModule
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
-from wsss.methods.weclip.texts import STORED
 from wsss.models.backbone import Backbone, WeightsInfo
 from wsss.models.weights import fit_positions, load_state_dict_strictly, read_torch_file
 from wsss.runs.config import config_hash, override_config
@@ -89,7 +88,7 @@ def build_module(
     num_classes: int,
     *,
     with_weights: bool = True,
-    with_texts: bool = True,
+    with_files: bool = True,
 ) -> WSSSModule:
     """Make the method of a resolved configuration on its backbone.
 
@@ -97,16 +96,17 @@ def build_module(
         config: resolved configuration.
         num_classes: K, foreground classes.
         with_weights: load the backbone's stated weights; False when a checkpoint follows.
-        with_texts: read the file of text features that a method compares images with; False when a
-            checkpoint of ours follows, which holds them.
+        with_files: read the files that the method's settings name; False when a checkpoint of ours
+            follows, which holds their content (``held_by_checkpoint``).
     """
     settings = (
         dict(config["backbone"]) if with_weights else {**config["backbone"], "weights": "random"}
     )
     backbone: Backbone = build(settings)
     method = dict(config["method"])
-    if not with_texts and "text" in method:
-        method["text"] = STORED
+    if not with_files:
+        target: type[WSSSModule] = target_class(method["_target_"], "method")
+        method |= target.held_by_checkpoint
     module = build_method(method, backbone, num_classes)
     module.run_config = config
     return module
@@ -189,7 +189,7 @@ def load_run(path: Path | str, overrides: Sequence[str] = (), *, trust: Sequence
     stored = check_stored(with_current_targets(meta["config"]), str(file), trust)
     config = override_config(stored, list(overrides), str(file))
     data = build_data(config, for_training=False)
-    module = build_module(config, data.num_classes, with_weights=False, with_texts=False)
+    module = build_module(config, data.num_classes, with_weights=False, with_files=False)
     restore_state(module, checkpoint["state_dict"], str(file))
     module.backbone.weights_info = WeightsInfo(**meta["backbone"])
     module.files_sha256 = meta.get("files_sha256", {})  # an earlier version wrote none

@@ -37,7 +37,7 @@ from wsss.methods.clustercam.gallery import sheets
 from wsss.methods.clustercam.network import BlockOutput, ClusterBranch, Encoded
 from wsss.methods.clustercam.official import CORRECTED, Quirks
 from wsss.methods.losses import balanced_segmentation_loss
-from wsss.methods.schedules import cosine_warmup
+from wsss.methods.schedules import cosine_warmup, decayed_or_not
 from wsss.methods.settings import (
     BelowOne,
     Count,
@@ -311,16 +311,14 @@ class ClusterCAM(WSSSModule):
     def param_groups(self) -> list[dict[str, Any]]:
         """Give weights decayed; biases, norms, mixing scalars, class tokens and positions not."""
         s, spared = self.settings, () if self.quirks.decayed_tokens else TOKENS  # Q8
-        groups: dict[str, dict[str, Any]] = {}
-        for name, parameter in self.named_parameters():
-            decayed = parameter.ndim > 1 and name not in spared
-            fresh = NOT_PRETRAINED.search(name) is not None
-            key = ("" if decayed else "not ") + "decayed" + (", new" if fresh else "")
-            lr = s.lr * (s.head_lr_factor if fresh else 1.0)
-            decay = s.weight_decay if decayed else 0.0
-            group = {"name": key, "params": [], "lr": lr, "weight_decay": decay}
-            groups.setdefault(key, group)["params"].append(parameter)
-        return list(groups.values())
+        return decayed_or_not(
+            self,
+            lr=s.lr,
+            head_lr_factor=s.head_lr_factor,
+            weight_decay=s.weight_decay,
+            spared=spared,
+            fresh=NOT_PRETRAINED,
+        )
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Make AdamW (clustercam.md section 4)."""

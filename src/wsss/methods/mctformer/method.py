@@ -29,7 +29,7 @@ from wsss.methods.mctformer import maps, network
 from wsss.methods.mctformer.contrast import class_token_contrast
 from wsss.methods.mctformer.network import Attention, Encoded
 from wsss.methods.mctformer.official import CORRECTED, Quirks
-from wsss.methods.schedules import cosine_warmup
+from wsss.methods.schedules import cosine_warmup, decayed_or_not
 from wsss.methods.settings import (
     BelowOne,
     Count,
@@ -291,16 +291,14 @@ class MCTformerPlus(WSSSModule):
         """Give weights decayed; biases, norms, class tokens and positions not."""
         s = self.settings
         spared = (TOKENS,) if self.quirks.decayed_positions else (TOKENS, POSITIONS)  # Q1
-        groups: dict[str, dict[str, Any]] = {}
-        for name, parameter in self.named_parameters():
-            decayed = parameter.ndim > 1 and name not in spared
-            fresh = NOT_PRETRAINED.search(name) is not None
-            key = ("" if decayed else "not ") + "decayed" + (", new" if fresh else "")
-            lr = s.lr * (s.head_lr_factor if fresh else 1.0)
-            decay = s.weight_decay if decayed else 0.0
-            group = {"name": key, "params": [], "lr": lr, "weight_decay": decay}
-            groups.setdefault(key, group)["params"].append(parameter)
-        return list(groups.values())
+        return decayed_or_not(
+            self,
+            lr=s.lr,
+            head_lr_factor=s.head_lr_factor,
+            weight_decay=s.weight_decay,
+            spared=spared,
+            fresh=NOT_PRETRAINED,
+        )
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Make AdamW (mctformer.md section 4)."""

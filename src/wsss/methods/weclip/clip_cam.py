@@ -7,6 +7,7 @@ from which WeCLIP has this part.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +19,7 @@ from wsss.methods.base import Batch, Outputs, Step, WSSSModule
 from wsss.methods.settings import Count, Fraction, Settings
 from wsss.methods.weclip import maps, tower
 from wsss.methods.weclip.gradcam import class_slots, unit_range
-from wsss.methods.weclip.texts import ClassTexts
+from wsss.methods.weclip.texts import STORED, ClassTexts
 from wsss.methods.weclip.tower import Encoded, Normalisation
 from wsss.models.backbone import Backbone
 
@@ -51,6 +52,7 @@ class CLIPCAM(WSSSModule):
     settings: CLIPCAMSettings
     classes_compete = True
     takes_frozen = True
+    held_by_checkpoint: Mapping[str, Any] = MappingProxyType({"text": STORED})
     trains = False
 
     def __init__(self, *, backbone: Backbone, num_classes: int, settings: CLIPCAMSettings) -> None:

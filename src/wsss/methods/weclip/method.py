@@ -16,6 +16,7 @@ forward pass, officially on one GPU, so the images a pass are part of a run's se
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from wsss.methods.weclip.affinity import Filter, affinity_loss, near_pairs
 from wsss.methods.weclip.decoder import WeCLIPDecoder, affinity
 from wsss.methods.weclip.gradcam import Slots, class_slots, unit_range
 from wsss.methods.weclip.official import CORRECTED, Quirks
-from wsss.methods.weclip.texts import ClassTexts
+from wsss.methods.weclip.texts import STORED, ClassTexts
 from wsss.methods.weclip.tower import Encoded, Normalisation
 from wsss.models.backbone import Backbone
 
@@ -105,6 +106,7 @@ class WeCLIP(WSSSModule):
     settings: WeCLIPSettings
     classes_compete = True
     takes_frozen = True
+    held_by_checkpoint: Mapping[str, Any] = MappingProxyType({"text": STORED})
 
     def __init__(
         self,

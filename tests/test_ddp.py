@@ -311,15 +311,21 @@ def test_compiled_parts_and_another_layout_change_no_loss(method: str, tmp_path:
     totals, gradients = [], []
     for settings in ({}, {"compile": "eager", "channels_last": True}):
         _, module, data, _ = prepare(method, tmp_path)
-        accelerate(module.eval(), settings)
+        accelerate(module.eval().double(), settings)  # or rounding moves a pixel's pseudo label
+        batch = next(iter(data.train_dataloader()))
+        floats = {key: value.double() for key, value in batch.items() if _is_float(value)}
         torch.manual_seed(0)
-        total = module.losses(next(iter(data.train_dataloader())), STEPS - 1).total
+        total = module.losses({**batch, **floats}, STEPS - 1).total
         total.backward()
         totals.append(total.detach())
         gradients.append([p.grad for p in module.parameters() if p.grad is not None])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    torch.testing.assert_close(*totals, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*totals, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @pytest.mark.parametrize("method", METHODS)

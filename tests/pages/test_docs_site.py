@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from docs_hooks import FENCE
 from docs_site import fetched_from_elsewhere, with_every_method
 
+import wsss
+
 PROJECT = Path(__file__).parents[2]
 
 
@@ -73,3 +75,9 @@ def test_links_between_files_of_the_repository_lead_somewhere() -> None:
     ]
     assert len(links) > 50
     assert [(p.name, t) for p, t in links if not (p.parent / t).exists()] == []
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    page = (PROJECT / "docs" / "api.md").read_text()
+    listed = re.findall(r"^::: [\w.]+\.(\w+)$", page, re.MULTILINE)
+    assert sorted(listed) == sorted(set(wsss.__all__) - {"__version__"})

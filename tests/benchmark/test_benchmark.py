@@ -1,6 +1,7 @@
 """The benchmark: both ways of computing agree, and the command measures and reports."""
 
 import json
+import signal
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from small_runs import Command, processes_of
 from torch import nn
 
 from wsss.benchmark import crf
@@ -442,6 +444,17 @@ def test_command_measures_both_sides(tmp_path: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     for text in ("pseudo labels", "images/s", "peak memory", "times the time of ours"):
         assert text in printed
+
+
+@pytest.mark.slow
+def test_sides_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    arguments = "method=toco backbone=vit_pico image_size=64 repeats=9999 warmup=0 device=cpu"
+    command = Command(["benchmark", *arguments.split()], tmp_path / "log")
+    pid = command.process.pid
+    assert pid is not None
+    command.until(lambda: len(processes_of(pid)) > 2)
+    command.send(signal.SIGKILL)
+    assert command.end() == -signal.SIGKILL  # which waits for all of its processes
 
 
 def test_crfs_are_compared_by_labels_and_time(

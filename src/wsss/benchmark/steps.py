@@ -5,6 +5,7 @@ take their steps in turn (ours, official, ours, official), so that whatever else
 meets both. Weights are random: time does not depend on them.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +18,7 @@ from rich.progress import track
 
 from wsss.benchmark.runner import Side, Worker, saving_names
 from wsss.core.errors import WSSSError
+from wsss.core.processes import serve
 
 #: method -> class that computes its step the official way
 OFFICIAL = {
@@ -123,7 +125,14 @@ def run_in_turn(config: BenchmarkConfig, group: Sequence[Side]) -> list[dict[str
     title = " and ".join(side.name for side in group)
     with ExitStack() as stack:
         pools = [
-            stack.enter_context(ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")))
+            stack.enter_context(
+                ProcessPoolExecutor(
+                    max_workers=1,
+                    mp_context=get_context("spawn"),
+                    initializer=serve,
+                    initargs=(os.getpid(),),
+                )
+            )
             for _ in group
         ]
         together = list(zip(group, pools, strict=True))

@@ -1,3 +1,4 @@
+import multiprocessing
 import sys
 
 import numpy as np
@@ -64,6 +65,20 @@ def test_an_error_in_a_worker_comes_back() -> None:
         future = pool.submit(np.zeros((4, 5, 3), np.uint8), np.zeros((2, 5, 4), np.float32))
         with pytest.raises(WSSSError, match="dense CRF wants"):
             future.result()
+
+
+def _lose_a_worker() -> None:
+    image, prob = np.zeros((4, 5, 3), np.uint8), np.full((2, 4, 5), 0.5, np.float32)
+    with CRFPool(CRF_PRESETS["toco"], jobs=1) as pool:
+        pool.submit(image, prob).result()
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        pool.submit(image, prob).result()
+
+
+def test_a_killed_worker_is_one_clear_line() -> None:
+    with pytest.raises(WSSSError, match="a process was killed, most likely out of memory; repeat"):
+        _lose_a_worker()
 
 
 def test_missing_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

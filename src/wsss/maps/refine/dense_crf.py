@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -172,6 +173,9 @@ class CRFPool:
 
     Used as a context manager; leaving it waits for what was submitted, or drops what has not begun
     when an exception leaves it.
+
+    Raises:
+        WSSSError: when it is left, if a worker was killed.
     """
 
     def __init__(self, preset: CRFPreset, *, jobs: int | None = None) -> None:
@@ -201,8 +205,13 @@ class CRFPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Wait for the workers and end them."""
+        """Wait for the workers and end them; say so if one was killed."""
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        if isinstance(error, BrokenProcessPool):
+            raise WSSSError(
+                "dense CRF: a process was killed, most likely out of memory; repeat the command, "
+                "with eval.crf_backend=torch if it happens again"
+            ) from error
 
     def submit(
         self, image: Image, prob: Probabilities, present: Sequence[int] | None = None

@@ -18,6 +18,7 @@ from wsss.core.ranks import is_first_process
 from wsss.results.store import RESULTS_FILE, read_results
 from wsss.runs.compose import compose_config, quoted, sweep_jobs, with_search_path
 from wsss.runs.config import plain
+from wsss.runs.trainer_settings import with_trainer_keys
 from wsss.training.parallel import naming_lost_processes
 from wsss.training.run import train
 from wsss.training.sweeps import (
@@ -62,7 +63,7 @@ def _sweep(overrides: list[str], flags: list[str]) -> int:
 def _run_hydra(job: "Job", overrides: list[str], flags: list[str]) -> None:
     """Let Hydra compose and run."""
     # this file, not the console script: DDP starts its other processes from sys.argv
-    sys.argv = [__file__, *with_search_path(overrides), *flags]
+    sys.argv = [__file__, *with_search_path(with_trainer_keys(overrides)), *flags]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # we report errors, in one line
     conf = str(config_root() / "conf")
     hydra_main(version_base="1.3", config_path=conf, config_name="train")(job)()
@@ -126,7 +127,8 @@ def _run_job(config: DictConfig) -> tuple[int, float | None]:
         content = plain(config)
         with naming_lost_processes():
             folder = train(content)
-        if is_first_process():
+        # a limited run has no results, and so no objective
+        if is_first_process() and (folder / RESULTS_FILE).is_file():
             splits = read_results(folder / RESULTS_FILE)["splits"]
             value = splits[content["data"]["val_split"]].get(content["objective"])
         return 0

@@ -5,32 +5,22 @@ their numbers: nothing in a workspace points to a key that no run has. Runs are 
 and by the settings that vary in the study, so a line or bar is the mean over seeds.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-from pydantic import Field
-
 from wsss.comparison.entries import logged_series
 from wsss.core.errors import WSSSError
-from wsss.core.files import first_line
-from wsss.core.records import Record, check_record
 from wsss.results.store import MAP_NAMES, RESULTS_FILE, read_results
 from wsss.runs.folder import CONFIG_FILE, method_name
+from wsss.runs.naming import read_config, varying
 from wsss.runs.wandb import CONFUSION_COLUMNS, ID_FILE, numbers
 
 if TYPE_CHECKING:
     import wandb_workspaces.workspaces as ws
 
 SPECIFICATION_FILE = "dashboard.json"
-#: order in which one of several settings that vary together gives its name to a grouping
-GROUPS = ("method", "backbone", "data", "budget", "trainer", "eval")
-#: where and how a run is watched, and what seeds alone change
-NOT_VARIED = ("runs_dir", "study", "gallery", "logger", "second_stage", "seed", "data.seed",
-              "data.root", "data.num_workers", "data.train_masks")  # fmt: skip
 SEGMENTATIONS = ("seg_miou", "seg_miou_crf", "seg_miou_ms", "seg_miou_ms_crf")
 SEEDS = ("seed_miou", "seed_miou_holdout", "seed_miou_oracle", "seed_miou_predicted_labels")
 PSEUDO_LABELS = ("pseudo_label_miou_ignored_as_background", "pseudo_label_miou_excluded",
@@ -70,7 +60,7 @@ def read_study(folder: Path) -> list[LoggedRun]:
         for path in sorted(folder.glob(f"*/{CONFIG_FILE}"))
         if (path.parent / ID_FILE).is_file()
     ]
-    if not any(run.logged for run in runs):
+    if not any(run.logged or run.final for run in runs):
         raise WSSSError(
             f"{folder}: no run there has logged anything to W&B; run the study with logger=wandb "
             "first, and give study=NAME and runs_dir=FOLDER as it was run"
@@ -79,7 +69,7 @@ def read_study(folder: Path) -> list[LoggedRun]:
 
 
 def _read_run(folder: Path) -> LoggedRun:
-    config = _read_config(folder / CONFIG_FILE)
+    config = read_config(folder / CONFIG_FILE)
     finished = (folder / RESULTS_FILE).is_file()
     results = read_results(folder / RESULTS_FILE) if finished else {"splits": {}}
     final = [*numbers(results["splits"]), *numbers({"cost": results.get("cost") or {}})]
@@ -90,82 +80,6 @@ def _read_run(folder: Path) -> LoggedRun:
         results["splits"],
         [f"final/{key}" for key, _ in final],
     )
-
-
-class _Target(Record):
-    """A group that names its class."""
-
-    name: str = Field(alias="_target_")
-
-
-class _Logger(Record):
-    """Where a run was logged."""
-
-    project: str = "wsss"
-    entity: str | None = None
-    group: str | None = None
-
-
-class _Config(Record):
-    """What is read of a run's ``config.yaml``."""
-
-    method: _Target
-    study: str
-    gallery: int
-    logger: _Logger
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """Read a run's configuration; nothing in it is interpolated.
-
-    Raises:
-        WSSSError: it is damaged.
-    """
-    mend = "restore it, or move the run out of the study"
-    try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # YAML, text and OmegaConf errors share no base class
-        raise WSSSError(f"{path}: cannot be read ({first_line(error)}); {mend}") from error
-    check_record(_Config, config, str(path), mend)
-    return dict(config)
-
-
-def varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Give the dotted keys of the settings by which runs of one method differ, but for seeds.
-
-    Of settings that change together (one is read from the other, or a pair of thresholds) only the
-    first is named: it makes the same groups.
-    """
-    flat = [dict(_leaves(config)) for config in configs]
-    methods = [method_name(config) for config in configs]
-    keys = sorted({key for one in flat for key in one}, key=lambda key: (_rank(key), key))
-    found: dict[tuple[int, ...], str] = {}
-    for key in keys:
-        if any(key == name or key.startswith(f"{name}.") for name in NOT_VARIED):
-            continue
-        values = [one.get(key) for one in flat]
-        # another method has other settings anyway
-        within = any(
-            len({v for v, m in zip(values, methods, strict=True) if m == method}) > 1
-            for method in set(methods)
-        )
-        if within:
-            found.setdefault(tuple(values.index(value) for value in values), key)
-    return list(found.values())
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Give (dotted key, value as text) of everything in nested mappings."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(value)
-
-
-def _rank(key: str) -> int:
-    group = key.partition(".")[0]
-    return GROUPS.index(group) if group in GROUPS else len(GROUPS)
 
 
 def build_workspace(

@@ -160,6 +160,23 @@ class MetricsFile(CSVLogger):
             raise cannot_write(Path(self.log_dir) / "metrics.csv", error) from error
 
 
+class FirstStepLogged(Callback):
+    """Log the first step too, so that a run of fewer than ``log_every_n_steps`` has a curve."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Log every step of a run that begins."""
+        self._every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step == 0:
+            trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        """Log as the configuration says, once there was a step."""
+        if trainer.global_step:
+            trainer.log_every_n_steps = self._every  # type: ignore[attr-defined]
+
+
 class NamedLosses(TQDMProgressBar):
     """Show the named losses in the progress bar, without Lightning's version number."""
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +18,8 @@ from wsss.core.places import config_root
 from wsss.core.ranks import is_first_process
 from wsss.results.store import RESULTS_FILE, read_results
 from wsss.runs.compose import compose_config, quoted, sweep_jobs, with_search_path
-from wsss.runs.config import plain
+from wsss.runs.config import LoggerConfig, plain
+from wsss.runs.naming import varying
 from wsss.runs.trainer_settings import with_trainer_keys
 from wsss.training.parallel import naming_lost_processes
 from wsss.training.run import train
@@ -50,6 +52,7 @@ def _sweep(overrides: list[str], flags: list[str]) -> int:
     jobs = sweep_jobs(overrides)
     configs = [compose_config(each) for each in jobs.samples]
     folder = new_folder(Path(configs[0]["runs_dir"]))
+    overrides = [*overrides, *_said_to_trackers(configs)]
     try:
         _run_hydra(Job(), [*overrides, f"hydra.sweep.dir={quoted(str(folder))}"], flags)
     finally:
@@ -58,6 +61,22 @@ def _sweep(overrides: list[str], flags: list[str]) -> int:
             for line in summary(ended, begun_of=jobs.count):
                 print(f"wsss train: {line}", file=sys.stderr)
     return exit_status(ended)
+
+
+def _said_to_trackers(configs: Sequence[DictConfig]) -> list[str]:
+    """Give the override by which the jobs of a sweep know what varies among them.
+
+    A tracker names and groups runs by it.
+
+    Args:
+        configs: of the jobs.
+    """
+    contents = [plain(config) for config in configs]
+    settings = LoggerConfig(**contents[0]["logger"])
+    keys = varying(contents)
+    if settings.varied or not keys or not (settings.wandb or settings.mlflow):
+        return []
+    return [f"++logger.varied=[{','.join(keys)}]"]
 
 
 def _run_hydra(job: "Job", overrides: list[str], flags: list[str]) -> None:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsss.comparison.entries import logged_series
+from wsss.comparison.compare import CompareArguments, compare
+from wsss.comparison.entries import is_finished, logged_series
+from wsss.comparison.grids import FORMATS
+from wsss.comparison.tables import tables
 from wsss.core.errors import WSSSError
 from wsss.results.store import MAP_NAMES, RESULTS_FILE, read_results
 from wsss.runs.folder import CONFIG_FILE, method_name
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     import wandb_workspaces.workspaces as ws
 
 SPECIFICATION_FILE = "dashboard.json"
+#: what a group's line or bar shows: the mean of its runs, with a band of their deviation
+OVER_SEEDS = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
 SEGMENTATIONS = ("seg_miou", "seg_miou_crf", "seg_miou_ms", "seg_miou_ms_crf")
 SEEDS = ("seed_miou", "seed_miou_holdout", "seed_miou_oracle", "seed_miou_predicted_labels")
 PSEUDO_LABELS = ("pseudo_label_miou_ignored_as_background", "pseudo_label_miou_excluded",
@@ -35,6 +40,7 @@ class LoggedRun:
     """What a run folder says about its W&B run.
 
     Attributes:
+        folder: the run folder.
         config: resolved configuration.
         method: its short name.
         logged: keys of its history while it trained, such as ``train/ptc_loss``.
@@ -42,6 +48,7 @@ class LoggedRun:
         final: keys of its summary, such as ``final/val/seg_miou``.
     """
 
+    folder: Path
     config: dict[str, Any]
     method: str
     logged: list[str]
@@ -70,10 +77,11 @@ def read_study(folder: Path) -> list[LoggedRun]:
 
 def _read_run(folder: Path) -> LoggedRun:
     config = read_config(folder / CONFIG_FILE)
-    finished = (folder / RESULTS_FILE).is_file()
+    finished = is_finished(folder)
     results = read_results(folder / RESULTS_FILE) if finished else {"splits": {}}
     final = [*numbers(results["splits"]), *numbers({"cost": results.get("cost") or {}})]
     return LoggedRun(
+        folder,
         config,
         method_name(config),
         sorted(logged_series(folder)),
@@ -93,6 +101,7 @@ def build_workspace(
     ws, _ = _import_workspaces()
     varied = varying([run.config for run in runs])
     sections = [
+        _section("Mean over seeds, 95 % intervals", _tables(runs, varied)),
         _section("Validation while training", _validation(runs)),
         _section("Final numbers", _finals(runs)),
         _section("CAM threshold curves", _curves(runs)),
@@ -105,7 +114,7 @@ def build_workspace(
         _section("Settings against the result", _settings(runs, varied)),
         _section("Cost", _costs(runs)),
     ]
-    groups = sorted({run.config["logger"].get("group") or run.config["study"] for run in runs})
+    studies = sorted({run.config["study"] for run in runs})
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -113,7 +122,7 @@ def build_workspace(
         sections=[section for section in sections if section.panels],
         settings=ws.WorkspaceSettings(x_axis="trainer/global_step", max_runs=50),
         runset_settings=ws.RunsetSettings(
-            filters=[ws.Metric("Group").isin(groups)],
+            filters=[ws.Config("study").isin(studies)],
             groupby=[ws.Config(key) for key in ("method_name", *_supervision(runs), *varied)],
         ),
     )
@@ -174,12 +183,34 @@ def _having(runs: Iterable[LoggedRun], split: str, key: str) -> dict[str, Any]:
 
 def _lines(title: str, keys: Sequence[str], x: str = "trainer/global_step") -> Any:
     _, panels = _import_workspaces()
-    return panels.LinePlot(title=title, x=x, y=list(keys)) if keys else None
+    return panels.LinePlot(title=title, x=x, y=list(keys), **OVER_SEEDS) if keys else None
 
 
 def _bars(title: str, keys: Sequence[str]) -> Any:
     _, panels = _import_workspaces()
-    return panels.BarPlot(title=title, metrics=list(keys)) if keys else None
+    return panels.BarPlot(title=title, metrics=list(keys), **OVER_SEEDS) if keys else None
+
+
+def _tables(runs: Sequence[LoggedRun], varied: Sequence[str]) -> list[Any]:
+    """Write the tables of ``wsss compare`` over the finished runs, one a method where keys vary."""
+    _, panels = _import_workspaces()
+    finished = [run for run in runs if run.splits]
+    groups = [[run for run in finished if run.method == method] for method in _methods(finished)]
+    found: list[Any] = []
+    for members in groups if varied else [finished]:
+        if not members:
+            continue
+        own = varying([run.config for run in members])
+        try:
+            compared = compare(
+                [run.folder for run in members], CompareArguments(by=",".join(["method", *own]))
+            )
+            text = FORMATS[".md"]([grid for one in compared for grid in tables(one)[:2]])
+        except WSSSError as error:
+            text = f"no table: {error}"
+        layout = panels.Layout(w=24, h=12)
+        found.append(panels.MarkdownPanel(markdown=text, layout=layout))
+    return found
 
 
 def _validation(runs: Sequence[LoggedRun]) -> list[Any]:

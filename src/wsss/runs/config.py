@@ -108,7 +108,7 @@ class LoggerConfig:
         wandb: also log to Weights & Biases (offline without a key).
         tensorboard: also write event files of TensorBoard, ``tensorboard/`` in the run folder.
         mlflow: also log to MLflow.
-        tracking_uri: MLflow's server or folder; None: ``runs_dir/mlflow``.
+        tracking_uri: MLflow's server or database; None: ``runs_dir/mlflow.db``.
         project: the W&B project, the MLflow experiment.
         entity: the account or team that it belongs to; None: the key's own.
         name: of the run; None: method, what varies in its study, and seed.

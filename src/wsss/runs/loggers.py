@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from wsss.core.errors import WSSSError
-from wsss.core.files import write_atomically
+from wsss.core.files import first_line, write_atomically
 from wsss.core.ranks import is_first_process
 from wsss.results.gallery import Gallery
 from wsss.runs.config import LoggerConfig
@@ -84,17 +84,27 @@ def _mlflow(
 ) -> MLFlowLogger:
     """Make the MLflow logger of a run; an interrupted one goes on in the same MLflow run."""
     path = folder / MLFLOW_ID
-    uri = settings.tracking_uri or (Path(config["runs_dir"]) / "mlflow").absolute().as_uri()
-    tags = {tag: "" for tag in settings.tags}
+    database = (Path(config["runs_dir"]) / "mlflow.db").absolute()
     logger = MLFlowLogger(
         experiment_name=settings.project,
         run_name=settings.name or run_name(config, folder),
-        tracking_uri=uri,
-        tags={"group": group_name(config, folder), "supervision": supervision, **tags},
+        tracking_uri=settings.tracking_uri or f"sqlite:///{database}",
+        tags={
+            "group": group_name(config, folder),
+            "supervision": supervision,
+            "run_folder": folder.name,
+            **dict.fromkeys(settings.tags, ""),
+        },
         run_id=_mlflow_id(path),
     )
+    try:
+        number = logger.run_id  # where the server is asked first
+    except Exception as error:  # MLflow's own, SQL's and those of a connection
+        raise WSSSError(
+            f"logger=mlflow: {first_line(error)}; see logger.tracking_uri, or give logger=csv"
+        ) from error
     if is_first_process() and not path.is_file():
-        write_atomically(path, f"{logger.run_id}\n".encode())
+        write_atomically(path, f"{number}\n".encode())
     return logger
 
 

@@ -112,8 +112,9 @@ def varied(config: Mapping[str, Any], folder: Path) -> dict[str, str]:
     last = [key.rpartition(".")[2] for key in keys]
     return {
         # two keys of one name keep their groups: method.name, backbone.name
-        (name if last.count(name) == 1 else key): own.get(key, "null").strip('"')
+        (name if last.count(name) == 1 else key): own[key].strip('"')
         for key, name in zip(keys, last, strict=True)
+        if key in own  # another method's setting is none of this run
     }
 
 

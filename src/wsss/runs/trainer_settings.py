@@ -11,10 +11,12 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
+from omegaconf import OmegaConf
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from wsss.core.errors import WSSSError
+from wsss.core.places import config_root
 from wsss.core.ranges import Count, Devices, Fraction, Number, Positive
 
 
@@ -75,7 +77,7 @@ class TrainerSettings(Acceleration):
     devices: Devices = 1
     num_nodes: Count = 1
     accumulate_grad_batches: Count = 1
-    log_every_n_steps: Count = 50
+    log_every_n_steps: Count | None = 50
     gradient_clip_val: Positive | None = None
     gradient_clip_algorithm: Literal["norm", "value"] | None = None
     fast_dev_run: bool | Annotated[int, Ge(0), Le(10**9)] = False
@@ -94,8 +96,8 @@ GIVEN_BY_RUN = {
     "default_root_dir": "every run has its own; what sets it is runs_dir=",
     "logger": "every run has its own; what adds to it is the group logger=",
     "callbacks": "every run has its own; what adds to them is the group callbacks=",
-    "enable_checkpointing": "every run has checkpoints; what sets the steps between them is "
-    "budget.eval_every=",
+    "enable_checkpointing": "every run has its own; what sets it is budget.eval_every=, the steps "
+    "between checkpoints",
     "val_check_interval": "the steps between validations are budget.eval_every=",
     "check_val_every_n_epoch": "the steps between validations are budget.eval_every=",
     "use_distributed_sampler": "the data module shares images out; what sets a batch is "
@@ -145,10 +147,15 @@ def with_trainer_keys(overrides: Sequence[str]) -> list[str]:
     """Let Hydra take every ``trainer.KEY=``: it knows only the keys that a file in conf/ has.
 
     What is no argument of ``lightning.Trainer`` is refused when the configuration is checked.
+
+    Args:
+        overrides: ``KEY=VALUE`` of a command line.
     """
+    known = OmegaConf.load(config_root() / "conf" / "trainer" / "auto.yaml")
+    keys = [re.match(r"trainer\.(\w+)=", override) for override in overrides]
     return [
-        f"++{override}" if re.match(r"trainer\.\w+=", override) else override
-        for override in overrides
+        f"++{override}" if key and key[1] not in known else override
+        for key, override in zip(keys, overrides, strict=True)
     ]
 
 

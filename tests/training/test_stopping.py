@@ -141,7 +141,8 @@ def test_averaged_weights_are_saved_and_scored(tmp_path: Path) -> None:
 
 def test_what_watches_makes_no_other_run() -> None:
     plain = config_hash(compose_run(TINY))
-    assert config_hash(compose_run([*TINY, "callbacks=[lr_monitor,device_stats]"])) == plain
+    watched = ["callbacks=[lr_monitor,device_stats]", "trainer.enable_model_summary=true"]
+    assert config_hash(compose_run([*TINY, *watched])) == plain
     assert config_hash(compose_run([*TINY, "callbacks=weight_averaging"])) != plain
 
 

@@ -52,6 +52,7 @@ from wsss.runs.stored import check_place
 from wsss.runs.targets import with_former_targets
 from wsss.runs.trainer_settings import (
     ACCELERATION,
+    WATCHED,
     TrainerSettings,
     check_budget_decides,
     check_trainer,
@@ -207,7 +208,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
     relevant["trainer"] = {
         key: value
         for key, value in config["trainer"].items()
-        if key != "profiler" and (value or key not in ACCELERATION)
+        if key not in WATCHED and (value or key not in ACCELERATION)
     }
     text = json.dumps(with_former_targets(relevant), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

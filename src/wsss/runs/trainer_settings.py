@@ -90,6 +90,8 @@ class TrainerSettings(Acceleration):
     num_sanity_val_steps: Annotated[int, Ge(-1), Le(10**9)] | None = None
 
 
+#: arguments that change nothing but what one sees of a run
+WATCHED = ("profiler", "enable_progress_bar", "enable_model_summary")
 SHARES = ("limit_train_batches", "limit_val_batches")
 #: arguments of ``lightning.Trainer`` that a run gives itself -> what decides them
 GIVEN_BY_RUN = {

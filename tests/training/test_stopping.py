@@ -39,11 +39,22 @@ STOPPING = [
     "eval.holdout_per_class=1",
 ]
 CUSTOM = """
+from pathlib import Path
+
+import torch
 from lightning.pytorch.callbacks import Callback
 
 class Count(Callback):
+    waited = []  # as a checkpoint has it when a step begins
+
     def __init__(self, factor: int = 1, **further):
         self.factor, self.seen = factor, 0
+
+    def on_train_batch_start(self, trainer, *_):
+        path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        if path.is_file():
+            states = torch.load(path, weights_only=True)["callbacks"]
+            self.waited += [s["wait_count"] for key, s in states.items() if "Early" in key]
 
     def on_train_batch_end(self, *_):
         self.seen += self.factor
@@ -96,6 +107,11 @@ def test_a_run_that_the_holdout_stopped_says_so(stopped: Path) -> None:
     assert card["selection"] == "last checkpoint, stopped early on holdout/seed_miou (patience 2)"
     readings = [(e["split"], e["step"]) for e in past_readings(stopped) if "early" in e["purpose"]]
     assert readings == [("holdout", 1), ("holdout", 2), ("holdout", 3)]
+
+
+def test_a_killed_run_has_counted_every_look(stopped: Path) -> None:
+    """The first validation is the best, the second the first in vain, the third ends the run."""
+    assert sys.modules["counting"].Count.waited == [0, 1]
 
 
 def test_a_stopped_run_trains_no_further_and_keeps_its_state(stopped: Path) -> None:

@@ -58,14 +58,17 @@ class SaveOnStop(Callback):
 
     Args:
         path: the checkpoint to write.
+        after_validation: save after each validation too, since a validation changes the state of a
+            callback that may stop the run.
 
     Attributes:
         stop_signal: the signal that came, if one did.
         began: whether training began; what is restored has been restored then.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, after_validation: bool = False) -> None:
         self.path = path
+        self.after_validation = after_validation
         self.stop_signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self.began = False  # a checkpoint to resume from has been restored by then
@@ -124,6 +127,11 @@ class SaveOnStop(Callback):
         """
         if self.stop_signal and trainer.world_size == 1:
             raise KeyboardInterrupt
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Save what the validation has changed, where it has."""
+        if self.after_validation and not trainer.sanity_checking:
+            trainer.save_checkpoint(self.path)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
         """Save the last iterate: it is the result, nothing is selected on a validation split."""

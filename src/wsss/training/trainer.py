@@ -93,7 +93,7 @@ def _callbacks(run: Run) -> list[Callback]:
         *([StoppingRule(run, rules, folder)] if rules else []),
         *chosen,
         # after what changes weights when training ends
-        SaveOnStop(folder / LAST_CHECKPOINT),
+        SaveOnStop(folder / LAST_CHECKPOINT, after_validation=bool(rules)),
         ModelCheckpoint(
             dirpath=folder / LAST_CHECKPOINT.parent,
             filename=LAST_CHECKPOINT.stem,

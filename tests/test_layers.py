@@ -16,8 +16,15 @@ ROW_OF = {folder: row for row, folders in enumerate(ROWS) for folder in folders}
 ARROWS = arrows()
 #: what a method may import beside its own folder
 OF_ALL_METHODS = {"base", "settings", "losses", "schedules"}
-#: who may import ``wsss`` itself: for its version, or for the list of public names
-OF_THE_FACE = {"wsss.cli", "wsss.evaluation.card", "wsss.runs.conversion", "wsss.runs.stored"}
+#: who may import ``wsss`` itself: for its version, for the list of public names, or, where
+#: Lightning has its users call a method's class, for ``wsss.load_run``
+OF_THE_FACE = {
+    "wsss.cli",
+    "wsss.evaluation.card",
+    "wsss.methods.base",
+    "wsss.runs.conversion",
+    "wsss.runs.stored",
+}
 #: who may import by name: what is known only when it is called
 BY_NAME = {"wsss", "wsss.cli", "wsss.parity.run", "wsss.runs.stored"}
 #: files that start before anything heavy may be imported

@@ -341,6 +341,23 @@ def test_folders_are_searched_without_a_runs_other_evaluations(tmp_path: Path) -
         find_results([tmp_path / "nothing"])
 
 
+def test_unfinished_runs_are_left_out_by_name(
+    three_seeds: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun, limited = tmp_path / "begun", make_run(tmp_path / "limited", quality=0.5, seed=7)
+    inside = begun / "random_walk" / "network-1"
+    inside.mkdir(parents=True)
+    for folder in (begun, inside):
+        (folder / "config.yaml").write_text("seed: 0\n")
+    content = json.loads((limited / RESULTS_FILE).read_text())
+    (limited / RESULTS_FILE).write_text(json.dumps(content | {"status": "unfinished: 1 of 9"}))
+    (comparison,) = compare([tmp_path], CompareArguments(resamples=10))
+    assert comparison.notes[-1] == "left out, not finished (2): begun, limited"
+    assert {entry.folder for entry in comparison.entries} == {*three_seeds}
+    assert main(["compare", str(limited), str(begun)]) == 2
+    assert "no finished run there: limited, begun; " in capsys.readouterr().err
+
+
 def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     for options, message in (

@@ -319,21 +319,41 @@ def test_names_of_folders_that_are_in_use(name: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "ended"),
     [
-        ("+trainer.limit_train_batches=0", "0 of 2 steps"),
         ("+trainer.max_time=00:00:00:00", "0 of 2 steps"),
-        ("trainer.max_epochs=0", "0 of 2 steps"),
         ("trainer.max_epochs=1", "1 of 2 steps"),
-        ("+trainer.fast_dev_run=true", "1 of 2 steps"),
+        ("trainer.limit_val_batches=1", "2 of 2 steps"),
+        ("trainer.overfit_batches=1", "2 of 2 steps"),
     ],
 )
-def test_a_run_that_ended_early_has_no_scores(
+def test_a_limited_run_has_no_scores(
     setting: str, ended: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert wsss("train", *TINY, setting, f"runs_dir={tmp_path}") == 2
-    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("wsss")]
-    assert f"trained {ended}, so the run isn't finished" in line
-    assert setting.lstrip("+").split("=")[0] in line
+    assert wsss("train", *TINY, setting, f"runs_dir={tmp_path}") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"not a finished run: {ended} under {setting.lstrip('+')}; it has no")
     assert not [*tmp_path.rglob("results.json")]
+
+
+def test_a_smoke_test_begins_anew_and_is_never_compared(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, text = tmp_path / "own", "1 of 2 steps under trainer.fast_dev_run=true"
+    line = ["train", *TINY, "trainer.fast_dev_run=true", f"runs_dir={runs}", "logger=wandb"]
+    assert wsss(*line) == 0
+    assert f"not a finished run: {text}" in capsys.readouterr().out
+    (config,) = runs.rglob("config.yaml")
+    assert not [*config.parent.glob("wandb*")]
+    assert wsss("eval", f"run={config.parent}") == 0
+    status = json.loads((config.parent / "results.json").read_text())["status"]
+    assert status == f"unfinished: {text}"
+    assert wsss("compare", str(config.parent)) == 2
+    assert f"no finished run there: {config.parent.name}" in capsys.readouterr().err
+    assert wsss("compare", str(run), str(runs), "by=run", "resamples=10") == 0
+    assert f"not finished (1): {config.parent.name}" in " ".join(capsys.readouterr().out.split())
+    assert wsss(*line) == 0
+    printed = capsys.readouterr().out
+    assert f"not a finished run: {text}" in printed, "results of a part make no run finished"
+    assert "resuming" not in printed
 
 
 def test_a_stored_configuration_that_is_refused_names_its_file(run: Path) -> None:

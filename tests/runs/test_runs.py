@@ -308,6 +308,8 @@ def test_impossible_settings_are_named_before_writing(
     [
         ("pydensecrf.densecrf", "eval.crf=toco", "pip install pydensecrf2"),
         ("wandb", "logger=wandb", "pip install wandb"),
+        ("tensorboard", "logger=[csv,tensorboard]", "pip install tensorboard"),
+        ("mlflow", "logger=mlflow", "pip install mlflow-skinny"),
     ],
 )
 def test_missing_package_is_named_before_training(

@@ -15,11 +15,11 @@ from PIL import Image
 from small_runs import Command
 
 from wsss.cli import main
-from wsss.comparison.dashboard import varying
 from wsss.core.errors import WSSSError
 from wsss.results.store import read_results
 from wsss.runs.compose import compose_run
 from wsss.runs.config import LoggerConfig
+from wsss.runs.naming import varying
 from wsss.runs.wandb import has_key, run_id, wandb_run
 
 wandb = pytest.importorskip("wandb")
@@ -46,15 +46,21 @@ TINY = [
     "eval.crf=null",
     "eval.holdout_per_class=0",
     "trainer.accelerator=cpu",
-    "trainer.log_every_n_steps=1",
-    "logger=wandb",
     "study=pair",
 ]
-TOCO = ["method=toco", "method.seg_after=0", "gallery=2"]
+WANDB = "logger=wandb"
+TOCO = ["method=toco", "method.seg_after=0", "trainer.log_every_n_steps=1", "gallery=2"]
 RUNS = {
-    "toco": TOCO,
-    "tagged": [*TOCO, "method.ptc_weight=0.4", "logger.tags=[mine]", "logger.checkpoints=true"],
-    "clustercam": ["method=clustercam", "method.seg_from_epoch=0", "gallery=0"],
+    "toco": [*TOCO, WANDB],
+    "tagged": [
+        *TOCO,
+        "logger=[csv,tensorboard,wandb]",
+        "method.ptc_weight=0.4",
+        "logger.tags=[mine]",
+        "logger.checkpoints=true",
+    ],
+    # of fewer steps than lie between two logged ones
+    "clustercam": ["method=clustercam", "method.seg_from_epoch=0", "gallery=0", WANDB],
 }
 
 
@@ -92,9 +98,18 @@ def offline(study: dict[str, Path]) -> dict[str, Offline]:
 def test_a_run_says_what_it_is(study: dict[str, Path], offline: dict[str, Offline]) -> None:
     for name, folder in study.items():
         (run,) = offline[name].runs
-        assert (run.run_id, run.display_name) == (run_id(folder), folder.name)
-        assert (run.project, run.run_group, run.job_type) == ("wsss", "pair", "train")
+        assert run.run_id == run_id(folder)
+        assert json.loads(offline[name].config["run_folder"]) == folder.name
+        assert (run.project, run.job_type) == ("wsss", "train")
         assert offline[name].exits == [0]
+    names = [(offline[name].runs[0].display_name, offline[name].runs[0].run_group) for name in RUNS]
+    assert names == [
+        ("toco minivoc seed=0", "pair: toco"),
+        # the folder of the first is there by then
+        ("toco minivoc ptc_weight=0.4 seed=0", "pair: toco ptc_weight=0.4"),
+        ("clustercam minivoc seed=0", "pair: clustercam"),
+    ]
+    assert "ptc_weight=0.4" in offline["tagged"].runs[0].tags
     tags = list(offline["toco"].runs[0].tags)
     assert tags == ["toco", "minivoc", "vit_tiny_patch16_224", "image labels"]
     assert "mine" in offline["tagged"].runs[0].tags
@@ -110,7 +125,23 @@ def test_losses_and_learning_rates_are_logged_step_by_step(offline: dict[str, Of
     assert {"train/seg_loss", "train/ctc_loss", "train/lr", "train/lr_heads"} <= set(rows[1])
     assert float(rows[1]["train/lr_heads"]) == pytest.approx(10 * float(rows[1]["train/lr"]))
     assert {"train/mixing_00", "train/mixing_03"} <= offline["clustercam"].keys
+    rows = [row for row in offline["clustercam"].rows if "train/loss" in row]
+    assert [row["trainer/global_step"] for row in rows] == ["0"], "the first step at least"
     assert "train/ptc_loss" not in offline["clustercam"].keys, "another run of the same process"
+
+
+def test_tensorboard_has_what_wandb_has(
+    study: dict[str, Path], offline: dict[str, Offline]
+) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = events.EventAccumulator(str(study["tagged"] / "tensorboard"))
+    found.Reload()
+    rows = [row for row in offline["tagged"].rows if "train/loss" in row]
+    logged = [(str(e.step), pytest.approx(e.value)) for e in found.Scalars("train/loss")]
+    assert [(row["trainer/global_step"], float(row["train/loss"])) for row in rows] == logged
+    (final,) = found.Scalars("final/val/seg_miou")
+    metrics = read_results(study["tagged"] / "results.json")["splits"]["val"]
+    assert final.value == pytest.approx(metrics["seg_miou"])
 
 
 def test_final_numbers_are_those_of_the_results(
@@ -183,7 +214,7 @@ def test_code_configuration_and_checkpoints_are_artifacts(
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path: Path) -> None:
     """Every step is there once, in two sessions of one id."""
     steps = ["budget.max_steps=6", "gallery=0", f"runs_dir={tmp_path}"]
-    command = ["train", *TINY, "method=clustercam", *steps]
+    command = ["train", *TINY, WANDB, "method=clustercam", "trainer.log_every_n_steps=1", *steps]
     stopped = Command(command, tmp_path / "1.log")
     stopped.until(lambda: any(tmp_path.rglob("last.ckpt")))
     stopped.send(signal.SIGTERM)
@@ -205,7 +236,7 @@ def test_system_metrics_are_sampled(offline: dict[str, Offline]) -> None:
 
 
 def test_a_run_that_failed_is_marked(tmp_path: Path) -> None:
-    config = compose_run([*TINY, "method=toco", "logger.group=g", "logger.job_type=j"])
+    config = compose_run([*TINY, WANDB, "method=toco", "logger.group=g", "logger.job_type=j"])
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     with pytest.raises(WSSSError), wandb_run(config, tmp_path):
         raise WSSSError("astray")
@@ -273,6 +304,13 @@ def test_every_key_of_a_dashboard_was_logged(
     assert "method_name" in config
     assert "ptc_weight" in json.loads(config["method"])
     assert json.dumps(runs["filters"]).count('"pair"') == 1
+    tables, *_ = section["panelBankConfig"]["sections"]
+    text = tables["panels"][1]["config"]["value"]
+    assert "| metric | ToCo, ptc_weight=0.2 (n=1) | ToCo, ptc_weight=0.4 (n=1) |" in text
+    assert "95 % interval" in text
+    lines = [panel["config"] for one in section["panelBankConfig"]["sections"]
+             for panel in one["panels"] if "Line" in panel["viewType"]]  # fmt: skip
+    assert {(one["groupAgg"], one["groupArea"]) for one in lines} == {("mean", "stddev")}
 
 
 def test_settings_that_vary_are_named_once_and_seeds_never() -> None:

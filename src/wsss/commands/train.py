@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +18,9 @@ from wsss.core.places import config_root
 from wsss.core.ranks import is_first_process
 from wsss.results.store import RESULTS_FILE, read_results
 from wsss.runs.compose import compose_config, quoted, sweep_jobs, with_search_path
-from wsss.runs.config import plain
+from wsss.runs.config import LoggerConfig, plain
+from wsss.runs.naming import varying
+from wsss.runs.trainer_settings import with_trainer_keys
 from wsss.training.parallel import naming_lost_processes
 from wsss.training.run import train
 from wsss.training.sweeps import (
@@ -49,6 +52,7 @@ def _sweep(overrides: list[str], flags: list[str]) -> int:
     jobs = sweep_jobs(overrides)
     configs = [compose_config(each) for each in jobs.samples]
     folder = new_folder(Path(configs[0]["runs_dir"]))
+    overrides = [*overrides, *_said_to_trackers(configs)]
     try:
         _run_hydra(Job(), [*overrides, f"hydra.sweep.dir={quoted(str(folder))}"], flags)
     finally:
@@ -59,10 +63,26 @@ def _sweep(overrides: list[str], flags: list[str]) -> int:
     return exit_status(ended)
 
 
+def _said_to_trackers(configs: Sequence[DictConfig]) -> list[str]:
+    """Give the override by which the jobs of a sweep know what varies among them.
+
+    A tracker names and groups runs by it.
+
+    Args:
+        configs: of the jobs.
+    """
+    contents = [plain(config) for config in configs]
+    settings = LoggerConfig(**contents[0]["logger"])
+    keys = varying(contents)
+    if settings.varied or not keys or not (settings.wandb or settings.mlflow):
+        return []
+    return [f"++logger.varied=[{','.join(keys)}]"]
+
+
 def _run_hydra(job: "Job", overrides: list[str], flags: list[str]) -> None:
     """Let Hydra compose and run."""
     # this file, not the console script: DDP starts its other processes from sys.argv
-    sys.argv = [__file__, *with_search_path(overrides), *flags]
+    sys.argv = [__file__, *with_search_path(with_trainer_keys(overrides)), *flags]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # we report errors, in one line
     conf = str(config_root() / "conf")
     hydra_main(version_base="1.3", config_path=conf, config_name="train")(job)()
@@ -126,7 +146,8 @@ def _run_job(config: DictConfig) -> tuple[int, float | None]:
         content = plain(config)
         with naming_lost_processes():
             folder = train(content)
-        if is_first_process():
+        # a limited run has no results, and so no objective
+        if is_first_process() and (folder / RESULTS_FILE).is_file():
             splits = read_results(folder / RESULTS_FILE)["splits"]
             value = splits[content["data"]["val_split"]].get(content["objective"])
         return 0

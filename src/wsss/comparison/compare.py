@@ -9,7 +9,7 @@ import numpy as np
 from annotated_types import Ge, Le
 
 from wsss.comparison.bootstrap import Draws, draw
-from wsss.comparison.entries import MIOUS, Entry, load
+from wsss.comparison.entries import MIOUS, Entry, load, unfinished_runs
 from wsss.comparison.protocols import MEASURING, TRAINING, differing_fields
 from wsss.core.errors import WSSSError
 from wsss.core.schema import check_value
@@ -31,7 +31,7 @@ class CompareArguments:
         metrics: keys of ``results.json`` to show; null: all that some run has.
         metric: mIoU of the per-class table; null: the most final one that all runs have.
         allow: training conditions (backbone, crop_size, iterations, global_batch_size, selection,
-            train_list_sha256) that may differ among ranked runs.
+            train_list_sha256, init_from) that may differ among ranked runs.
         unranked: list runs of different protocols without ranking them.
         out: file to write, .md, .csv, .tex or .html.
         resamples: draws of the bootstrap.
@@ -112,6 +112,10 @@ def compare(paths: Sequence[Path], chosen: CompareArguments) -> list[Comparison]
     for entry in entries:
         by_supervision.setdefault(entry.card["supervision"], []).append(entry)
     found = [_compare_alike(name, members, chosen) for name, members in by_supervision.items()]
+    if left := unfinished_runs(paths):
+        names = ", ".join(folder.name for folder in left)
+        for comparison in found:
+            comparison.notes.append(f"left out, not finished ({len(left)}): {names}")
     if chosen.metric is not None and not any(c.primary for c in found):
         raise WSSSError(
             f"metric={chosen.metric}: expected a mIoU that all runs have "

@@ -5,32 +5,27 @@ their numbers: nothing in a workspace points to a key that no run has. Runs are 
 and by the settings that vary in the study, so a line or bar is the mean over seeds.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-from pydantic import Field
-
-from wsss.comparison.entries import logged_series
+from wsss.comparison.compare import CompareArguments, compare
+from wsss.comparison.entries import is_finished, logged_series
+from wsss.comparison.grids import FORMATS
+from wsss.comparison.tables import tables
 from wsss.core.errors import WSSSError
-from wsss.core.files import first_line
-from wsss.core.records import Record, check_record
 from wsss.results.store import MAP_NAMES, RESULTS_FILE, read_results
 from wsss.runs.folder import CONFIG_FILE, method_name
+from wsss.runs.naming import read_config, varying
 from wsss.runs.wandb import CONFUSION_COLUMNS, ID_FILE, numbers
 
 if TYPE_CHECKING:
     import wandb_workspaces.workspaces as ws
 
 SPECIFICATION_FILE = "dashboard.json"
-#: order in which one of several settings that vary together gives its name to a grouping
-GROUPS = ("method", "backbone", "data", "budget", "trainer", "eval")
-#: where and how a run is watched, and what seeds alone change
-NOT_VARIED = ("runs_dir", "study", "gallery", "logger", "second_stage", "seed", "data.seed",
-              "data.root", "data.num_workers", "data.train_masks")  # fmt: skip
+#: what a group's line or bar shows: the mean of its runs, with a band of their deviation
+OVER_SEEDS = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
 SEGMENTATIONS = ("seg_miou", "seg_miou_crf", "seg_miou_ms", "seg_miou_ms_crf")
 SEEDS = ("seed_miou", "seed_miou_holdout", "seed_miou_oracle", "seed_miou_predicted_labels")
 PSEUDO_LABELS = ("pseudo_label_miou_ignored_as_background", "pseudo_label_miou_excluded",
@@ -45,6 +40,7 @@ class LoggedRun:
     """What a run folder says about its W&B run.
 
     Attributes:
+        folder: the run folder.
         config: resolved configuration.
         method: its short name.
         logged: keys of its history while it trained, such as ``train/ptc_loss``.
@@ -52,6 +48,7 @@ class LoggedRun:
         final: keys of its summary, such as ``final/val/seg_miou``.
     """
 
+    folder: Path
     config: dict[str, Any]
     method: str
     logged: list[str]
@@ -70,7 +67,7 @@ def read_study(folder: Path) -> list[LoggedRun]:
         for path in sorted(folder.glob(f"*/{CONFIG_FILE}"))
         if (path.parent / ID_FILE).is_file()
     ]
-    if not any(run.logged for run in runs):
+    if not any(run.logged or run.final for run in runs):
         raise WSSSError(
             f"{folder}: no run there has logged anything to W&B; run the study with logger=wandb "
             "first, and give study=NAME and runs_dir=FOLDER as it was run"
@@ -79,93 +76,18 @@ def read_study(folder: Path) -> list[LoggedRun]:
 
 
 def _read_run(folder: Path) -> LoggedRun:
-    config = _read_config(folder / CONFIG_FILE)
-    finished = (folder / RESULTS_FILE).is_file()
+    config = read_config(folder / CONFIG_FILE)
+    finished = is_finished(folder)
     results = read_results(folder / RESULTS_FILE) if finished else {"splits": {}}
     final = [*numbers(results["splits"]), *numbers({"cost": results.get("cost") or {}})]
     return LoggedRun(
+        folder,
         config,
         method_name(config),
         sorted(logged_series(folder)),
         results["splits"],
         [f"final/{key}" for key, _ in final],
     )
-
-
-class _Target(Record):
-    """A group that names its class."""
-
-    name: str = Field(alias="_target_")
-
-
-class _Logger(Record):
-    """Where a run was logged."""
-
-    project: str = "wsss"
-    entity: str | None = None
-    group: str | None = None
-
-
-class _Config(Record):
-    """What is read of a run's ``config.yaml``."""
-
-    method: _Target
-    study: str
-    gallery: int
-    logger: _Logger
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """Read a run's configuration; nothing in it is interpolated.
-
-    Raises:
-        WSSSError: it is damaged.
-    """
-    mend = "restore it, or move the run out of the study"
-    try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # YAML, text and OmegaConf errors share no base class
-        raise WSSSError(f"{path}: cannot be read ({first_line(error)}); {mend}") from error
-    check_record(_Config, config, str(path), mend)
-    return dict(config)
-
-
-def varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Give the dotted keys of the settings by which runs of one method differ, but for seeds.
-
-    Of settings that change together (one is read from the other, or a pair of thresholds) only the
-    first is named: it makes the same groups.
-    """
-    flat = [dict(_leaves(config)) for config in configs]
-    methods = [method_name(config) for config in configs]
-    keys = sorted({key for one in flat for key in one}, key=lambda key: (_rank(key), key))
-    found: dict[tuple[int, ...], str] = {}
-    for key in keys:
-        if any(key == name or key.startswith(f"{name}.") for name in NOT_VARIED):
-            continue
-        values = [one.get(key) for one in flat]
-        # another method has other settings anyway
-        within = any(
-            len({v for v, m in zip(values, methods, strict=True) if m == method}) > 1
-            for method in set(methods)
-        )
-        if within:
-            found.setdefault(tuple(values.index(value) for value in values), key)
-    return list(found.values())
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Give (dotted key, value as text) of everything in nested mappings."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(value)
-
-
-def _rank(key: str) -> int:
-    group = key.partition(".")[0]
-    return GROUPS.index(group) if group in GROUPS else len(GROUPS)
 
 
 def build_workspace(
@@ -179,6 +101,7 @@ def build_workspace(
     ws, _ = _import_workspaces()
     varied = varying([run.config for run in runs])
     sections = [
+        _section("Mean over seeds, 95 % intervals", _tables(runs, varied)),
         _section("Validation while training", _validation(runs)),
         _section("Final numbers", _finals(runs)),
         _section("CAM threshold curves", _curves(runs)),
@@ -191,7 +114,7 @@ def build_workspace(
         _section("Settings against the result", _settings(runs, varied)),
         _section("Cost", _costs(runs)),
     ]
-    groups = sorted({run.config["logger"].get("group") or run.config["study"] for run in runs})
+    studies = sorted({run.config["study"] for run in runs})
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -199,7 +122,7 @@ def build_workspace(
         sections=[section for section in sections if section.panels],
         settings=ws.WorkspaceSettings(x_axis="trainer/global_step", max_runs=50),
         runset_settings=ws.RunsetSettings(
-            filters=[ws.Metric("Group").isin(groups)],
+            filters=[ws.Config("study").isin(studies)],
             groupby=[ws.Config(key) for key in ("method_name", *_supervision(runs), *varied)],
         ),
     )
@@ -260,12 +183,34 @@ def _having(runs: Iterable[LoggedRun], split: str, key: str) -> dict[str, Any]:
 
 def _lines(title: str, keys: Sequence[str], x: str = "trainer/global_step") -> Any:
     _, panels = _import_workspaces()
-    return panels.LinePlot(title=title, x=x, y=list(keys)) if keys else None
+    return panels.LinePlot(title=title, x=x, y=list(keys), **OVER_SEEDS) if keys else None
 
 
 def _bars(title: str, keys: Sequence[str]) -> Any:
     _, panels = _import_workspaces()
-    return panels.BarPlot(title=title, metrics=list(keys)) if keys else None
+    return panels.BarPlot(title=title, metrics=list(keys), **OVER_SEEDS) if keys else None
+
+
+def _tables(runs: Sequence[LoggedRun], varied: Sequence[str]) -> list[Any]:
+    """Write the tables of ``wsss compare`` over the finished runs, one a method where keys vary."""
+    _, panels = _import_workspaces()
+    finished = [run for run in runs if run.splits]
+    groups = [[run for run in finished if run.method == method] for method in _methods(finished)]
+    found: list[Any] = []
+    for members in groups if varied else [finished]:
+        if not members:
+            continue
+        own = varying([run.config for run in members])
+        try:
+            compared = compare(
+                [run.folder for run in members], CompareArguments(by=",".join(["method", *own]))
+            )
+            text = FORMATS[".md"]([grid for one in compared for grid in tables(one)[:2]])
+        except WSSSError as error:
+            text = f"no table: {error}"
+        layout = panels.Layout(w=24, h=12)
+        found.append(panels.MarkdownPanel(markdown=text, layout=layout))
+    return found
 
 
 def _validation(runs: Sequence[LoggedRun]) -> list[Any]:

@@ -16,6 +16,7 @@ from wsss.core.files import first_line
 from wsss.core.supervision import supervision_on
 from wsss.evaluation.per_image import mean_iou, per_image_counts
 from wsss.results.store import CELLS_FILE, RESULTS_FILE, look_up, read_cells, read_results
+from wsss.runs.folder import CONFIG_FILE
 from wsss.runs.targets import with_current_targets
 
 #: mIoU -> kind of label map and whether abstentions are left out; these can be bootstrapped
@@ -180,28 +181,60 @@ def class_column(metric: str) -> str:
     return f"{kind}_iou_excluded" if excluded else f"{kind}_iou"
 
 
+def unfinished_runs(paths: Iterable[Path]) -> list[Path]:
+    """Find the run folders, given or below a given one, that have no results of a finished run.
+
+    What lies inside a run folder, such as an affinity network, is no run of its own.
+    """
+    found: list[Path] = []
+    for path in paths:
+        files = [*path.rglob(CONFIG_FILE), *path.rglob(RESULTS_FILE)]
+        for folder in sorted({file.parent for file in files}):
+            inside = any((above / CONFIG_FILE).is_file() for above in folder.parents)
+            if not inside and not is_finished(folder):
+                found.append(folder)
+    return list(dict.fromkeys(found))
+
+
+def is_finished(folder: Path) -> bool:
+    """Say whether a folder holds results of whole training, or of maps made elsewhere.
+
+    Raises:
+        WSSSError: its results are damaged.
+    """
+    path = folder / RESULTS_FILE
+    if not path.is_file():
+        return False
+    return not str(read_results(path).get("status")).startswith("unfinished")
+
+
 def find_results(paths: Iterable[Path]) -> list[Path]:
-    """Find folders with results: those given, or all below a given one.
+    """Find folders with results of finished runs: those given, or all below a given one.
 
     Other evaluations of a run (its ``eval/``) are only taken where they are named themselves.
 
     Raises:
         WSSSError: a folder is missing or holds none.
     """
+    paths = list(paths)
     found: list[Path] = []
     for path in paths:
         folder = path.parent if path.name == RESULTS_FILE else path
         if (folder / RESULTS_FILE).is_file():
-            found.append(folder)
+            found += [folder] if is_finished(folder) else []
             continue
         below = sorted(
             file.parent
             for file in folder.rglob(RESULTS_FILE)
-            if "eval" not in file.relative_to(folder).parts
+            if "eval" not in file.relative_to(folder).parts and is_finished(file.parent)
         )
-        if not below:
+        if not below and not unfinished_runs([folder]):
             raise WSSSError(f"{path}: no {RESULTS_FILE} there or below; train or `wsss eval` first")
         found += below
+    if not found:
+        names = [folder.name for folder in unfinished_runs(paths)]
+        listed = f": {', '.join(names)}" if names else ""
+        raise WSSSError(f"no finished run there{listed}; the command that began a run goes on")
     return list(dict.fromkeys(found))
 
 

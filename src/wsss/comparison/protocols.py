@@ -1,6 +1,7 @@
 """What must be equal for two numbers to be ranked."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ MEASURING: dict[str, tuple[str, ...]] = {
 BEFORE = {"scale_by": "size", "scale_from": "resized", "merge_at": "mask"}
 #: what a fair comparison of methods holds fixed; a study of one of them says so with allow=
 TRAINING = ("backbone", "crop_size", "iterations", "global_batch_size", "selection",
-            "train_list_sha256")  # fmt: skip
+            "train_list_sha256", "init_from")  # fmt: skip
 
 
 def relevant_fields(entries: Sequence[Entry], metrics: Sequence[str]) -> list[str]:
@@ -78,6 +79,8 @@ def differing_fields(
 def _readable(value: Any) -> str:
     """Put a field's value in few words."""
     if isinstance(value, Mapping):
+        if "taken_by" in value:  # what a run started from
+            return f"{value['taken_by']} {str(value.get('sha256'))[:8]}"
         label = value.get("name")
         if value.get("source") == "random":  # every seed draws its own
             return f"{label} (random)"
@@ -86,4 +89,4 @@ def _readable(value: Any) -> str:
             return f"{label} ({str(digest)[:8]})" if digest else str(label)
         return json.dumps(value, sort_keys=True)
     text = json.dumps(value)
-    return f"{text[1:9]}..." if len(text) == 66 else text  # a hash
+    return f"{text[1:9]}..." if re.fullmatch('"[0-9a-f]{64}"', text) else text  # a hash

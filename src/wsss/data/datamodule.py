@@ -336,6 +336,20 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Give the test splits, in their order."""
         return [self.eval_dataloader(split) for split in self.test_splits]
 
+    def predict_dataloader(self) -> OneLineErrorLoader:
+        """Give the validation split's images one by one; its masks are not opened."""
+        dataset = self.unmasked_dataset(self.val_split)
+        processes, rank = self._processes()
+        return make_loader(
+            dataset,
+            batch_size=1,
+            num_workers=self.num_workers,
+            sampler=UnpaddedDistributedSampler(
+                length=len(dataset), num_replicas=processes, rank=rank
+            ),
+            worker_seed=(self.seed, rank),
+        )
+
     def _order_identity(self) -> dict[str, Any]:
         """Give what must be unchanged for a position in the epoch to mean the same images."""
         return {

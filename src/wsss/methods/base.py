@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
@@ -11,6 +12,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+import wsss
 from wsss.core.errors import WSSSError
 from wsss.methods.settings import Settings
 from wsss.models.backbone import Backbone
@@ -218,6 +220,59 @@ class WSSSModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Do nothing: the evaluator callback reads :meth:`forward` and :meth:`cams` itself."""
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Predict a batch of ``predict_dataloader``, for ``trainer.predict(module, loader)``.
+
+        Args:
+            batch: ``image`` (B, 3, H, W), normalised, and ``name``.
+            batch_idx: of the batch.
+
+        Returns:
+            ``name`` (list of B), ``class_logits`` (B, K), ``seg_logits`` (B, K+1, h, w) or None,
+            and ``cams`` (B, K, H, W) of the classes whose logit is above zero, or of the highest
+            one where none is.
+        """
+        # Lightning predicts in inference mode, in which no CAM can take gradients
+        with torch.inference_mode(False), torch.no_grad():
+            images = batch["image"].clone()
+            outputs = self(images)
+            logits = outputs.class_logits
+            labels = ((logits > 0) | (logits == logits.amax(1, keepdim=True))).to(images)
+            cams = self.cams(images, labels)
+        return {
+            "name": list(batch["name"]),
+            "class_logits": logits,
+            "seg_logits": outputs.seg_logits,
+            "cams": cams,
+        }
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # a run says all that Lightning's takes
+        cls,
+        checkpoint_path: Path | str,
+        map_location: torch.device | str = "cpu",
+        *,
+        trust: Sequence[str] = (),
+    ) -> Self:
+        """Load the module of a run folder or checkpoint, in eval mode; no code in the file is run.
+
+        Args:
+            checkpoint_path: folder or ``.ckpt`` file.
+            map_location: device of the module.
+            trust: packages beside ``wsss`` whose classes the checkpoint may name; their code is
+                run.
+
+        Raises:
+            WSSSError: no such checkpoint, one that is damaged, not ours or of another method.
+        """
+        module = wsss.load_run(checkpoint_path, trust=trust).to(map_location).module
+        if not isinstance(module, cls):
+            raise WSSSError(
+                f"{checkpoint_path}: holds {module.title}, not {cls.__name__}; give "
+                f"{type(module).__name__}.load_from_checkpoint, or wsss.load_run for any method"
+            )
+        return module
 
     def configure_optimizers(self) -> Any:
         """Make the optimiser, with its learning rate set anew at each step."""

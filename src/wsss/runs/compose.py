@@ -20,6 +20,7 @@ from wsss.core.failures import one_line
 from wsss.core.places import config_root
 from wsss.core.schema import nearest, nearest_key
 from wsss.runs.config import check_config, plain
+from wsss.runs.trainer_settings import check_budget_decides, with_trainer_keys
 
 #: chooses an overlay beside the one that holds a sweep over overlays
 OVERLAY = "+experiments@_global_"
@@ -37,6 +38,7 @@ def compose_config(overrides: Sequence[str], config_name: str = "train") -> Dict
     _refuse_bare_sweeps(overrides)
     config = _compose(overrides, config_name)
     check_config(config)
+    check_budget_decides(config)
     return config
 
 
@@ -62,7 +64,9 @@ def _compose(
     try:
         with initialize_config_dir(str(root / "conf"), version_base="1.3"):
             return compose(
-                config_name, with_search_path(overrides), return_hydra_config=return_hydra_config
+                config_name,
+                with_search_path(with_trainer_keys(overrides)),
+                return_hydra_config=return_hydra_config,
             )
     except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
         path = root / "conf" / f"{config_name}.yaml"

@@ -8,7 +8,7 @@ is its own schema.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from wsss.core.errors import WSSSError
 from wsss.core.failures import one_line
 from wsss.core.ranges import (
     Count,
-    Devices,
     FolderName,
     Number,
     Pictures,
@@ -48,8 +47,16 @@ from wsss.evaluation.protocol import Protocol
 from wsss.maps.refine.random_walk import WalkSettings
 from wsss.models.backbone import Backbone, check_overrides
 from wsss.results.store import NUMBERS
+from wsss.runs.callback_settings import changing, check_callbacks
 from wsss.runs.stored import check_place
 from wsss.runs.targets import with_former_targets
+from wsss.runs.trainer_settings import (
+    ACCELERATION,
+    WATCHED,
+    TrainerSettings,
+    check_budget_decides,
+    check_trainer,
+)
 
 
 @dataclass(frozen=True)
@@ -100,16 +107,23 @@ class LoggerConfig:
 
     Attributes:
         wandb: also log to Weights & Biases (offline without a key).
-        project: the W&B project.
+        tensorboard: also write event files of TensorBoard, ``tensorboard/`` in the run folder.
+        mlflow: also log to MLflow.
+        tracking_uri: MLflow's server or database; None: ``runs_dir/mlflow.db``.
+        project: the W&B project, the MLflow experiment.
         entity: the account or team that it belongs to; None: the key's own.
-        name: of the run; None: that of its folder.
-        group: of runs; None: the study.
+        name: of the run; None: method, what varies in its study, and seed.
+        group: of runs that are averaged; None: the study and what varies in it.
         job_type: kind of run; None: ``train`` or ``second-stage``.
         tags: beside method, data set, encoder and supervision; 1 to 64 characters each.
         checkpoints: also store the last checkpoint, as an artifact.
+        varied: dotted keys that vary in the run's study; a sweep gives its own.
     """
 
     wandb: bool = False
+    tensorboard: bool = False
+    mlflow: bool = False
+    tracking_uri: str | None = None
     project: str = "wsss"
     entity: str | None = None
     name: str | None = None
@@ -117,6 +131,7 @@ class LoggerConfig:
     job_type: str | None = None
     tags: Sequence[str] = ()
     checkpoints: bool = False
+    varied: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for tag in self.tags:
@@ -124,42 +139,9 @@ class LoggerConfig:
                 raise WSSSError(f"logger.tags: {tag!r} has {len(tag)} characters, expected 1 to 64")
 
 
-@dataclass(frozen=True)
-class Acceleration:
-    """What the trainer's configuration says beside the arguments of ``lightning.Trainer``.
-
-    Attributes:
-        compile: backend of ``torch.compile`` (``inductor``) for the parts of a method that keep
-            their structure; None: nothing is compiled.
-        channels_last: keep the weights of convolutions channels-last, as tensor cores read them.
-    """
-
-    compile: str | None = None
-    channels_last: bool = False
-
-
-ACCELERATION = tuple(field.name for field in fields(Acceleration))
-
-
-@dataclass(frozen=True)
-class TrainerSettings(Acceleration):
-    """Ranges of what ``lightning.Trainer`` takes as any number, so that no run has no end.
-
-    Attributes:
-        max_steps: optimiser steps; Lightning's -1 would never stop.
-        devices: processes on one machine, -1 or ``auto`` for all devices, or their numbers.
-        num_nodes: machines.
-        accumulate_grad_batches: forward passes a step.
-        log_every_n_steps: steps between logged values.
-        gradient_clip_val: largest norm of a gradient; None: any.
-    """
-
-    max_steps: Count = 1
-    devices: Devices = 1
-    num_nodes: Count = 1
-    accumulate_grad_batches: Count = 1
-    log_every_n_steps: Count = 50
-    gradient_clip_val: Positive | None = None
+#: a run folder or checkpoint; once looked at (:mod:`wsss.runs.starts`), what is known of it
+STARTED = {"path", "sha256", "supervision"}
+Start = str | dict[str, str | int | None] | None
 
 
 @dataclass(frozen=True)
@@ -179,6 +161,9 @@ class TrainConfig:
     gallery: Pictures
     objective: one_of(NUMBERS) = "seed_miou"  # type: ignore[valid-type]
     second_stage: Mapping[str, Any] | None = None
+    callbacks: Mapping[str, Any] = field(default_factory=dict)
+    init_from: Start = None
+    ckpt_path: Start = None
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -205,8 +190,9 @@ def config_hash(config: Mapping[str, Any]) -> str:
     interrupted run; a second stage is a run of its own. The evaluation protocol is in: ``wsss
     eval`` takes other ones without training.
     """
-    elsewhere = ("runs_dir", "logger", "gallery", "objective", "second_stage")
+    elsewhere = ("runs_dir", "logger", "gallery", "objective", "second_stage", *LATER)
     relevant = {key: value for key, value in config.items() if key not in elsewhere}
+    relevant |= _later(config)
     relevant["data"] = {
         key: value
         for key, value in config["data"].items()
@@ -222,10 +208,26 @@ def config_hash(config: Mapping[str, Any]) -> str:
     relevant["trainer"] = {
         key: value
         for key, value in config["trainer"].items()
-        if key != "profiler" and (value or key not in ACCELERATION)
+        if key not in WATCHED and (value or key not in ACCELERATION)
     }
     text = json.dumps(with_former_targets(relevant), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+#: keys that earlier versions lacked: unset they change nothing
+LATER = ("callbacks", "init_from", "ckpt_path")
+
+
+def _later(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what makes a run another run of the keys that are unset in most."""
+    found: dict[str, Any] = {}
+    if callbacks := changing(config.get("callbacks") or {}):
+        found["callbacks"] = callbacks
+    for key in ("init_from", "ckpt_path"):
+        start = config.get(key)
+        if isinstance(start, Mapping) and not start.get("same_run"):
+            found[key] = start["sha256"]  # wherever the file lies
+    return found
 
 
 #: what a second stage says for itself; all else is the first one's
@@ -286,7 +288,7 @@ def _on_masks(
     merged["data"]["train_masks"] = train_masks
     # what the first stage saw beside image labels is on its pseudo labels' card
     merged["data"].pop("saliency_folder", None)
-    return merged | {"second_stage": None}
+    return merged | {"second_stage": None, "callbacks": {}, "init_from": None, "ckpt_path": None}
 
 
 def check_walk(config: Mapping[str, Any], walk: Any, path: str = "random_walk") -> WalkSettings:
@@ -364,35 +366,25 @@ def check_config(config: DictConfig) -> None:
     for path, node in sorted(targets(content), key=lambda item: item[0] != "method"):
         target = target_class(node["_target_"], path)
         check_place(target, node["_target_"], path)
+        if path.startswith("callbacks."):
+            continue
         parameters = parameters_of(target)
         if path == "trainer":
             parameters |= parameters_of(TrainerSettings)
-            _check_trainer(node)
+            check_trainer(node)
         check_node(node, parameters, path, supplied=SUPPLIED)
         if issubclass(target, Backbone):
             check_overrides(node.get("overrides") or {}, path)
         arguments_of(target, node)  # what settings say of each other
     _check_group(content["eval"], Protocol, "eval")
+    check_callbacks(content.get("callbacks") or {}, Protocol(**content["eval"]))
     _check_group(content["logger"], LoggerConfig, "logger")
+    for key in ("init_from", "ckpt_path"):
+        if isinstance(start := content.get(key), dict) and not start.keys() >= STARTED:
+            raise WSSSError(f"{key}: expected a run folder or a checkpoint")
     if content.get("second_stage"):
         check_config(OmegaConf.create(second_stage_config(content, "written by the first stage")))
         check_refinement(content)
-
-
-#: arguments of ``lightning.Trainer`` that a run gives itself -> what is to be set instead
-GIVEN_BY_RUN = {
-    "default_root_dir": "runs_dir=",
-    "logger": "the group logger=",
-    "callbacks": "the list of wsss.training.trainer.build_trainer",
-    "enable_checkpointing": "budget.eval_every=, the steps between checkpoints",
-}
-
-
-def _check_trainer(node: Mapping[str, Any]) -> None:
-    """Refuse what would take the place of a part that every run needs."""
-    for key, instead in GIVEN_BY_RUN.items():
-        if key in node:
-            raise WSSSError(f"trainer.{key}: every run has its own; what sets it is {instead}")
 
 
 def _check_group(node: Any, schema: type, path: str) -> None:
@@ -415,7 +407,9 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{error.key} is missing in the configuration given; add it, or give what follows "
             "`wsss train` as a list, ['method=toco', 'data=minivoc'], where all else has a default"
         ) from error
-    return plain(node)
+    content = plain(node)
+    check_budget_decides(content)
+    return content
 
 
 def override_config(

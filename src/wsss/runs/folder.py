@@ -23,6 +23,7 @@ from wsss.runs.config import config_hash, override_config
 from wsss.runs.costs import CostMeter, training_cost
 from wsss.runs.stored import check_stored
 from wsss.runs.targets import with_current_state_keys, with_current_targets
+from wsss.runs.trainer_settings import ends, limits
 
 CONFIG_FILE = "config.yaml"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
@@ -129,6 +130,8 @@ class Run:
         step: optimiser steps behind the weights.
         cost: what training it cost, where that is known.
         train_list: SHA-256 of the list that it was trained on, where that is known.
+        unfinished: why it isn't a finished run; empty where it is.
+        stopped: the declared rule that stopped it before its last step, where one did.
     """
 
     module: WSSSModule
@@ -140,6 +143,8 @@ class Run:
     step: int = 0
     cost: dict[str, Any] | None = None
     train_list: str | None = None
+    unfinished: str = ""
+    stopped: dict[str, Any] | None = None
 
     @property
     def folder(self) -> Path:
@@ -194,7 +199,9 @@ def load_run(path: Path | str, overrides: Sequence[str] = (), *, trust: Sequence
     module.backbone.weights_info = WeightsInfo(**meta["backbone"])
     module.files_sha256 = meta.get("files_sha256", {})  # an earlier version wrote none
     callbacks = checkpoint.get("callbacks")
-    meter = callbacks.get(CostMeter.state_key) if isinstance(callbacks, dict) else None
+    callbacks = callbacks if isinstance(callbacks, dict) else {}
+    meter, stopped = callbacks.get(CostMeter.state_key), stopped_by(callbacks)
+    step = int(checkpoint.get("global_step", 0))
     return Run(
         module.eval(),
         data,
@@ -202,10 +209,47 @@ def load_run(path: Path | str, overrides: Sequence[str] = (), *, trust: Sequence
         config,
         path,
         overrides=tuple(overrides),
-        step=int(checkpoint.get("global_step", 0)),
+        step=step,
         cost=training_cost(meter, str(file)) if meter else None,
         train_list=_training_list(checkpoint, data),
+        # a converted checkpoint has no loops: its training was another program's
+        unfinished=why_unfinished(stored, step, stopped) if "loops" in checkpoint else "",
+        stopped=stopped,
     )
+
+
+#: key of the state that says whether a declared rule stopped a run
+STOPPING_RULE = "StoppingRule"
+
+
+def stopped_by(callbacks: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read which declared rule stopped a run, from the states of its callbacks.
+
+    Args:
+        callbacks: of a checkpoint.
+    """
+    state = callbacks.get(STOPPING_RULE)
+    found = state.get("stopped") if isinstance(state, dict) else None
+    if not isinstance(found, dict) or not isinstance(found.get("monitor"), str):
+        return None
+    return {"monitor": found["monitor"]}
+
+
+def why_unfinished(config: Mapping[str, Any], step: int, stopped: Any) -> str:
+    """Say why a run's weights are not those that its configuration ends with; empty where they are.
+
+    Args:
+        config: resolved configuration.
+        step: optimiser steps behind the weights.
+        stopped: the declared rule that ended training, or None.
+    """
+    trainer, steps = config["trainer"], config["trainer"]["max_steps"]
+    if limited := limits(trainer):
+        return f"{step} of {steps} steps under {', '.join(limited)}"
+    if step >= steps or stopped:
+        return ""
+    ended = f" under {', '.join(ends(trainer))}" if ends(trainer) else ""
+    return f"{step} of {steps} steps{ended}"
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from wsss.runs.folder import Run
 from wsss.runs.label_folder import Labels, digest_of, fill_folder, plain_values
 from wsss.runs.origin import check_origin
 from wsss.runs.random_walk import RandomWalk, supervision_with
-from wsss.runs.scoring import supervision_of_run
+from wsss.runs.supervision import supervision_of_run
 
 FOLDER = "pseudo_labels"  # inside a run folder
 SOURCES = ("cam", "seg")
@@ -65,7 +65,7 @@ def write_pseudo_labels(
     split = split or run.data.train_split
     check_origin(run, [split], with_masks=False)
     identity = _identity(run, split, source)
-    supervision = supervision_of_run(run.module, run.data)
+    supervision = supervision_of_run(run)
     card = {"made_from": identity, "supervision": supervision, **_origin(run)}
     if walk is not None:
         identity["refine"] = walk.identity

@@ -14,8 +14,10 @@ from wsss.evaluation.protocol import Protocol
 from wsss.maps.refine.dense_crf import import_pydensecrf
 from wsss.methods.settings import Settings
 from wsss.results.store import RESULTS_FILE, look_up, print_table, read_results
+from wsss.runs.config import LoggerConfig
 from wsss.runs.folder import Run, build_data, build_module, run_folder
-from wsss.runs.wandb import import_wandb
+from wsss.runs.loggers import check_loggers
+from wsss.runs.starts import take_weights
 
 
 def prepare(config: Mapping[str, Any]) -> Run:
@@ -41,7 +43,10 @@ def prepare(config: Mapping[str, Any]) -> Run:
     protocol = Protocol(**settings["eval"])
     if protocol.holdout_per_class:
         Holdout(data, protocol)
-    module = build_module(settings, data.num_classes)
+    starts = bool(settings.get("init_from"))
+    module = build_module(settings, data.num_classes, with_weights=not starts)
+    if starts:
+        take_weights(module, settings)
     module.check_classes(data.class_names)
     crop, patch = settings["budget"]["crop_size"], module.backbone.patch_size
     if patch > crop:
@@ -49,8 +54,7 @@ def prepare(config: Mapping[str, Any]) -> Run:
     module.settings.check_crop(crop, patch)
     if protocol.crf and protocol.crf_backend == "pydensecrf":
         import_pydensecrf()
-    if settings["logger"]["wandb"]:
-        import_wandb()
+    check_loggers(LoggerConfig(**settings["logger"]))
     return Run(module, data, protocol, settings, run_folder(settings))
 
 

@@ -23,7 +23,7 @@ from wsss.methods.affinity_net import AffinityNet
 from wsss.runs.folder import Run
 from wsss.runs.label_folder import Labels, digest_of, fill_folder, plain_values
 from wsss.runs.origin import check_origin
-from wsss.runs.scoring import supervision_of_run
+from wsss.runs.supervision import supervision_of_run
 
 FOLDER = "random_walk"  # inside a run folder
 
@@ -88,7 +88,7 @@ class RandomWalk:
 
 def supervision_with(run: Run, walk: RandomWalk) -> str:
     """Name the supervision of labels that a run and an affinity network made together."""
-    own = supervision_of_run(run.module, run.data)
+    own = supervision_of_run(run)
     return supervision_on(own, walk.network.backbone.weights_info.as_dict())
 
 
@@ -159,7 +159,7 @@ def write_confident_labels(
         }
     )
     folder = run.folder / FOLDER / f"labels-{digest_of(identity)}"
-    supervision = supervision_of_run(run.module, run.data)
+    supervision = supervision_of_run(run)
     card = {"made_from": identity, "supervision": supervision, "run": run.folder.name}
     fill_folder(
         run,

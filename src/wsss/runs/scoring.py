@@ -6,26 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import make_writable
 from wsss.core.lock import lock
 from wsss.core.ranks import is_first_process
-from wsss.core.supervision import supervision_on
 from wsss.data.datamodule import ImageDataModule
 from wsss.data.train_masks import read_card
 from wsss.evaluation.card import protocol_card
 from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.holdout import HOLDOUT, Holdout, choose_threshold
 from wsss.evaluation.ledger import check_ledger, record_reading
-from wsss.methods.base import WSSSModule
 from wsss.results.gallery import Gallery, write_gallery
 from wsss.results.store import CELLS_FILE, RESULTS_FILE, print_table, write_cells, write_results
+from wsss.runs.callback_settings import selection
 from wsss.runs.config import config_hash
 from wsss.runs.folder import Run
+from wsss.runs.loggers import log_results
 from wsss.runs.origin import check_origin
-from wsss.runs.wandb import log_results
+from wsss.runs.supervision import start_of, supervision_of_run
 
 GALLERY = "gallery"  # inside the folder of results
 
@@ -36,7 +36,7 @@ def score(
     *,
     out: Path | str | None = None,
     purpose: str = "report",
-    logger: WandbLogger | None = None,
+    loggers: Sequence[Logger] = (),
 ) -> dict[str, Any]:
     """Evaluate on every split, store numbers with their protocol, print and draw.
 
@@ -50,7 +50,7 @@ def score(
         out: where ``results.json``, ``images.npz`` and ``gallery/`` go; None: the run folder, or
             ``eval/HASH`` inside it where splits or the configuration are not the run's own.
         purpose: of these readings.
-        logger: W&B logger that gets tables and gallery too, or None.
+        loggers: those that get the numbers too; W&B's gets tables and gallery.
 
     Returns:
         The content of ``results.json``.
@@ -68,6 +68,10 @@ def score(
         check_ledger(ledger)
     results = results_header(run.module.title, run.data, run.config)
     results |= {"run": str(run.path), "cost": run.cost}
+    if run.unfinished:
+        results["status"] = f"unfinished: {run.unfinished}"
+    if run.stopped:
+        results["stopped_early"] = {**run.stopped, "step": run.step}
     holdout = Holdout(run.data, run.protocol) if run.protocol.holdout_per_class else None
     with lock(folder, "evaluating"):
         chosen = _choose_threshold(run, holdout, ledger)
@@ -80,8 +84,8 @@ def score(
         gallery = _draw(run, _open_split(names[0], run.data, holdout), folder)
         if gallery is not None:
             print(f"{folder / GALLERY}")
-        if logger is not None:
-            log_results(logger, results, gallery)
+        for each in loggers:
+            log_results(each, results, gallery)
     return results
 
 
@@ -196,12 +200,15 @@ def _measure(run: Run, split: _Split) -> dict[str, Any]:
         iterations=run.step,
         global_batch_size=run.config["budget"]["global_batch_size"],
         seed=run.config["seed"],
-        supervision=supervision_of_run(run.module, run.data),
+        supervision=supervision_of_run(run),
+        selection=selection(run.config.get("callbacks") or {}),
     ) | {
         "label_source": run.data.label_source,
         "train_list_sha256": run.train_list,
         "train_masks": read_card(run.data.train_masks),
     }
+    if start := start_of(run.config):
+        metrics["protocol"]["init_from"] = start
     if run.module.files_sha256:
         metrics["protocol"]["files_sha256"] = dict(run.module.files_sha256)
     if split.name != HOLDOUT:
@@ -257,8 +264,3 @@ def apply_threshold(metrics: dict[str, Any], chosen: dict[str, Any]) -> None:
     metrics["seed_miou_holdout"] = metrics["seed_curve"]["miou"][position]
     metrics["seed_threshold_holdout"] = chosen["threshold"]
     metrics["protocol"]["holdout"] = {k: v for k, v in chosen.items() if k != "curve"}
-
-
-def supervision_of_run(module: WSSSModule, data: ImageDataModule) -> str:
-    """Name the supervision: what training sees, and what the encoder was trained with."""
-    return supervision_on(data.supervision, module.backbone.weights_info.as_dict())

@@ -28,9 +28,15 @@ PLACES: dict[str, tuple[type, ...]] = {
     "data": (ImageDataModule,),
     "data.train_transform": (),
     "trainer": (lightning.Trainer,),
+    "callbacks": (lightning.Callback,),
 }
 #: place -> where a stored configuration may take its class from, beside the names of ``wsss``
 HOMES = {"method": "wsss.methods.", "data.train_transform": "wsss.data.views."}
+#: Lightning's callbacks that a stored configuration may name: those of conf/callbacks
+STORED_CALLBACKS = tuple(
+    f"lightning.pytorch.callbacks.{name}"
+    for name in ("DeviceStatsMonitor", "EarlyStopping", "EMAWeightAveraging", "LearningRateMonitor")
+)
 #: an installed package declares its methods here, as ``name = "package.module:Class"``
 ENTRY_POINTS = "wsss.methods"
 DEEPEST = 20  # groups within groups
@@ -58,6 +64,9 @@ def check_place(target: type, name: str, path: str) -> None:
 
 def _place(path: str) -> str:
     """Give the place of a node; in the part of a second stage or a network it is the same."""
+    group, _, name = path.partition(".")
+    if group == "callbacks" and name and "." not in name:
+        return group
     return path.removeprefix("second_stage.").removeprefix("random_walk.")
 
 
@@ -123,6 +132,8 @@ def _check_target(name: Any, path: str, origin: str, trusted: Sequence[str]) -> 
         raise WSSSError(f"{wrong}; no class belongs there")
     module, _, title = name.rpartition(".")
     if place == "trainer" and name == "lightning.Trainer":
+        return
+    if place == "callbacks" and name in STORED_CALLBACKS:
         return
     if module == "wsss" and title in wsss.__all__:
         return

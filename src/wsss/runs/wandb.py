@@ -27,6 +27,7 @@ from wsss.core.supervision import IMAGE_LABELS
 from wsss.results.gallery import Gallery
 from wsss.runs.config import LoggerConfig
 from wsss.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, method_name
+from wsss.runs.naming import group_name, run_name, settings_of, varied
 
 ID_FILE = "wandb_id.txt"
 LONGEST_TAG = 64  # characters
@@ -103,12 +104,12 @@ def make_wandb_logger(
     settings, method = LoggerConfig(**config["logger"]), method_name(config)
     stage = "second-stage" if config["data"].get("train_masks") else "train"
     described = [method, config["data"]["name"], config["backbone"]["name"]]
-    described.append(supervision[:LONGEST_TAG])
+    described += [text[:LONGEST_TAG] for text in (supervision, *settings_of(config, folder))]
     return WandbLogger(
         project=settings.project,
         entity=settings.entity,
-        name=settings.name or folder.name,
-        group=settings.group or config["study"],
+        name=settings.name or run_name(config, folder),
+        group=settings.group or group_name(config, folder),
         job_type=settings.job_type or stage,
         tags=list(dict.fromkeys([*described, *settings.tags])),
         id=run_id(folder),
@@ -116,7 +117,13 @@ def make_wandb_logger(
         offline=mode == "offline" or (mode is None and not has_key()),
         resume="allow",
         # a short name of the method, by which charts are grouped
-        config={**config, "method_name": method, "supervision": supervision},
+        config={
+            **config,
+            "method_name": method,
+            "supervision": supervision,
+            "run_folder": folder.name,
+            "varied": varied(config, folder),
+        },
     )
 
 
@@ -141,7 +148,7 @@ def wandb_run(
         _log_file(run, f"config-{run_id(folder)}", "config", folder / CONFIG_FILE)
         run.log_code(str(PACKAGE))
         yield logger
-        if config["logger"]["checkpoints"]:
+        if config["logger"].get("checkpoints"):
             _log_file(run, f"model-{run_id(folder)}", "model", folder / LAST_CHECKPOINT)
         status = 0
     finally:
@@ -159,7 +166,7 @@ def _log_file(run: Any, name: str, kind: str, path: Path) -> None:
     run.log_artifact(artifact)
 
 
-def log_results(logger: WandbLogger, results: Mapping[str, Any], gallery: Gallery | None) -> None:
+def log_to_wandb(logger: WandbLogger, results: Mapping[str, Any], gallery: Gallery | None) -> None:
     """Send final numbers, tables, curves, confusion matrices and the gallery to W&B.
 
     Args:

@@ -58,14 +58,17 @@ class SaveOnStop(Callback):
 
     Args:
         path: the checkpoint to write.
+        after_validation: save after each validation too, since a validation changes the state of a
+            callback that may stop the run.
 
     Attributes:
         stop_signal: the signal that came, if one did.
         began: whether training began; what is restored has been restored then.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, after_validation: bool = False) -> None:
         self.path = path
+        self.after_validation = after_validation
         self.stop_signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self.began = False  # a checkpoint to resume from has been restored by then
@@ -125,6 +128,11 @@ class SaveOnStop(Callback):
         if self.stop_signal and trainer.world_size == 1:
             raise KeyboardInterrupt
 
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Save what the validation has changed, where it has."""
+        if self.after_validation and not trainer.sanity_checking:
+            trainer.save_checkpoint(self.path)
+
     def on_train_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
         """Save the last iterate: it is the result, nothing is selected on a validation split."""
         trainer.save_checkpoint(self.path)
@@ -158,6 +166,23 @@ class MetricsFile(CSVLogger):
             super().save()
         except OSError as error:
             raise cannot_write(Path(self.log_dir) / "metrics.csv", error) from error
+
+
+class FirstStepLogged(Callback):
+    """Log the first step too, so that a run of fewer than ``log_every_n_steps`` has a curve."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Log every step of a run that begins."""
+        self._every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step == 0:
+            trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        """Log as the configuration says, once there was a step."""
+        if trainer.global_step:
+            trainer.log_every_n_steps = self._every  # type: ignore[attr-defined]
 
 
 class NamedLosses(TQDMProgressBar):

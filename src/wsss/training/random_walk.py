@@ -127,6 +127,8 @@ def _train(untrained: Run, identity: dict[str, Any]) -> dict[str, Any]:
             write_config(folder, untrained.config)
             print(f"affinity network: {folder}")
         run = fit(untrained, trainer)
+        if run.unfinished:
+            raise WSSSError(f"affinity network: {run.unfinished}; give pseudo labels whole runs")
         trainer.strategy.barrier()  # nobody hashes what another is still to write
         card = {
             "made_from": identity,

@@ -7,7 +7,6 @@ and goes on where it was interrupted, be it in the middle of a stage or between 
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,17 @@ from wsss.core.devices import choose_device
 from wsss.core.files import make_writable
 from wsss.core.lock import lock
 from wsss.core.ranks import is_first_process
+from wsss.core.schema import targets
 from wsss.runs.compose import compose_run
-from wsss.runs.config import checked_config, second_stage_config
+from wsss.runs.config import LoggerConfig, checked_config, second_stage_config
 from wsss.runs.folder import load_run
 from wsss.runs.label_writer import write_pseudo_labels
+from wsss.runs.loggers import open_loggers
 from wsss.runs.origin import check_resumed, write_origin
 from wsss.runs.prepare import finished_folder, prepare
-from wsss.runs.scoring import score, supervision_of_run
-from wsss.runs.wandb import wandb_run
+from wsss.runs.scoring import score
+from wsss.runs.starts import with_start
+from wsss.runs.supervision import supervision_of_run
 from wsss.training.random_walk import trained_walk
 from wsss.training.trainer import accelerate, build_trainer, fit
 
@@ -44,21 +46,29 @@ def train(config: Mapping[str, Any] | Sequence[str]) -> Path:
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with a checkpoint that resumes.
     """
     settings = checked_config(config) if isinstance(config, Mapping) else compose_run(list(config))
-    folder = _train_run(settings)
-    if not settings.get("second_stage"):
+    folder, finished = _train_run(settings)
+    if not settings.get("second_stage") or not finished:
         return folder
     second = settings["second_stage"]
-    first = load_run(folder).to(_device(settings))
+    # the classes that the user's own configuration names
+    trust = [node["_target_"].partition(".")[0] for _, node in targets(settings)]
+    first = load_run(folder, trust=trust).to(_device(settings))
     walk = trained_walk(first, second["random_walk"]) if second.get("refine") else None
     labels = write_pseudo_labels(first, source=second.get("source", "cam"), walk=walk)
-    return _train_run(second_stage_config(settings, str(labels)))
+    folder, _ = _train_run(second_stage_config(settings, str(labels)))
+    return folder
 
 
-def _train_run(config: dict[str, Any]) -> Path:
-    """Train, evaluate and report one run; a finished run is left as it is."""
+def _train_run(config: dict[str, Any]) -> tuple[Path, bool]:
+    """Train, evaluate and report one run; a finished run is left as it is.
+
+    Returns:
+        Its folder, and whether it is finished: a limited run has no scores.
+    """
     _silence_libraries()
+    config = with_start(config)
     if folder := finished_folder(config):
-        return folder
+        return folder, True
     run = prepare(config)
     accelerate(run.module, config["trainer"])
     trainer = build_trainer(run)
@@ -68,13 +78,21 @@ def _train_run(config: dict[str, Any]) -> Path:
         if is_first_process():
             write_origin(run)
             print(f"run folder: {run.folder}")
-        followed, kind = config["logger"]["wandb"], supervision_of_run(run.module, run.data)
-        wandb = wandb_run(run.config, run.folder, kind) if followed else nullcontext()
-        with wandb as logger:
-            trainer.loggers += [logger] if logger else []
+        # a smoke test logs nothing, as Lightning has it
+        smoke = run.config["trainer"].get("fast_dev_run")
+        settings = LoggerConfig() if smoke else LoggerConfig(**run.config["logger"])
+        with open_loggers(settings, run.config, run.folder, supervision_of_run(run)) as loggers:
+            trainer.loggers += loggers
             run = fit(run, trainer)
-            score(run.to(trainer.strategy.root_device), logger=logger)
-    return run.folder
+            if run.unfinished:
+                if is_first_process():
+                    print(
+                        f"not a finished run: {run.unfinished}; it has no scores and enters no "
+                        f"comparison ({run.folder})"
+                    )
+                return run.folder, False
+            score(run.to(trainer.strategy.root_device), loggers=loggers)
+    return run.folder, True
 
 
 def _silence_libraries() -> None:
@@ -83,6 +101,9 @@ def _silence_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    warnings.filterwarnings("ignore", message=".*requested to overfit.*")
+    warnings.filterwarnings("ignore", message="The dirpath has changed.*")
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
 

@@ -290,7 +290,7 @@ def _take_ended(running: dict[int, tuple[int, _Process]], first: int) -> dict[in
         if outcome is not None:
             ended[number] = outcome
             del running[slot]
-            print(f"[{first + number + 1}] {outcome.error or 'finished'}", flush=True)
+            print(f"[{first + number + 1}] {outcome.error or 'done'}", flush=True)
     return ended
 
 

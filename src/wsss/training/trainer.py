@@ -4,11 +4,12 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import first_line
@@ -16,11 +17,18 @@ from wsss.core.ranks import is_first_process
 from wsss.evaluation.evaluator import Evaluator
 from wsss.methods.base import WSSSModule
 from wsss.models.weights import save_atomically
-from wsss.runs.config import ACCELERATION
 from wsss.runs.costs import CostMeter, training_cost
-from wsss.runs.folder import LAST_CHECKPOINT, Run, build
-from wsss.training.callbacks import AtomicCheckpointIO, MetricsFile, NamedLosses, SaveOnStop
+from wsss.runs.folder import LAST_CHECKPOINT, Run, build, why_unfinished
+from wsss.runs.trainer_settings import ACCELERATION, ends, limits
+from wsss.training.callbacks import (
+    AtomicCheckpointIO,
+    FirstStepLogged,
+    MetricsFile,
+    NamedLosses,
+    SaveOnStop,
+)
 from wsss.training.parallel import choose_strategy
+from wsss.training.stopping import StoppingRule
 
 C = TypeVar("C", bound=Callback)
 
@@ -42,40 +50,21 @@ def build_trainer(run: Run, *, evaluated: bool = True) -> lightning.Trainer:
             f"trainer.accelerator={accelerator}: torch sees no GPU here; give trainer=cpu, or look "
             "at the driver, CUDA_VISIBLE_DEVICES and the build of torch"
         )
-    every = config["budget"]["eval_every"]
-    callbacks: list[Callback] = [
-        SaveOnStop(folder / LAST_CHECKPOINT),
-        ModelCheckpoint(
-            dirpath=folder / LAST_CHECKPOINT.parent,
-            filename=LAST_CHECKPOINT.stem,
-            every_n_train_steps=every,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        ),
-        Evaluator(
-            protocol=run.protocol,
-            class_names=run.data.class_names,
-            split=run.data.val_split,
-            ledger=folder,
-        ),
-        CostMeter(),
-        NamedLosses(),
-    ]
     settings = {k: v for k, v in config["trainer"].items() if k not in ACCELERATION}
     if not evaluated:
         settings["limit_val_batches"] = 0
+    every = config["budget"]["eval_every"]
     trainer: lightning.Trainer = build(
-        settings,
+        # what Lightning takes as its default otherwise
+        {"num_sanity_val_steps": 0, "enable_model_summary": False, **settings},
         strategy=choose_strategy(settings),
-        callbacks=callbacks,
+        callbacks=_callbacks(run),
         # a resumed run gets a folder of its own: CSVLogger would delete the first one's file
         logger=[MetricsFile(folder, name="logs")],
         default_root_dir=str(folder),
         val_check_interval=every * config["trainer"]["accumulate_grad_batches"],
         check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the data module's own samplers share images out
-        enable_model_summary=False,
         plugins=[AtomicCheckpointIO()],
     )
     if settings.get("profiler"):
@@ -87,12 +76,43 @@ def build_trainer(run: Run, *, evaluated: bool = True) -> lightning.Trainer:
     return trainer
 
 
+def _callbacks(run: Run) -> list[Callback]:
+    """Make the callbacks of a run: custom ones between what they may change and what saves it."""
+    config, folder = run.config, run.folder
+    chosen: list[Callback] = [build(node) for node in (config.get("callbacks") or {}).values()]
+    rules = [callback for callback in chosen if isinstance(callback, EarlyStopping)]
+    bar = config["trainer"].get("enable_progress_bar") is not False
+    return [
+        # before weights that were averaged for a validation are put back
+        Evaluator(
+            protocol=run.protocol,
+            class_names=run.data.class_names,
+            split=run.data.val_split,
+            ledger=folder,
+        ),
+        *([StoppingRule(run, rules, folder)] if rules else []),
+        *chosen,
+        # after what changes weights when training ends
+        SaveOnStop(folder / LAST_CHECKPOINT, after_validation=bool(rules)),
+        ModelCheckpoint(
+            dirpath=folder / LAST_CHECKPOINT.parent,
+            filename=LAST_CHECKPOINT.stem,
+            every_n_train_steps=config["budget"]["eval_every"],
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        ),
+        CostMeter(),
+        FirstStepLogged(),
+        *([NamedLosses()] if bar else []),
+    ]
+
+
 def accelerate(module: WSSSModule, settings: Mapping[str, Any]) -> None:
     """Compile a method's parts and lay out its convolutions as the trainer's configuration says.
 
     Args:
         module: changed in place; its parameters keep their names.
-        settings: the trainer's configuration, see :class:`wsss.runs.config.Acceleration`.
+        settings: the trainer's configuration, see :class:`wsss.runs.trainer_settings.Acceleration`.
 
     Raises:
         WSSSError: no such backend of ``torch.compile``.
@@ -120,21 +140,23 @@ def fit(run: Run, trainer: lightning.Trainer) -> Run:
         The trained run, with its steps, its cost and the hash of its training list.
 
     Raises:
-        WSSSError: see the method; where a checkpoint is left, it says that the run resumes. It
-            ended before its last step.
+        WSSSError: see the method; where a checkpoint is left, it says that the run resumes. A
+            callback ended it before its last step, by no declared rule.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with a checkpoint that resumes.
     """
     if not run.module.trains:
         return _untrained(run)
-    resumed = run.checkpoint.is_file()
-    if resumed and is_first_process():
-        print(f"resuming from {run.checkpoint}")
+    smoke = bool(run.config["trainer"].get("fast_dev_run"))  # begins anew each time
+    resumed = run.checkpoint.is_file() and not smoke
+    start = run.checkpoint if resumed else _continued(run.config)
+    if start and is_first_process():
+        print(f"resuming from {start}")
     stopped = False
     try:
         trainer.fit(
             run.module,
             datamodule=run.data,
-            ckpt_path=str(run.checkpoint) if resumed else None,
+            ckpt_path=str(start) if start else None,
             weights_only=True,
         )
     except SystemExit:  # how Lightning ends after Ctrl-C
@@ -144,10 +166,10 @@ def fit(run: Run, trainer: lightning.Trainer) -> Run:
             raise
         raise WSSSError(f"{error}; once mended, the same command resumes") from error
     except Exception as error:  # as Lightning and torch raise while they restore
-        if not resumed or _callback(trainer, SaveOnStop).began:
+        if not start or _callback(trainer, SaveOnStop).began:
             raise
         raise WSSSError(
-            f"{run.checkpoint}: cannot be resumed from ({first_line(error)}); copy it again, or "
+            f"{start}: cannot be resumed from ({first_line(error)}); copy it again, or "
             "remove it to begin anew"
         ) from error
     number = _callback(trainer, SaveOnStop).stop_signal
@@ -159,36 +181,45 @@ def fit(run: Run, trainer: lightning.Trainer) -> Run:
         if number == signal.SIGUSR2:
             signal.raise_signal(number)  # submitit queues the job again
         raise SystemExit(128 + (number or signal.SIGINT))
-    _check_length(run, trainer)
     meter = _callback(trainer, CostMeter)
+    rules = [c for c in trainer.callbacks if isinstance(c, StoppingRule)]  # type: ignore[attr-defined]
+    ended_by = rules[0].stopped if rules else None
     return replace(
         run,
         step=trainer.global_step,
         cost=training_cost(meter.state_dict()) if meter.sessions else None,
         train_list=run.data.list_hash(run.data.train_split),
+        unfinished=_why_unfinished(run, trainer.global_step, ended_by),
+        stopped=ended_by,
     )
 
 
-#: arguments of ``lightning.Trainer`` that end a run early
-SHORTENING = ("fast_dev_run", "limit_train_batches", "overfit_batches", "max_epochs", "max_time")
+def _continued(config: Mapping[str, Any]) -> Path | None:
+    """Give the checkpoint that a new run goes on from, if its configuration names one."""
+    start = config.get("ckpt_path")
+    if not start:
+        return None
+    path = Path(start["path"])
+    return path / LAST_CHECKPOINT if path.is_dir() else path
 
 
-def _check_length(run: Run, trainer: lightning.Trainer) -> None:
-    """Raise WSSSError where a run ended at another step than its last one.
+def _why_unfinished(run: Run, step: int, stopped: dict[str, Any] | None) -> str:
+    """Say why a run isn't finished; empty where it is.
 
     Every score would be that of a network that learned less than its configuration says.
+
+    Raises:
+        WSSSError: no setting that was given ended it.
     """
-    given, steps = run.config["trainer"], run.config["trainer"]["max_steps"]
-    if trainer.global_step == steps:
-        return
-    values = {key: given[key] for key in SHORTENING if given.get(key) is not None}
-    # max_epochs is -1 in every choice of conf/trainer: no end
-    shortening = [f"trainer.{key}={value}" for key, value in values.items() if value != -1]
-    raise WSSSError(
-        f"trained {trainer.global_step} of {steps} steps, so the run isn't finished and has no "
-        f"scores; {', '.join(shortening) or 'something'} ended it: leave that out, and set "
-        "budget.max_steps for a shorter run"
-    )
+    reason = why_unfinished(run.config, step, stopped)
+    given = run.config["trainer"]
+    if reason and not (limits(given) or ends(given)):
+        raise WSSSError(
+            f"trained {reason}, so the run isn't finished and has no scores; a callback ended it: "
+            "stop by the declared holdout (callbacks=early_stopping), or set budget.max_steps for "
+            "a shorter run"
+        )
+    return reason
 
 
 def _untrained(run: Run) -> Run:

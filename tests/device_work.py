@@ -28,8 +28,10 @@ from wsss.maps.refine.mean_field import MeanFieldPool, mean_field
 from wsss.maps.refine.pamr import PAMR
 from wsss.maps.refine.par import PAR
 from wsss.maps.refine.random_walk import WalkSettings, walked_maps
+from wsss.methods.affinity_net import AffinityNet, AffinityNetSettings
 from wsss.methods.base import Batch, WSSSModule
 from wsss.methods.losses import dense_energy_loss
+from wsss.models.conv_backbone import ConvBackbone
 from wsss.runs.compose import compose_run
 from wsss.runs.folder import build_data, build_module
 
@@ -166,6 +168,22 @@ def walk(device: Device) -> Any:
     )
 
 
+def affinity(device: Device) -> Any:
+    """Take a step of the random walk's network, without random draws, up to its gradients."""
+    torch.manual_seed(0)
+    own = {"taps": (-2, -1), "widths": (4, 4), "radius": 2, "freeze_batch_norm": False}
+    settings = AffinityNetSettings(max_steps=STEPS, **own)
+    encoder = ConvBackbone(name="mobilenet_v3_small")
+    module = AffinityNet(backbone=encoder, num_classes=3, settings=settings).to(device)
+    # labels as coarse as the grid, or no position would have one
+    target = torch.randint(0, 4, (2, 4, 4)).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    batch = moved({"image": torch.rand(2, 3, 64, 64), "target": target}, device)
+    counted(device)
+    done = module.losses(batch, 0)
+    done.total.backward()
+    return done.losses, [p.grad for p in module.narrow.parameters()]
+
+
 def energy(device: Device) -> Any:
     """Compute the dense energy and its gradient."""
     given = scene(device)
@@ -208,7 +226,7 @@ def works(name: str) -> dict[str, Work]:
     if name == "maps":
         return {
             "PAR": par, "PAMR": pamr, "CRF": crf, "CRF of a pool": crf_of_pool,
-            "random walk": walk, "dense energy": energy,
+            "random walk": walk, "affinity network": affinity, "dense energy": energy,
         }  # fmt: skip
     if name == "evaluation":
         return {"one image": evaluation}

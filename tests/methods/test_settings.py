@@ -24,15 +24,16 @@ from wsss.methods.settings import (
 )
 from wsss.methods.toco import ToCoSettings
 from wsss.methods.toco.official import CORRECTED, OFFICIAL, Quirks
+from wsss.models.conv_backbone import ConvBackbone
 from wsss.runs.compose import compose_config, compose_run
 from wsss.runs.config import config_hash, plain
 from wsss.runs.prepare import prepare
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
-# a variant has the settings of the method that it overlays
-METHODS = [
-    path.stem for path in sorted(CONF.glob("*.yaml")) if "defaults" not in OmegaConf.load(path)
-]
+VARIANTS = {"segmenter_vit"}  # which have the settings of the method that they overlay
+METHODS = sorted({path.stem for path in CONF.glob("*.yaml")} - VARIANTS)
+# what has no default
+NEEDED: dict[str, dict[str, Any]] = {m: {"text": "random"} for m in ("weclip", "clip_cam")}
 
 
 def target_of(method: str) -> type:
@@ -51,8 +52,10 @@ def test_settings_file_states_the_defaults(method: str) -> None:
     stated = {key: value for key, value in node.items() if "${" not in str(value)}
     del stated["_target_"]
     compat = stated.pop("official_compat", None)
-    chosen = settings_of(method)(**{"max_steps": 10, **stated})
-    default = settings_of(method)(max_steps=10)
+    needed = {"max_steps": 10, **NEEDED.get(method, {})}
+    assert all(stated.pop(key, "???") == "???" for key in needed)
+    chosen = settings_of(method)(**{**needed, **stated})
+    default = settings_of(method)(**needed)
     assert chosen == default
     hints = get_type_hints(target_of(method).__init__)  # type: ignore[misc]
     assert (compat is False) is ("quirks" in hints)
@@ -63,7 +66,7 @@ def test_settings_file_states_the_defaults(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_settings_are_frozen_and_by_keyword(method: str) -> None:
     kind = settings_of(method)
-    settings = kind(max_steps=10)
+    settings = kind(max_steps=10, **NEEDED.get(method, {}))
     with pytest.raises(FrozenInstanceError):
         settings.max_steps = 3  # type: ignore[misc]
     with pytest.raises(TypeError):
@@ -177,7 +180,8 @@ def test_all_quirks_are_on_and_off() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_mistyped_quirk_names_the_nearest(method: str) -> None:
     quirks = get_type_hints(target_of(method).__init__).get("quirks")  # type: ignore[misc]
-    line = [f"method={method}", "data=voc", "data.root=unset"]
+    needed = [f"method.{key}={value}" for key, value in NEEDED.get(method, {}).items()]
+    line = [f"method={method}", "data=voc", "data.root=unset", *needed]
     if not is_dataclass(quirks):
         with pytest.raises(WSSSError, match=r"method\.quirks: unknown key"):
             compose_config([*line, "+method.quirks.any=true"])
@@ -192,9 +196,10 @@ def test_a_mistyped_quirk_names_the_nearest(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_mistyped_name_in_python_names_the_nearest(method: str) -> None:
     settings = settings_of(method)
-    with pytest.raises(WSSSError, match=r"method\.lrr: unknown key; did you mean method\.lr\?"):
-        settings(max_steps=1, lrr=1)
-    made = settings(max_steps=1)
+    needed = NEEDED.get(method, {})
+    with pytest.raises(WSSSError, match=r"method\.max_step: .* did you mean method\.max_steps\?"):
+        settings(max_steps=1, max_step=1, **needed)
+    made = settings(max_steps=1, **needed)
     assert pickle.loads(pickle.dumps(made)) == made == replace(made, max_steps=1)
 
 
@@ -229,6 +234,15 @@ def test_flips_of_the_views_follow_the_switches() -> None:
 def test_methods_are_checked_before_data(line: str, words: str) -> None:
     with pytest.raises(WSSSError, match=words):
         prepare(compose_run(["method=toco", "data=voc", "data.root=/no/such/place", line]))
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"segmenter"}))
+def test_convolutional_encoders_are_refused_by_name(method: str) -> None:
+    settings = settings_of(method)(max_steps=9999, **NEEDED.get(method, {}))
+    with pytest.raises(WSSSError, match=r"backbone\.name=mobilenet_v3_small: .* has none; give"):
+        target_of(method)(
+            backbone=ConvBackbone(name="mobilenet_v3_small"), num_classes=2, settings=settings
+        )
 
 
 def test_quirks_that_change_nothing_change_no_hash() -> None:

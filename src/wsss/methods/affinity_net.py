@@ -99,6 +99,7 @@ class AffinityNet(WSSSModule):
     """
 
     settings: AffinityNetSettings
+    takes_convolutions = True
 
     def __init__(
         self,

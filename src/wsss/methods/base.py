@@ -16,6 +16,7 @@ import wsss
 from wsss.core.errors import WSSSError
 from wsss.methods.settings import Settings
 from wsss.models.backbone import Backbone
+from wsss.models.conv_backbone import ConvBackbone
 
 Batch = dict[str, Any]
 
@@ -81,6 +82,8 @@ class WSSSModule(LightningModule):
     classes_compete = False
     #: whether it learns on an encoder that learns nothing itself (``backbone.frozen``)
     takes_frozen = False
+    #: whether it learns on a convolutional encoder, which has no tokens
+    takes_convolutions = False
     #: settings that name a file whose content a checkpoint of ours holds -> what says so instead
     held_by_checkpoint: Mapping[str, Any] = MappingProxyType({})
     #: SHA-256 of the files beside data and weights that it learnt from, by name
@@ -98,6 +101,12 @@ class WSSSModule(LightningModule):
         super().__init__()
         if num_classes < 1:
             raise WSSSError(f"num_classes={num_classes}: expected at least 1 class")
+        if isinstance(backbone, ConvBackbone) and not self.takes_convolutions:
+            raise WSSSError(
+                f"backbone.name={backbone.weights_info.name}: {type(self).__name__} reads tokens, "
+                "and a convolutional encoder has none; give a vision transformer, such as "
+                "backbone=vit_base"
+            )
         if backbone.frozen and not self.takes_frozen:
             raise WSSSError(
                 f"backbone.frozen=true: {type(self).__name__} trains its encoder; give "

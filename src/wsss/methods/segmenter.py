@@ -75,6 +75,7 @@ class Segmenter(WSSSModule):
 
     settings: SegmenterSettings
     takes_frozen = True
+    takes_convolutions = True
 
     def __init__(
         self,

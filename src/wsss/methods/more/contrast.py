@@ -182,7 +182,8 @@ def select_tokens(
     if min(height, width) <= window:
         raise WSSSError(
             f"uncertain tokens are searched in windows of {window} x {window} tokens, and the grid "
-            f"has {height} x {width}; use larger crops, or give method.une_weight=0"
+            f"has {height} x {width}; use larger crops, or give "
+            "+method.quirks.fails_on_small_grids=false"
         )
     values = uncertainty.cpu()
     half, rows, columns = window // 2, height - window, width - window

@@ -120,6 +120,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return ""
 
     @property
+    def scored_split(self) -> str:
+        """The list that maps made elsewhere are scored on, for which nothing need be held out."""
+        return self.val_split
+
+    @property
     def num_classes(self) -> int:
         """K, the number of foreground classes."""
         return len(self.class_names)

@@ -326,6 +326,19 @@ def voc_palette(n: int = 256) -> list[int]:
     return palette
 
 
+def with_long_side(pixels: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
+    """Resize a picture (H, W, 3), bilinearly, or a map of ids (H, W), by its nearest pixels.
+
+    Args:
+        pixels: uint8.
+        length: pixels that the longer side has afterwards; the shape is kept.
+    """
+    height, width = pixels.shape[:2]
+    size = [max(1, int(length * side / max(height, width))) for side in (width, height)]
+    how = Image.Resampling.BILINEAR if pixels.ndim == 3 else Image.Resampling.NEAREST
+    return np.array(Image.fromarray(pixels).resize((size[0], size[1]), how))
+
+
 def mask_png(ids: NDArray[np.uint8]) -> bytes:
     """Give class ids (H, W) as an index PNG with the VOC palette."""
     image = Image.fromarray(ids, mode="P")

@@ -20,6 +20,7 @@ from wsss.runs.config import ACCELERATION
 from wsss.runs.costs import CostMeter, training_cost
 from wsss.runs.folder import LAST_CHECKPOINT, Run, build
 from wsss.training.callbacks import AtomicCheckpointIO, MetricsFile, NamedLosses, SaveOnStop
+from wsss.training.forecast import forecast_of
 from wsss.training.parallel import choose_strategy
 
 C = TypeVar("C", bound=Callback)
@@ -60,6 +61,7 @@ def build_trainer(run: Run, *, evaluated: bool = True) -> lightning.Trainer:
         ),
         CostMeter(),
         NamedLosses(),
+        forecast_of(run),
     ]
     settings = {k: v for k, v in config["trainer"].items() if k not in ACCELERATION}
     if not evaluated:

@@ -32,7 +32,6 @@ CASES = {
     ),
     "VOC": (["data=voc", "data.limit=16"], "segmenter/voc"),
     "MiniVOC": (["data=minivoc", *TINY], "segmenter/minivoc"),
-    "COCO": (["data=coco", "data.num_workers=8"], "data=coco"),
 }
 
 

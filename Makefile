@@ -12,7 +12,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"wsss needs Python 3.11 or 3.12, {sys.executable} is {v[0]}.{v[1]}; pass PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[crf,wandb,tensorboard,slurm,optuna,clip,dev,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[crf,wandb,tensorboard,slurm,optuna,clip,export,dev,docs]'
 	touch $(STAMP)
 
 # four short runs, two at a time, then the page that compares them; a browser where there is a screen

@@ -29,7 +29,7 @@ _NAMES = {
     "wsss.evaluation.evaluator": ["Evaluator", "evaluate"],
     "wsss.evaluation.arrays": ["evaluate_maps"],
     "wsss.runs.folder": ["Run", "load_run"],
-    "wsss.runs.masks": ["predict_mask", "predict_cams", "predict_folder"],
+    "wsss.runs.masks": ["predict_mask", "predict_cams", "predict_soft", "predict_folder"],
     "wsss.runs.scoring": ["score"],
     "wsss.training.run": ["train"],
     "wsss.comparison.frame": ["compare"],

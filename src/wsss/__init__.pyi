@@ -19,7 +19,7 @@ from wsss.methods.weclip import CLIPCAM, CLIPCAMSettings, WeCLIP, WeCLIPSettings
 from wsss.models.backbone import Backbone
 from wsss.models.conv_backbone import ConvBackbone
 from wsss.runs.folder import Run, load_run
-from wsss.runs.masks import predict_cams, predict_folder, predict_mask
+from wsss.runs.masks import predict_cams, predict_folder, predict_mask, predict_soft
 from wsss.runs.scoring import score
 from wsss.training.run import train
 
@@ -62,6 +62,7 @@ __all__ = [
     "predict_cams",
     "predict_folder",
     "predict_mask",
+    "predict_soft",
     "score",
     "train",
 ]

@@ -27,6 +27,7 @@ VERBS = {
     "dashboard": "dashboard",
     "text": "text",
     "predict": "predict",
+    "export": "export",
     "submit": "submit",
     "pseudo": "pseudo",
     "parity": "parity",

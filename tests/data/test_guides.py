@@ -126,6 +126,32 @@ def test_a_second_stage_sees_the_masks_it_is_given(tmp_path: Path, kind: str) ->
         data.check_contents()
 
 
+def test_training_pictures_and_maps_are_resized_together(tmp_path: Path) -> None:
+    """Where data.long_side says so; evaluation has the pictures' own size."""
+
+    def sizes(rgb: np.ndarray, rng: np.random.Generator, mask: np.ndarray) -> dict[str, Any]:
+        return {"rgb": torch.tensor(rgb.shape), "ids": torch.from_numpy(mask.copy())}
+
+    build("table", tmp_path)
+    with Image.open(tmp_path / "masks" / "000.png") as mask:
+        ids = np.array(mask)  # of 48 x 56 pixels
+    ids[:, 28:] = 0
+    for number in range(6):
+        write_atomically(tmp_path / f"masks/{number:03}.png", mask_png(ids))
+    own = {"train_transform": sizes, "train_masks": "ground_truth"}
+    for long_side, size in ((None, (48, 56)), (28, (24, 28)), (112, (96, 112))):
+        data = table(tmp_path, **own, long_side=long_side)
+        item = next(iter(data.train_dataloader()))
+        assert item["rgb"][0].tolist() == [*size, 3]
+        left, right = item["ids"][0].chunk(2, dim=1)
+        assert item["ids"][0].shape == size
+        assert (left == 2).all()
+        assert (right == 0).all(), "ids are not blended"
+        assert data.eval_dataset("val")[0]["rgb"].shape == (48, 56, 3)
+    with pytest.raises(WSSSError, match=r"data\.long_side=0"):
+        table(tmp_path, long_side=0, train_transform=plain)
+
+
 def test_masks_and_methods_must_fit(tmp_path: Path) -> None:
     make_voc(tmp_path)
     for transform, masks, expected in (

@@ -12,7 +12,7 @@ from PIL import Image
 from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
 from wsss.data.images import (
-    ImageFolderDataset,
+    find_images,
     image_size,
     mask_png,
     read_mask,
@@ -282,24 +282,48 @@ def test_folder_of_images_is_sorted_and_ignores_the_rest(tmp_path: Path) -> None
     for name in ("b.PNG", "a.jpg", "c.webp", "d.bmp", "sub/e.png", "._a.jpg"):
         Image.fromarray(ramp()).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("x")
-    folder = ImageFolderDataset(tmp_path)
-    assert [item["name"] for item in folder] == ["a", "b", "c", "d"]  # type: ignore[attr-defined]
-    assert folder[1]["image"].shape == (3, 12, 16)
-    np.testing.assert_array_equal(folder[1]["rgb"], ramp())
+    found = find_images(tmp_path)
+    assert {name: path.name for name, path in found.items()} == {
+        "a": "a.jpg",
+        "b": "b.PNG",
+        "c": "c.webp",
+        "d": "d.bmp",
+    }
+    np.testing.assert_array_equal(read_rgb(found["b"]), ramp())
+
+
+def test_one_image_and_patterns_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of several folders keep their folders, so that equal names stay apart."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("x/a.png", "x/b.png", "y/a.png", "y/[1].png", "y/deep/c.png", "._d.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ramp()).save(name)
+    Path("y/notes.txt").write_text("x")
+    assert find_images("x/a.png") == {"a": Path("x/a.png")}
+    assert list(find_images("x/*")) == ["a", "b"]
+    assert list(find_images("*/a.png")) == ["x/a", "y/a"]
+    assert list(find_images("y/[1].png")) == ["[1]"], "a file's own name comes before a pattern"
+    everything = ["x/a", "x/b", "y/[1]", "y/a", "y/deep/c"]
+    assert list(find_images(f"{tmp_path}/**/*")) == everything
+    Path("y/a.jpg").write_bytes(Path("y/a.png").read_bytes())
+    with pytest.raises(WSSSError, match=r"y/a\.jpg and y/a\.png share the name 'y/a'"):
+        find_images("*/a.*")
+    with pytest.raises(WSSSError, match="matches no image"):
+        find_images("*/*.gif")
 
 
 def test_bad_folders_of_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(WSSSError, match="is missing") as error:
-        ImageFolderDataset(tmp_path / "none")
+        find_images(tmp_path / "none")
     one_line(error, tmp_path / "none")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(WSSSError, match="holds no image") as error:
-        ImageFolderDataset(tmp_path)
+        find_images(tmp_path)
     one_line(error, tmp_path)
     for name in ("a.jpg", "a.png"):
         Image.fromarray(ramp()).save(tmp_path / name)
     with pytest.raises(WSSSError, match="share the name 'a'") as error:
-        ImageFolderDataset(tmp_path)
+        find_images(tmp_path)
     one_line(error, tmp_path / "a.png")
 
 

@@ -176,6 +176,36 @@ def test_a_folder_of_masks_is_scored_and_may_abstain(tmp_path: Path) -> None:
     assert metrics["protocol"]["flip"] is None
 
 
+def test_a_table_without_splits_is_scored_where_it_has_masks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three classes in two masked rows: nothing could be held out for training, nothing need be."""
+    root, folder, out = tmp_path / "own", tmp_path / "masks", tmp_path / "out"
+    for made in (root, folder):
+        made.mkdir()
+    lines, labels = ["image,labels,mask"], {0: "a;b", 1: "c", 2: "a"}
+    for number, names in labels.items():
+        pixels = np.zeros((20, 24), np.uint8)
+        pixels[4:12, 4 + number : 16] = "abc".index(names[0]) + 1
+        Image.fromarray(pixels).convert("RGB").save(root / f"{number}.png")
+        Image.fromarray(pixels).save(root / f"{number}_mask.png")
+        mask = f"{number}_mask.png" if number < 2 else ""
+        lines.append(f"{number}.png,{names},{mask}")
+        if mask:
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    (root / "labels.csv").write_text("\n".join(lines))
+    (root / "classes.txt").write_text("a\nb\nc\n")
+    own = [f"masks={folder}", "data=table", f"data.root={root}", "kind=seg"]
+    assert main(["eval", *own, f"out={out}"]) == 0
+    splits = json.loads((out / "results.json").read_text())["splits"]
+    assert list(splits) == ["masked"]
+    assert splits["masked"]["num_images"] == 2
+    assert splits["masked"]["seg_miou"] == 1.0
+    (root / "labels.csv").write_text("image,labels\n0.png,a;b\n")
+    assert main(["eval", *own]) == 2
+    assert "names no mask" in capsys.readouterr().err
+
+
 def test_an_incomplete_folder_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

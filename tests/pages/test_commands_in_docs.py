@@ -15,6 +15,7 @@ from wsss.commands import (
     dashboard,
     data,
     evaluate,
+    export,
     predict,
     pseudo,
     report,
@@ -143,6 +144,7 @@ ALONE: dict[str, Callable[[list[str]], None]] = {
 WITH_A_RUN = {
     "eval": of_runs(evaluate.EvalArguments, "data", "eval"),
     "predict": of_runs(predict.PredictArguments, "eval"),
+    "export": of_runs(export.ExportArguments, "eval", "data"),
     "pseudo": take_pseudo,
     "submit": of_runs(submit.SubmitArguments, "eval", "data"),
 }

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from shutil import copy
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))  # the generators of
 
 from trees import CLASSES_OF_PHOTOS, make_coco, make_photos, write_photo_table
 
+import wsss as wsss_package
 from wsss.cli import main
+from wsss.data.images import read_rgb
 from wsss.data.table_module import TableDataModule
 from wsss.results.store import read_results
 from wsss.runs.folder import load_run
@@ -96,6 +99,50 @@ def test_masks_of_three_classes_are_predicted_without_the_data(
             assert np.asarray(mask).max() <= 3
     lines = (tmp_path / "classes.txt").read_text().split()
     assert lines[1::2] == ["background", *CLASSES_OF_PHOTOS]
+
+
+def test_maps_behind_the_masks_are_written(
+    finished: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two pictures of one name in two folders; arrays as Python gives them, and a heat map each."""
+    photos, run = finished
+    for folder, number in (("a", 0), ("b", 1)):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        copy(photos / "photos" / f"{number:03}.jpg", tmp_path / "in" / folder / "same.jpg")
+    out = tmp_path / "out"
+    given = [f"run={run}", f"images={tmp_path}/in/*/*.jpg", f"out={out}"]
+    assert wsss("predict", *given, "cams=both", "soft=both") == 0
+    loaded = wsss_package.load_run(run)
+    for folder in "ab":
+        image = read_rgb(tmp_path / "in" / folder / "same.jpg")
+        cams = np.load(out / "cams" / folder / "same.npy")
+        soft = np.load(out / "soft" / folder / "same.npy")
+        np.testing.assert_array_equal(cams, wsss_package.predict_cams(loaded, image))
+        np.testing.assert_array_equal(soft, wsss_package.predict_soft(loaded, image))
+        assert soft.shape == (4, 48, 56)
+        np.testing.assert_allclose(soft.sum(0), 1, atol=1e-5)
+        shown = {"cams": np.flatnonzero(cams.any((1, 2))) + 1, "soft": np.unique(soft.argmax(0))}
+        for kind, classes in shown.items():
+            drawn = sorted(path.stem for path in (out / kind / folder).glob("*.png"))
+            assert drawn == [f"same_{index}" for index in classes if index]
+        with Image.open(out / folder / "same.png") as mask:
+            np.testing.assert_array_equal(
+                np.asarray(mask), wsss_package.predict_mask(loaded, image)
+            )
+    only = ["predict", f"run={run}", f"images={photos}/photos/002.jpg"]
+    assert wsss(*only, f"out={tmp_path / 'one'}", "cams=npy") == 0
+    written = sorted(path.name for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert written == ["002.npy", "002.png", "002_overlay.jpg", "classes.txt"]
+    capsys.readouterr()
+    (tmp_path / "in" / "a").rename(tmp_path / "in" / "cams")
+    assert wsss("predict", *given, "cams=npy") == 2
+    assert "its mask would lie among the maps" in capsys.readouterr().err
+    for wrong, message in (
+        ([f"out={photos}/photos"], "masks would lie among the images"),
+        ([f"out={tmp_path}/x", "soft=jpg"], "soft=jpg: expected one of npy, png, both"),
+    ):
+        assert wsss(*only, *wrong) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_second_call_finds_the_run_finished(

@@ -37,7 +37,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_tutorial_leads_from_pictures_to_masks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     verbs = []
@@ -62,4 +62,11 @@ def test_the_tutorial_leads_from_pictures_to_masks(
         with Image.open(picture) as photo, Image.open(f"predicted/{picture.stem}.png") as mask:
             assert mask.size == photo.size
             assert np.asarray(mask).max() <= 8
-    assert len(list(Path("labels").rglob("*.png"))) == trained["num_images"] == 4
+    assert len(list(Path("labels").rglob("*.png"))) == 8
+    assert trained["num_images"] == 4
+
+    (advice,) = re.findall(r"^train on them: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert f"`{advice.partition(' budget.')[0]} " in " ".join(PAGE.read_text().split())
+    run(f"{advice} study=second", monkeypatch)
+    (second,) = Path("runs/second").glob("segmenter-*/results.json")
+    assert read_results(second)["splits"]["val"]["protocol"]["train_masks"]["iterations"] == 4

@@ -148,16 +148,10 @@ def test_a_full_disk_ends_every_verb_in_one_line(
 
 
 def test_a_class_list_that_cannot_be_written_is_named(run: Path, tmp_path: Path) -> None:
-    class Nothing:
-        paths: tuple[Path, ...] = ()
-
-        def __len__(self) -> int:
-            return 0
-
     loaded = load_run(run)
     (tmp_path / "classes.txt").mkdir()
     with pytest.raises(WSSSError, match=r"classes\.txt: cannot be written"):
-        write_masks(loaded, Nothing(), tmp_path, "cpu")  # type: ignore[arg-type]
+        write_masks(loaded, {}, tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from wsss.core.errors import WSSSError
 from wsss.core.places import choices
 from wsss.data.builtin import minivoc_root
 from wsss.data.dataset import ImageDataset, Sample
-from wsss.data.images import ImageFolderDataset
+from wsss.data.images import find_images
 from wsss.runs.compose import compose_run
 from wsss.runs.folder import build
 
@@ -103,7 +103,7 @@ def _one_thread() -> Iterator[None]:
 def _pictures(chosen: LoadingArguments) -> AbstractContextManager[list[Path]]:
     """Give a context that gives the files to load."""
     if chosen.images is not None:
-        return nullcontext(ImageFolderDataset(Path(chosen.images)).paths[: chosen.count])
+        return nullcontext([*find_images(chosen.images).values()][: chosen.count])
     return enlarged_minivoc(chosen.count)
 
 

@@ -25,7 +25,7 @@ class EvalArguments:
         cams: folder of class maps (`wsss.evaluation.folders` lists the layouts).
         masks: folder of label maps.
         splits: lists to evaluate; null: those of the data's configuration (of a folder: the
-            validation split).
+            validation split, or every row with a mask of a table without splits).
         out: where results go. Of a run, null is the run folder, or ``eval/HASH`` inside it where
             splits or the protocol are not the run's own. Of a folder, null prints only.
         name: what ``wsss compare`` calls the folder's method; null: the folder's name.

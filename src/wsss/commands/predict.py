@@ -1,4 +1,4 @@
-"""``wsss predict``: masks and overlays for one's own images."""
+"""``wsss predict``: masks and overlays of images, and the maps behind them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from wsss.core.arguments import parse_arguments
-from wsss.core.errors import WSSSError
-from wsss.data.images import ImageFolderDataset
+from wsss.data.images import find_images
 from wsss.runs.folder import load_run
 from wsss.runs.masks import write_masks
 
@@ -18,8 +17,10 @@ class PredictArguments:
 
     Attributes:
         run: run folder or ``.ckpt`` file.
-        images: folder of images.
+        images: folder of images, one image, or a pattern such as ``photos/**/*.jpg``.
         out: folder for masks and overlays.
+        cams: also write localisation maps into ``out/cams``: ``npy``, ``png`` or ``both``.
+        soft: also write the classes' probabilities into ``out/soft``: ``npy``, ``png`` or ``both``.
         device: ``auto``, ``cpu``, ``cuda``, ...
         trust: packages beside ``wsss`` whose classes the checkpoint may name; their code is run.
     """
@@ -27,6 +28,8 @@ class PredictArguments:
     run: str = MISSING
     images: str = MISSING
     out: str = MISSING
+    cams: str | None = None
+    soft: str | None = None
     device: str = "auto"
     trust: list[str] = field(default_factory=list)
 
@@ -36,10 +39,7 @@ def main(arguments: list[str]) -> int:
     chosen, overrides = parse_arguments(PredictArguments, arguments, passed_on=("eval",))
     # no data set is opened here, so a run whose data lies elsewhere still predicts
     run = load_run(chosen.run, overrides, trust=chosen.trust)
-    images = ImageFolderDataset(Path(chosen.images))
-    out = Path(chosen.out)
-    if out.resolve() == Path(chosen.images).resolve():
-        raise WSSSError(f"out={out}: masks would lie among the images; choose another folder")
-    write_masks(run, images, out, chosen.device)
+    images, out = find_images(chosen.images), Path(chosen.out)
+    write_masks(run, images, out, cams=chosen.cams, soft=chosen.soft, device=chosen.device)
     print(f"{len(images)} masks and overlays in {out}")
     return 0

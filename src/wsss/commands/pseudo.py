@@ -8,6 +8,7 @@ from wsss.core.arguments import parse_arguments
 from wsss.core.devices import choose_device
 from wsss.core.errors import WSSSError
 from wsss.core.ranges import Count
+from wsss.runs.advice import second_stage_command
 from wsss.runs.compose import compose_walk
 from wsss.runs.folder import load_run
 from wsss.runs.label_writer import check_source, write_pseudo_labels
@@ -71,5 +72,5 @@ def main(arguments: list[str]) -> int:
         crf_jobs=chosen.crf_jobs,
         walk=walk,
     )
-    print(f"train on them: wsss train +experiments=segmenter/... data.train_masks={folder}")
+    print(f"train on them: {second_stage_command(run, folder)}")
     return 0

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsss.core.errors import WSSSError
-from wsss.core.ranges import Count, FolderName, GreyLevel, Seed, Together, Workers
+from wsss.core.ranges import Count, FolderName, GreyLevel, Seed, Side, Together, Workers
 from wsss.core.ranks import is_first_process
 from wsss.core.schema import check_fields
 from wsss.core.supervision import IMAGE_LABELS
@@ -77,6 +77,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
     seed: Seed = 0  # of order and augmentation
     eval_batch_size: Together = 1  # images of equal size that are evaluated together; 1: singly
     limit: Count | None = None  # use only the first so many names of every list
+    # side to which the longer side of training pictures is resized before their views; None:
+    # their own size. Evaluation has its own, ``eval.resize_long``
+    long_side: Side | None = None
     # grey PNGs of the training split for methods that use saliency, relative to the root or
     # absolute; None: image-level labels are all there is
     saliency_folder: str | None = None
@@ -118,6 +121,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def left_out(self) -> str:
         """Say which images no split in use has, if that may be a mistake; else an empty text."""
         return ""
+
+    @property
+    def scored_split(self) -> str:
+        """The list that maps made elsewhere are scored on, for which nothing need be held out."""
+        return self.val_split
 
     @property
     def num_classes(self) -> int:
@@ -216,6 +224,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             dataset = self._dataset(
                 self.train_split, transform=self.train_transform, with_mask=False
             )
+            dataset.long_side = self.long_side
             guide = self._guide(self.samples(self.train_split))
             if guide is not None:
                 dataset.guided_by(guide)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from wsss.core.errors import WSSSError
-from wsss.data.images import image_size, read_mask, read_rgb, read_saliency
+from wsss.data.images import image_size, read_mask, read_rgb, read_saliency, with_long_side
 from wsss.maps.pixels import IGNORE_INDEX, normalise
 
 # names that mean "no class"; as a class, one of them would take the first id of the masks
@@ -108,6 +108,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.with_mask = with_mask
         self.seed = seed
         self.guide: Guide | None = None
+        #: to which the transform's pictures and maps are resized before; None: their own size
+        self.long_side: int | None = None
         self._mask_sha256: str | None = None
 
     def guided_by(self, guide: Guide) -> None:
@@ -141,7 +143,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
         sample: dict[str, Any]
         if self.transform is not None:
             stream = np.random.SeedSequence(self.seed, spawn_key=(epoch, index))
-            given = () if self.guide is None else (self.guide.map(self.samples[index], size),)
+            given = [] if self.guide is None else [self.guide.map(self.samples[index], size)]
+            if self.long_side is not None:
+                rgb, *given = (with_long_side(each, self.long_side) for each in (rgb, *given))
             sample = dict(self.transform(rgb, np.random.default_rng(stream), *given))
         else:
             sample = {"image": normalise(rgb), "rgb": rgb}

@@ -1,4 +1,4 @@
-"""Pixels in and out: images, index masks, normalisation, the VOC palette, a folder to predict.
+"""Pixels in and out: images, index masks, normalisation, the VOC palette, images to predict.
 
 Orientation tags (EXIF) are applied wherever an image is read, as viewers and annotation tools do:
 in training, in evaluation, in `wsss predict`. A mask belongs to the upright picture. One that has
@@ -7,20 +7,22 @@ turned along. Where both sizes are the same (turned by 180 degrees, mirrored, a 
 the files says which it was; then the mask counts as upright, and `wsss data check` warns.
 """
 
+import glob
 import io
+import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torch.utils.data import Dataset
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
-from wsss.maps.pixels import IGNORE_INDEX, normalise
+from wsss.maps.pixels import IGNORE_INDEX
 
 JPEG_TAIL = 65536  # bytes in which the end marker is looked for; some cameras append data
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
@@ -326,6 +328,19 @@ def voc_palette(n: int = 256) -> list[int]:
     return palette
 
 
+def with_long_side(pixels: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
+    """Resize a picture (H, W, 3), bilinearly, or a map of ids (H, W), by its nearest pixels.
+
+    Args:
+        pixels: uint8.
+        length: pixels that the longer side has afterwards; the shape is kept.
+    """
+    height, width = pixels.shape[:2]
+    size = [max(1, int(length * side / max(height, width))) for side in (width, height)]
+    how = Image.Resampling.BILINEAR if pixels.ndim == 3 else Image.Resampling.NEAREST
+    return np.array(Image.fromarray(pixels).resize((size[0], size[1]), how))
+
+
 def mask_png(ids: NDArray[np.uint8]) -> bytes:
     """Give class ids (H, W) as an index PNG with the VOC palette."""
     image = Image.fromarray(ids, mode="P")
@@ -340,44 +355,58 @@ def write_mask(ids: NDArray[np.uint8], path: Path) -> None:
     write_atomically(path, mask_png(ids))
 
 
-class ImageFolderDataset(Dataset[dict[str, Any]]):
-    """All images that lie directly in a folder, sorted by name, at native size (`wsss predict`).
+def find_images(source: Path | str) -> dict[str, Path]:
+    """Find the images of a folder, of a pattern (``photos/**/*.jpg``), or one file.
 
-    Hidden files, sub-folders and files of other types are left alone. An item is ``image``
-    (3, H, W) normalised, ``rgb`` (H, W, 3) uint8, ``name`` (the file name without its suffix) and
-    ``index``.
+    Of a folder these are the images that lie directly in it; hidden files and files of other types
+    are left alone. A name is that of the file without its suffix, behind its folder where the
+    images lie in several.
+
+    Args:
+        source: folder, pattern or file.
+
+    Returns:
+        Name -> path, sorted.
 
     Raises:
-        WSSSError: the folder is missing or holds no image, or two images differ only in their
-            suffix, so that their outputs would overwrite each other; while reading, see `read_rgb`.
+        WSSSError: nothing is there, or two images differ only in their suffix, so that what is
+            made of them would overwrite each other.
     """
-
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise WSSSError(f"image folder {folder} is missing; expected a folder of images")
-        self.paths = sorted(
-            path
-            for path in folder.iterdir()
-            if path.suffix.lower() in IMAGE_SUFFIXES
-            and not path.name.startswith(".")
-            and path.is_file()
+    place = Path(source).expanduser()
+    if place.is_dir():
+        paths = _images_among(place.iterdir())
+    elif place.exists():
+        paths = [place]
+    elif glob.has_magic(str(source)):
+        paths = _images_among(map(Path, glob.glob(str(place), recursive=True)))
+    else:
+        raise WSSSError(
+            f"{source} is missing; expected a folder of images, one image, or a pattern in quotes, "
+            "as 'photos/*.jpg'"
         )
-        if not self.paths:
-            kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise WSSSError(f"image folder {folder} holds no image; expected files of {kinds}")
-        by_name: dict[str, Path] = {}
-        for path in self.paths:
-            if path.stem in by_name:
-                raise WSSSError(
-                    f"{by_name[path.stem]} and {path} share the name {path.stem!r}, their results "
-                    "would overwrite each other; rename one"
-                )
-            by_name[path.stem] = path
+    if not paths:
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+        verb = "holds" if place.is_dir() else "matches"
+        raise WSSSError(f"{source} {verb} no image; expected files of {kinds}")
+    shared = Path(os.path.commonpath([path.parent for path in paths]))
+    by_name: dict[str, Path] = {}
+    for path in paths:
+        name = path.relative_to(shared).with_suffix("").as_posix()
+        if name in by_name:
+            raise WSSSError(
+                f"{by_name[name]} and {path} share the name {name!r}, their results would "
+                "overwrite each other; rename one"
+            )
+        by_name[name] = path
+    return by_name
 
-    def __len__(self) -> int:
-        return len(self.paths)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self.paths[index]
-        rgb = read_rgb(path)
-        return {"image": normalise(rgb), "rgb": rgb, "name": path.stem, "index": index}
+def _images_among(paths: Iterable[Path]) -> list[Path]:
+    """Keep the files that are images by their suffix and not hidden, sorted."""
+    return sorted(
+        path
+        for path in paths
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and path.is_file()
+    )

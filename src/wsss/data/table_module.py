@@ -16,13 +16,17 @@ from wsss.data.datamodule import ImageDataModule
 from wsss.data.dataset import ImageDataset, Sample, TrainTransform, check_files, multi_hot
 from wsss.data.table import FOLDER, Table, holdout, read_table
 
+#: split of every row that has a mask, in a table without the column ``split``
+MASKED = "masked"
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TableDataModule(ImageDataModule):
     """Images listed in a CSV (`wsss.data.table`): one's own, COCO, exports of annotation tools.
 
     `ImageDataModule` has the batches and the other fields. A split is a value of the table's
-    column ``split``.
+    column ``split``. Without that column there are the training split, the validation split (a
+    holdout), and ``masked``, every row that has a mask.
     """
 
     csv: Path  # the table, relative to the root or absolute
@@ -60,12 +64,29 @@ class TableDataModule(ImageDataModule):
             self._table = read_table(self.csv, self.root, self.class_names)
         return self._table
 
+    @property
+    def has_splits(self) -> bool:
+        """Whether the table has the column ``split``."""
+        return any(row.split is not None for row in self.table.rows)
+
+    @property
+    def scored_split(self) -> str:
+        """The validation split; every row with a mask where the table has no column ``split``."""
+        return self.val_split if self.has_splits else MASKED
+
     def samples(self, split: str) -> list[Sample]:
         """Give the rows of a split, or the holdout and the rest where there is no column."""
         rows = self.table.rows
-        if any(row.split is not None for row in rows):
+        if self.has_splits:
             chosen = [row.sample for row in rows if row.split == split]
             have = ", ".join(sorted({str(row.split) for row in rows}))
+        elif split == MASKED:
+            chosen = [row.sample for row in rows if row.sample.mask]
+            if not chosen:
+                raise WSSSError(
+                    f"{self.csv} names no mask, so there is nothing to score against; add the "
+                    "column mask"
+                )
         else:
             have = f"{self.train_split}, {self.val_split} (a holdout)"
             held = holdout(rows, self.holdout)

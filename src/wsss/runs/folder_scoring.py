@@ -97,7 +97,8 @@ def score_folder(
         maps: the folder.
         overrides: ``data=NAME``, ``data.KEY=VALUE`` and ``eval.KEY=VALUE``; what ``eval`` keys say
             about scales and CRF is taken down as a declaration.
-        splits: lists to score; None: the validation split.
+        splits: lists to score; None: the validation split, or every row with a mask of a table
+            without splits.
         out: where ``results.json`` and ``images.npz`` go; None: nothing is stored.
         device: where to count.
 
@@ -121,7 +122,7 @@ def score_folder(
     with lock(folder, "evaluating") if folder else nullcontext():
         cells: dict[str, dict[str, Any]] = {}
         with shown_on_failure(results):
-            for split in splits or [data.val_split]:
+            for split in splits or [data.scored_split]:
                 metrics = _score(maps, data, protocol, split, place)
                 cells[split] = {"names": data.eval_dataset(split).names, **metrics.pop("cells")}
                 metrics["protocol"] = folder_card(

@@ -27,6 +27,7 @@ from wsss.training.callbacks import (
     NamedLosses,
     SaveOnStop,
 )
+from wsss.training.forecast import forecast_of
 from wsss.training.parallel import choose_strategy
 from wsss.training.stopping import StoppingRule
 
@@ -103,6 +104,7 @@ def _callbacks(run: Run) -> list[Callback]:
         ),
         CostMeter(),
         FirstStepLogged(),
+        forecast_of(run),
         *([NamedLosses()] if bar else []),
     ]
 

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from wsss.comparison.entries import Entry
+from wsss.comparison.compare import Comparison
+from wsss.comparison.entries import MIOUS, Entry
 from wsss.core.errors import WSSSError
 from wsss.core.files import first_line
 from wsss.core.modes import evaluating
@@ -29,12 +30,16 @@ from wsss.evaluation.inference import (
     resized,
     smoothed_label,
 )
+from wsss.evaluation.per_image import mean_iou
 from wsss.evaluation.protocol import Protocol
 from wsss.maps.pseudo_labels import cam_to_label
+from wsss.results.gallery import faded, heated, overlay, painted
+from wsss.results.store import MAP_NAMES
 from wsss.runs.folder import Run, build_data, load_run
 from wsss.runs.stored import check_stored
 
-LONGEST = 240  # side of a picture in the report, in pixels
+LONGEST = 400  # side of a picture in the report, in pixels
+LONGEST_CAM = 160  # of a heat map, which is smooth
 
 
 @dataclass(frozen=True)
@@ -173,10 +178,179 @@ def _file_of(name: str, folder: Path, suffixes: tuple[str, ...], key: str) -> Pa
         raise WSSSError(f"{folder}: has no file of {name} any more") from error
 
 
+@dataclass(frozen=True)
+class Pick:
+    """An image for the gallery and why it is there."""
+
+    reason: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What lies over an image in the page.
+
+    Attributes:
+        under: class of the page's style that has the image as its background.
+        source: address of the layer, inside the page.
+        text: what it shows.
+        score: line below it.
+    """
+
+    under: str
+    source: str
+    text: str
+    score: str = ""
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """An image and what each group says about it."""
+
+    name: str
+    image: Picture
+    cells: list[Picture]
+
+
+@dataclass
+class Gallery:
+    """The same images under every group; each image is in the page once, below all its layers.
+
+    Attributes:
+        notes: why there are no pictures, or none of a group.
+        caption: what the label maps are.
+        heads: groups of the label maps, without the truth.
+        map_heads: groups of the class maps.
+        images: (class of the page's style, address) of every image, as it is and faded.
+        classes: (name, address of a swatch) of every foreground class.
+        masks: one row an image; the truth comes first.
+        maps: one row an image.
+    """
+
+    notes: list[str]
+    caption: str = ""
+    heads: list[str] = field(default_factory=list)
+    map_heads: list[str] = field(default_factory=list)
+    images: list[tuple[str, str]] = field(default_factory=list)
+    classes: list[tuple[str, str]] = field(default_factory=list)
+    masks: list[PictureRow] = field(default_factory=list)
+    maps: list[PictureRow] = field(default_factory=list)
+
+
+def pick_images(scores: NDArray[np.float64], each: int) -> list[Pick]:
+    """Choose images that are best, in the middle, worst, and most disputed; none twice.
+
+    Args:
+        scores: (groups, N) mIoU of each image.
+        each: how many of each kind.
+    """
+    mean = np.nan_to_num(scores.mean(axis=0))
+    order = np.argsort(mean, kind="stable")
+    start = max(0, len(order) // 2 - each // 2)
+    spread = np.nan_to_num(np.ptp(scores, axis=0))
+    kinds = {
+        "largest disagreement": np.argsort(-spread, kind="stable") if len(scores) > 1 else [],
+        "best": order[::-1],
+        "worst": order,
+        "median": [*order[start:], *order[:start]],
+    }
+    taken: set[int] = set()
+    picks: dict[str, list[Pick]] = {}
+    for reason, candidates in kinds.items():
+        free = [int(i) for i in candidates if int(i) not in taken][:each]
+        taken.update(free)
+        picks[reason] = [Pick(reason, index) for index in free]
+    return [p for r in ("best", "median", "worst", "largest disagreement") for p in picks[r]]
+
+
+def gallery_of(c: Comparison, each: int, prefix: str) -> Gallery:
+    """Draw the chosen images with every group's maps; a group that cannot be computed says why.
+
+    Args:
+        c: the comparison.
+        each: images of each kind.
+        prefix: of the names of its images in the page.
+    """
+    if c.primary is None:
+        return Gallery(["no pictures: the runs share no mIoU to choose them by"])
+    if not c.same_images:
+        return Gallery(["no pictures: the runs were not evaluated on the same images"])
+    members = {name: entries[0] for name, entries in c.groups.items()}
+    kind = MIOUS[c.primary][0]
+    scores = np.stack([mean_iou(entry.counts(c.primary)) for entry in members.values()])
+    images = np.unique(c.entries[0].cells[kind][:, 0])
+    picks = pick_images(scores, each)
+    indices = [int(images[pick.index]) for pick in picks]
+    try:
+        dataset = open_dataset(c.entries[0])
+    except WSSSError as error:
+        return Gallery([f"no pictures: {error}"])
+    found: dict[str, list[Maps]] = {}
+    gallery = Gallery([], f"Label maps: {MAP_NAMES[kind]}, with the image's own mIoU")
+    for name, entry in members.items():
+        try:
+            found[name] = maps_of(entry, kind, dataset, indices)
+        except WSSSError as error:
+            gallery.notes.append(f"{name}: {error}")
+    gallery.heads = list(found)
+    gallery.map_heads = [name for name, maps in found.items() if maps[0].cams is not None]
+    swatches = [np.full((18, 18), number) for number in range(1, len(c.entries[0].classes))]
+    grey = np.full((18, 18, 3), 128, np.uint8)
+    for name, ids in zip(c.entries[0].classes[1:], swatches, strict=True):
+        gallery.classes.append((name, data_uri(overlay(grey, ids))))
+    values = dict(zip(members, scores, strict=True))
+    for row, (pick, index) in enumerate(zip(picks, indices, strict=True)):
+        said = {name: (maps[row], 100 * values[name][pick.index]) for name, maps in found.items()}
+        _add_rows(gallery, f"{prefix}-{row}", pick, dataset[index], said)
+    return gallery
+
+
+def _add_rows(
+    gallery: Gallery,
+    under: str,
+    pick: Pick,
+    item: Mapping[str, Any],
+    said: Mapping[str, tuple[Maps, float]],
+) -> None:
+    """Add an image: itself, the truth, each group's label map; and each group's class map."""
+    rgb, truth = item["rgb"], item["mask"].numpy()
+    name = f"{pick.reason}: {item['name']}"
+    gallery.images += [(under, data_uri(rgb)), (f"{under}-faded", data_uri(faded(rgb)))]
+    nothing = layer_uri(np.zeros((*truth.shape, 4), np.uint8))
+    image = Picture(under, nothing, name)
+
+    def mask(ids: NDArray[Any], text: str, score: str = "") -> Picture:
+        return Picture(f"{under}-faded", layer_uri(painted(ids)), f"{name}, {text}", score)
+
+    cells = [mask(truth, "truth")]
+    cells += [mask(maps.label, f"{group} {s:.1f}", f"{s:.1f}") for group, (maps, s) in said.items()]
+    gallery.masks.append(PictureRow(name, image, cells))
+    areas = np.bincount(truth[(truth > 0) & (truth < 255)], minlength=2)
+    main = max(int(areas.argmax()) - 1, 0)
+    heats = []
+    for group in gallery.map_heads:
+        cams = said[group][0].cams
+        assert cams is not None  # a group has them of every image, or of none
+        layer = layer_uri(heated(cams[main]), LONGEST_CAM, lossless=False)
+        heats.append(Picture(under, layer, f"{name}, CAM of {group}"))
+    gallery.maps.append(PictureRow(name, image, heats))
+
+
 def data_uri(pixels: NDArray[np.uint8]) -> str:
     """Write a picture as a JPEG inside the page, at most ``LONGEST`` pixels long."""
     image = Image.fromarray(pixels)
     image.thumbnail((LONGEST, LONGEST))
+    return _inside(image, "jpeg", quality=80)
+
+
+def layer_uri(pixels: NDArray[np.uint8], longest: int = LONGEST, *, lossless: bool = True) -> str:
+    """Write (H, W, 4) pixels as a WebP inside the page, at most ``longest`` pixels long."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((longest, longest), Image.Resampling.NEAREST)
+    return _inside(image, "webp", lossless=lossless, quality=60, method=4)
+
+
+def _inside(image: Image.Image, kind: str, **options: Any) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, format=kind.upper(), **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -8,19 +8,10 @@ from PIL import Image
 from runs_on_disk import make_run
 
 from wsss.cli import main
-from wsss.comparison.charts import (
-    MOST_POINTS,
-    Series,
-    colour_of,
-    dash_of,
-    line_chart,
-    row_chart,
-    scatter,
-    small_multiples,
-)
+from wsss.comparison.charts import Point, draw, look_of
 from wsss.comparison.compare import CompareArguments, compare
 from wsss.comparison.headline import Headline, headline_of
-from wsss.comparison.page import training_charts
+from wsss.comparison.page import MOST_POINTS, thinned, training_charts
 from wsss.comparison.panels import pick_images
 from wsss.data.builtin import minivoc_root
 
@@ -55,33 +46,38 @@ def parsed(page: str) -> Balanced:
 
 
 def test_charts_are_balanced_and_leave_out_what_is_not_there() -> None:
-    nan = float("nan")
-    line = line_chart("a<b", [Series("<x>", 0, [(0, 1), (1, nan), (2, 3)], [(0, 1, "here")])],
-                      x_label="t", y_label="y")  # fmt: skip
-    (svg,) = (str(chart.svg) for chart in line)
-    assert "NaN" not in svg
-    assert 'aria-label="&lt;x&gt;: here"' in svg
-    assert "http" not in svg
-    both = Series("y", 1, [(20, 0), (30, 1)], bars=[(19, 21), (nan, nan)])
-    rows = row_chart("b", ["cat", "dog"], [Series("x", 9, [(10, 0), (nan, 1)]), both], x_label="")
-    dots = scatter("s", [Series("x", 9, [(0.5, 3)], bars=[(2, 4)])], x_label="t", y_label="y")
-    for chart in [*line, *rows, *dots]:
-        parsed(str(chart.svg))
-    assert str(rows[0].svg).count('aria-roledescription="point"') == 3
-    assert "y: 20, 0 [19.0, 21.0]" in rows[0].svg
-    assert line_chart("e", [Series("x", 0, [(0, nan)])], x_label="", y_label="") == []
-    assert scatter("e", [], x_label="", y_label="") == small_multiples("e", []) == []
+    nan, names = float("nan"), ["<x>", "y"]
+    lines = [Point("<x>", 0, 1, line=0), Point("<x>", 1, nan, line=0), Point("<x>", 2, 3, line=0)]
+    rows = [Point("<x>", 10, "dog"), Point("y", 20, "cat", low=19, high=21), Point("y", nan, "cat")]
+    charts = [
+        *draw("a<b", names, [*lines, Point("<x>", 0, 1, "<here>")], x="t", y="y"),
+        *draw("b", names, rows, x="IoU", rows=18),
+        *draw("s", names, [Point("y", 0.5, 3, low=2, high=4)], x="t", y="y"),
+    ]
+    svgs = [str(chart.svg) for chart in charts]
+    for svg in svgs:
+        parsed(svg)
+        assert "NaN" not in svg
+        assert "http" not in svg
+    assert [svg.count('aria-roledescription="point"') for svg in svgs] == [3, 2, 1]
+    assert 'aria-label="&lt;here&gt;"' in svgs[0]
+    assert "y: 20, cat [19.0, 21.0]" in svgs[1]
+    assert svgs[1].index(">dog<") < svgs[1].index(">cat<"), "rows are in their order"
+    assert draw("e", names, [Point("y", 0, nan)], x="") == draw("e", [], [], x="") == []
 
 
 def test_long_lines_are_thinned_but_keep_their_end() -> None:
-    points = [(float(step), 1.0 / (step + 1)) for step in range(10_000)]
-    (chart,) = line_chart("l", [Series("x", 0, points)], x_label="", y_label="", dots=True)
-    assert str(chart.svg).count('aria-roledescription="point"') <= MOST_POINTS + 1
-    assert "x: 9999, 0.0001" in chart.svg
+    found = thinned([(float(step), 1.0) for step in range(10_000)])
+    assert found[0] == (0.0, 1.0)
+    assert found[-1] == (9999.0, 1.0)
+    assert MOST_POINTS <= len(found) <= MOST_POINTS + 1
+    assert thinned(found[:5]) == found[:5]
+    assert thinned([]) == []
 
 
-def test_no_two_of_48_series_share_colour_and_dash() -> None:
-    assert len({(colour_of(k), dash_of(k)) for k in range(48)}) == 48
+def test_no_two_of_48_names_share_colour_and_dash() -> None:
+    looks = [look_of(k) for k in range(48)]
+    assert len({(look["color"], *look["strokeDash"]) for look in looks}) == 48
 
 
 def lines_of(svg: str) -> dict[str, tuple[str, str]]:

@@ -45,18 +45,37 @@ class LoggedRun:
     """What a run folder says about its W&B run.
 
     Attributes:
+        folder: the run folder.
         config: resolved configuration.
         method: its short name.
         logged: keys of its history while it trained, such as ``train/ptc_loss``.
         splits: evaluated splits -> their entry in ``results.json``; none before the end.
         final: keys of its summary, such as ``final/val/seg_miou``.
+        cost: what its training cost.
     """
 
+    folder: Path
     config: dict[str, Any]
     method: str
     logged: list[str]
     splits: Mapping[str, Mapping[str, Any]]
     final: list[str]
+    cost: Mapping[str, Any]
+
+
+def read_runs(folder: Path) -> list[LoggedRun]:
+    """Read all runs of a study, wherever they were logged.
+
+    Raises:
+        WSSSError: there is none.
+    """
+    runs = [_read_run(path.parent) for path in sorted(folder.glob(f"*/{CONFIG_FILE}"))]
+    if not runs:
+        raise WSSSError(
+            f"{folder}: no runs there; give study=NAME and runs_dir=FOLDER as the study was run, "
+            "and logger=wandb then to have its workspace"
+        )
+    return runs
 
 
 def read_study(folder: Path) -> list[LoggedRun]:
@@ -84,11 +103,13 @@ def _read_run(folder: Path) -> LoggedRun:
     results = read_results(folder / RESULTS_FILE) if finished else {"splits": {}}
     final = [*numbers(results["splits"]), *numbers({"cost": results.get("cost") or {}})]
     return LoggedRun(
+        folder,
         config,
         method_name(config),
         sorted(logged_series(folder)),
         results["splits"],
         [f"final/{key}" for key, _ in final],
+        results.get("cost") or {},
     )
 
 

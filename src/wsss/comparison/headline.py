@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from wsss.comparison.charts import Chart, Series, row_chart
+from wsss.comparison.charts import Chart, Point, draw
 from wsss.comparison.compare import Comparison
 from wsss.comparison.entries import MIOUS, Entry
 from wsss.comparison.grids import Cell, Grid
@@ -154,20 +154,14 @@ def _chart(
     c: Comparison, metric: str, names: Sequence[str], means: Mapping[str, float]
 ) -> list[Chart]:
     """Draw mean and interval of each group, and a small point a seed."""
-    draws = c.draws.get(metric)
-    series = []
-    for colour, name in enumerate(c.groups):
-        row = names.index(name)
-        seeds = [(100 * e.metrics[metric], row) for e in c.groups[name]]
-        if draws is None:
-            series.append(Series(name, colour, [(means[name], row)]))
-        else:
-            low, high = draws.interval(name)
-            mean = Series(name, colour, [(means[name], row)], bars=[(100 * low, 100 * high)])
-            series.append(mean)
-        series.append(Series(name, colour, seeds if len(seeds) > 1 else []))
-    title = f"{heading_of(metric)}: mean" + (", 95 % interval" if draws else "") + " and seeds"
-    return row_chart(title, list(names), series, x_label="mIoU (%)", step=34, zero=False)
+    draws, points = c.draws.get(metric), []
+    for name in names:
+        low, high = draws.interval(name) if draws else (0.0, 0.0)
+        points.append(Point(name, means[name], name, low=100 * low, high=100 * high))
+        runs = c.groups[name]
+        points += [Point(name, 100 * e.metrics[metric], name) for e in runs if len(runs) > 1]
+    title = f"{heading_of(metric)}: mean{', 95 % interval' if draws else ''} and seeds"
+    return draw(title, [*c.groups], points, x="mIoU (%)", rows=34, zero="")
 
 
 def _facts(c: Comparison) -> list[tuple[str, str]]:

@@ -2,26 +2,16 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
-from wsss.comparison.charts import (
-    SHAPES,
-    Chart,
-    Series,
-    colour_of,
-    dash_of,
-    line_chart,
-    row_chart,
-    scatter,
-    small_multiples,
-)
+from wsss.comparison.charts import SYMBOLS, Chart, Point, draw, look_of
 from wsss.comparison.compare import Comparison
-from wsss.comparison.entries import MIOUS, class_column, logged_series
+from wsss.comparison.entries import MIOUS, Entry, class_column, logged_series
 from wsss.comparison.grids import Grid
 from wsss.comparison.headline import headline_of
 from wsss.comparison.panels import gallery_of
@@ -33,7 +23,7 @@ from wsss.results.store import MAP_NAMES, look_up
 PAGE = "index.html"
 #: logged series -> run -> (step, value)
 Logged = dict[str, list[tuple[float, float]]]
-SYMBOLS = dict(zip(SHAPES, "●■▲◆✚▼", strict=True))
+MOST_POINTS, MOST_DOTS = 200, 20  # of a line, which is drawn about 200 pixels wide
 SIZES = (
     ("below 1 %", ("size_iou", "small")),
     ("1 to 10 %", ("size_iou", "medium")),
@@ -116,17 +106,14 @@ def _section(c: Comparison, name: str, gallery: int) -> dict[str, Any]:
     }
 
 
-def legend(names: Iterable[str]) -> list[dict[str, str]]:
+def legend(names: Iterable[str]) -> list[dict[str, Any]]:
     """Give the looks of the groups of a page, in their order."""
+    looks = [(name, look_of(number)) for number, name in enumerate(names)]
     return [
-        {
-            "name": name,
-            "colour": colour_of(k),
-            "dash": " ".join(map(str, dash_of(k))),
-            "symbol": SYMBOLS[SHAPES[k % len(SHAPES)]],
-        }
-        for k, name in enumerate(names)
-    ]
+        {"name": name, "colour": look["color"], "symbol": SYMBOLS[look["shape"]],
+         "dash": " ".join(map(str, look["strokeDash"]))}
+        for name, look in looks
+    ]  # fmt: skip
 
 
 def _mean(values: Sequence[float | None]) -> float:
@@ -137,21 +124,26 @@ def _mean(values: Sequence[float | None]) -> float:
 
 def _seed_charts(c: Comparison) -> list[Chart]:
     """Draw the threshold curve with the declared, the holdout's and the oracle threshold."""
-    series = []
-    for k, (name, members) in enumerate(c.groups.items()):
+    points = []
+    for name, members in c.groups.items():
         if any("seed_curve" not in e.metrics for e in members):
             continue
         curves = [e.metrics["seed_curve"] for e in members]
         first = members[0].metrics
         if any(curve["thresholds"] != curves[0]["thresholds"] for curve in curves):
             curves = curves[:1]
-        points = [
-            (t, 100 * _mean([curve["miou"][i] for curve in curves]))
+        at = {
+            t: 100 * _mean([curve["miou"][i] for curve in curves])
             for i, t in enumerate(curves[0]["thresholds"])
-        ]
-        at = dict(points)
-        marks = [
-            (first[key], at[first[key]], f"{label} {first[key]}: {at[first[key]]:.1f}")
+        }
+        points += [Point(name, t, miou, line=0, dot=False) for t, miou in at.items()]
+        points += [
+            Point(
+                name,
+                first[key],
+                at[first[key]],
+                f"{name}: {label} {first[key]}: {at[first[key]]:.1f}",
+            )
             for key, label in (
                 ("seed_threshold", "declared"),
                 ("seed_threshold_holdout", "holdout's"),
@@ -159,23 +151,20 @@ def _seed_charts(c: Comparison) -> list[Chart]:
             )
             if first.get(key) in at
         ]
-        series.append(Series(name, k, points, marks))
     title = "CAM seeds: mIoU by threshold (dots: declared, holdout's, oracle)"
-    return line_chart(title, series, x_label="CAM threshold", y_label="mIoU (%)")
+    return draw(title, [*c.groups], points, x="CAM threshold", y="mIoU (%)", zero="y")
 
 
 def _class_chart(c: Comparison, primary: str) -> list[Chart]:
     """Draw IoU per class of the primary metric."""
-    classes, column = c.entries[0].classes, class_column(primary)
-    rows = [name if classes.count(name) == 1 else f"{k} {name}" for k, name in enumerate(classes)]
-    series = []
-    for k, (name, members) in enumerate(c.groups.items()):
-        values = [
-            [e.metrics["per_class"][column][row] for e in members] for row in range(len(rows))
-        ]
-        points = [(100 * _mean(found), row) for row, found in enumerate(values)]
-        series.append(Series(name, k, points))
-    return row_chart(f"{heading_of(primary)}: IoU per class", rows, series, x_label="IoU (%)")
+    column = class_column(primary)
+    points = [
+        Point(name, 100 * _mean([e.metrics["per_class"][column][row] for e in members]), label)
+        for row, label in enumerate(c.entries[0].classes)
+        for name, members in c.groups.items()
+    ]
+    title = f"{heading_of(primary)}: IoU per class"
+    return draw(title, [*c.groups], points, x="IoU (%)", rows=18)
 
 
 def _shape_charts(c: Comparison, primary: str) -> list[Chart]:
@@ -186,49 +175,45 @@ def _shape_charts(c: Comparison, primary: str) -> list[Chart]:
         ("IoU by object size", "share of the image", SIZES),
         ("mIoU near boundaries", "pixels within; B-IoU: Boundary IoU", BOUNDARIES),
     ):
-        series = []
-        for k, (name, members) in enumerate(c.groups.items()):
-            scores = [e.metrics["maps"][kind] for e in members]
-            points = [
-                (i, 100 * _mean([look_up(one, path) for one in scores]))
-                for i, (_, path) in enumerate(steps)
-            ]
-            series.append(Series(name, k, points))
-        charts += line_chart(
-            f"{MAP_NAMES[kind]}: {title}", series, x_label=label, y_label="IoU (%)",
-            x_names=[step for step, _ in steps], dots=True,
-        )  # fmt: skip
+        points = [
+            Point(
+                name,
+                step,
+                100 * _mean([look_up(e.metrics["maps"][kind], path) for e in es]),
+                line=0,
+            )
+            for step, path in steps
+            for name, es in c.groups.items()
+        ]
+        title = f"{MAP_NAMES[kind]}: {title}"
+        charts += draw(title, [*c.groups], points, x=label, y="IoU (%)")
     return charts
 
 
 def _cost_charts(c: Comparison, primary: str) -> list[Chart]:
     """Draw accuracy against hours of training and against time an image."""
 
-    def against(what: str, label: str, costs: dict[str, list[float | None]]) -> list[Chart]:
-        series = []
-        for k, (name, members) in enumerate(c.groups.items()):
+    def against(what: str, label: str, cost_of: Callable[[Entry], float | None]) -> list[Chart]:
+        points = []
+        for name, members in c.groups.items():
             scores = [100 * e.metrics[primary] for e in members]
-            mean, spread = float(np.mean(scores)), float(np.std(scores, ddof=len(scores) > 1))
-            bars = [(mean - spread, mean + spread)]
-            series.append(Series(name, k, [(_mean(costs[name]), mean)], bars=bars))
+            mean, spread = _mean(scores), float(np.std(scores, ddof=len(scores) > 1))
+            cost = _mean([cost_of(e) for e in members])
+            points.append(Point(name, cost, mean, low=mean - spread, high=mean + spread))
         title = f"{heading_of(primary)} against {what} (bars: deviation over seeds)"
-        return scatter(title, series, x_label=label, y_label="mIoU (%)")
+        return draw(title, [*c.groups], points, x=label, y="mIoU (%)", zero="x")
 
-    training: list[Chart] = []
-    for path, label in (("train_gpu_hours", "GPU hours"), ("train_wall_hours", "wall hours")):
-        training = training or against(
-            "training",
-            f"training, {label}",
-            {
-                n: [(e.results.get("cost") or {}).get(path) for e in es]
-                for n, es in c.groups.items()
-            },
-        )
-    spent = {n: [look_up(e.metrics, EVALUATION) for e in es] for n, es in c.groups.items()}
-    return training + against("evaluation", "seconds an image", spent)
+    def training(key: str) -> Callable[[Entry], float | None]:
+        return lambda e: look_up(e.results.get("cost") or {}, (key,))
+
+    return [
+        *(against("training", "training, GPU hours", training("train_gpu_hours"))
+          or against("training", "training, wall hours", training("train_wall_hours"))),
+        *against("evaluation", "seconds an image", lambda e: look_up(e.metrics, EVALUATION)),
+    ]  # fmt: skip
 
 
-def training_charts(logged: dict[str, list[Logged]]) -> list[Chart]:
+def training_charts(logged: Mapping[str, Sequence[Logged]]) -> list[Chart]:
     """Draw validations during training, which are no results, and every loss.
 
     A loss has one colour and dash pattern in the whole page, and an axis of its own.
@@ -238,36 +223,40 @@ def training_charts(logged: dict[str, list[Logged]]) -> list[Chart]:
     """
     charts = []
     for key, label in (("val/seed_miou", "CAM seed"), ("val/seg_miou", "segmentation")):
-        series = [
-            Series(name, k, [(step, 100 * value) for step, value in mean_by_step(runs, key)])
-            for k, (name, runs) in enumerate(logged.items())
-        ]
-        title = f"validation during training: {label}"
-        charts += line_chart(title, series, x_label="step", y_label="mIoU (%)", dots=True)
-    names = sorted(
-        {key for runs in logged.values() for run in runs for key in run if _is_loss(key)}
-    )
+        charts += mean_lines(f"validation during training: {label} mIoU", logged, key)
+    keys = {key for runs in logged.values() for run in runs for key in run}
+    names = sorted(key.removeprefix("train/") for key in keys if is_loss(key))
     for group, runs in logged.items():
-        losses = [
-            Series(name.removeprefix("train/"), k, run[name])
-            for k, name in enumerate(names)
-            for run in runs
-            if name in run
+        points = [
+            Point(name, step, value, line=seed, dot=False)
+            for name in names
+            for seed, run in enumerate(runs)
+            for step, value in thinned(run.get(f"train/{name}", []))
         ]
-        charts += small_multiples(f"{group}: losses by step, one line a seed", losses)
+        title = f"{group}: losses by step, one line a seed"
+        charts += draw(title, names, points, x="", zero="", multiples=True)
     return charts
 
 
-def mean_by_step(runs: Sequence[Logged], key: str) -> list[tuple[float, float]]:
-    """Give the mean over those runs that logged a step, in the order of the steps."""
-    values: dict[float, list[float]] = {}
-    for run in runs:
-        for step, value in run.get(key, []):
+def mean_lines(title: str, logged: Mapping[str, Sequence[Logged]], key: str) -> list[Chart]:
+    """Draw what was logged under a key by step, each group's mean over its runs."""
+    points = []
+    for group, runs in logged.items():
+        values: dict[float, list[float]] = {}
+        for step, value in (pair for run in runs for pair in run.get(key, [])):
             values.setdefault(step, []).append(value)
-    return [(step, float(np.mean(found))) for step, found in sorted(values.items())]
+        line = thinned([(step, float(np.mean(found))) for step, found in sorted(values.items())])
+        points += [Point(group, *pair, line=0, dot=len(line) < MOST_DOTS) for pair in line]
+    return draw(title, [*logged], points, x="step", zero="")
 
 
-def _is_loss(key: str) -> bool:
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Leave out points that lie too close to be seen, but not the last one."""
+    return [*points[: -1 : max(1, -(-len(points) // MOST_POINTS))], *points[-1:]]
+
+
+def is_loss(key: str) -> bool:
+    """Say whether a logged key is a loss that `training_charts` draws."""
     return key.startswith("train/") and key.endswith("loss")
 
 

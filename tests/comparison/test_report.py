@@ -202,15 +202,16 @@ def headlines(tmp_path: Path, qualities: list[float], **options: object) -> Head
 def test_the_first_screen_says_who_leads_and_if_by_chance(tmp_path: Path) -> None:
     clear = headlines(tmp_path / "a", [0.6, 0.9, 0.7])
     assert re.fullmatch(r"M1 leads M2 by \d+\.\d points, more than chance", clear.lead)
-    assert "which does not hold zero." in clear.sentences[1]
-    assert "either" not in clear.sentences[1]
-    assert clear.sentences[2].endswith("the cheapest, M0, took 0.3.")
+    assert "which does not hold zero." in clear.sentences[0]
+    assert "either" not in clear.sentences[0]
+    assert clear.sentences[1].endswith("took 0.45 wall hours; the cheapest, M0, took 0.3.")
+    assert clear.table.header[-3:] == ["training, wall hours", "evaluation, s/image", "seeds"]
     assert [name for name, _ in clear.table.rows] == ["M1", "M2", "M0"]
     assert clear.table.rows[0][1][1].text == "reference"
     assert ("training", "400 steps of 8 images, crops of 96 px") in clear.facts
     level = headlines(tmp_path / "b", [0.7, 0.7, 0.7])
     assert level.lead.endswith("which may be chance")
-    assert "which holds zero. No clear difference to M" in level.sentences[1]
+    assert "which holds zero. No clear difference to M" in level.sentences[0]
     listed = headlines(tmp_path / "c", [0.6, 0.9], unranked=True)
     assert listed.lead.startswith("Not ranked")
     assert [name for name, _ in listed.table.rows] == ["M0", "M1"], "as given"

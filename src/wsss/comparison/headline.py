@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from wsss.comparison.bootstrap import Draws
 from wsss.comparison.charts import Chart, Point, draw
 from wsss.comparison.compare import Comparison
 from wsss.comparison.entries import MIOUS, Entry
@@ -43,30 +44,34 @@ class Headline:
 
 def headline_of(c: Comparison) -> Headline:
     """Put a comparison in a few words."""
-    facts, metric = _facts(c), _metric(c)
+    metric, costs, facts = _metric(c), _costs(c), _facts(c)
     if metric is None:
-        lead = "The runs have no mIoU in common, so none leads"
-        return Headline(
-            lead, [], Grid("Costs", ["", *_COST_HEADS], _cost_rows(c, [*c.groups])), facts
-        )
+        table = _glance(c, "Costs", [*c.groups], {}, costs)
+        return Headline("The runs have no mIoU in common, so none leads", [], table, facts)
     means = {n: 100 * float(np.mean([e.metrics[metric] for e in es])) for n, es in c.groups.items()}
-    ranked = metric in c.draws
-    names = sorted(means, key=lambda name: -means[name]) if ranked else [*means]
-    number = heading_of(metric)
-    if not ranked:
-        lead, sentences = f"Not ranked: {len(names)} groups by {number}", [
-            "Their protocols may differ, so a higher number need not be a better method."
-        ]  # fmt: skip
+    draws, number = c.draws.get(metric), heading_of(metric)
+    names = sorted(means, key=lambda name: -means[name]) if draws else [*means]
+    best = names[0]
+    if draws is None:
+        lead = f"Not ranked: {len(names)} groups by {number}"
+        said = "Their protocols may differ, so a higher number need not be a better method."
     elif len(names) == 1:
-        low, high = c.draws[metric].interval(names[0])
-        lead = f"{names[0]} reaches {means[names[0]]:.1f} %"
-        sentences = [f"{number}; 95 % interval [{100 * low:.1f}, {100 * high:.1f}]."]
+        low, high = draws.interval(best)
+        lead = f"{best} reaches {means[best]:.1f} %"
+        said = f"{number}; 95 % interval [{100 * low:.1f}, {100 * high:.1f}]."
     else:
-        lead, sentences = _who_leads(c, metric, names, means)
-    return Headline(
-        lead, [*sentences, *_cost_sentence(c, names)], _glance(c, metric, names), facts,
-        _chart(c, metric, names, means),
-    )  # fmt: skip
+        lead = f"{best} leads {names[1]} by {means[best] - means[names[1]]:.1f} points"
+        tie = draws.difference(best, names[1]).is_tie
+        lead += ", which may be chance" if tie else ", more than chance"
+        said = f"{number}: {means[best]:.1f} to {means[names[1]]:.1f} %. {_chance(c, draws, names)}"
+    columns = {"mIoU (%)": {n: mean_and_deviation([e.metrics[metric] for e in es], True)
+                            for n, es in c.groups.items()}}  # fmt: skip
+    if draws:
+        others = {n: interval(draws.difference(n, best)) for n in names[1:]}
+        columns["difference to the first [95 %]"] = {best: "reference", **others}
+    table = _glance(c, f"At a glance: {number}", names, columns, costs)
+    chart = _chart(c, metric, names, means)
+    return Headline(lead, [said, *_cost_sentence(best, costs)], table, facts, chart)
 
 
 def _metric(c: Comparison) -> str | None:
@@ -75,79 +80,57 @@ def _metric(c: Comparison) -> str | None:
     return c.primary if c.primary in c.draws else next(ranked, c.primary)
 
 
-def _who_leads(
-    c: Comparison, metric: str, names: Sequence[str], means: Mapping[str, float]
-) -> tuple[str, list[str]]:
-    best, second = names[:2]
-    draws = c.draws[metric]
-    first = f"{heading_of(metric)}: {means[best]:.1f} to {means[second]:.1f} %."
-    found = draws.difference(best, second)
-    words = (
-        f"The 95 % interval of this difference is [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    )
-    chance = f"{words}, which {'holds' if found.is_tie else 'does not hold'} zero."
-    ties = [name for name in names[2:] if draws.difference(best, name).is_tie]
-    if ties:
-        chance += f" No clear difference to {', '.join(ties)} either."
+def _chance(c: Comparison, draws: Draws, names: Sequence[str]) -> str:
+    """Say what the interval between the first two is, and who else is level with the first."""
+    best, found = names[0], draws.difference(*names[:2])
+    ends = f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    zero = "which holds zero" if found.is_tie else "which does not hold zero"
+    said = f"The 95 % interval of the difference is {ends}, {zero}."
+    if ties := [name for name in names[2:] if draws.difference(best, name).is_tie]:
+        said += f" No clear difference to {', '.join(ties)} either."
     if any(len(members) == 1 for members in c.groups.values()):
-        chance += (
-            " Not every group has several seeds: the interval does not hold what seeds change."
-        )
-    lead = f"{best} leads {second} by {means[best] - means[second]:.1f} points"
-    return f"{lead}, {'which may be' if found.is_tie else 'more than'} chance", [first, chance]
+        said += " Not every group has several seeds: the interval does not hold what seeds change."
+    return said
 
 
-_COST_HEADS = ("training, wall hours", "training, GPU hours", "evaluation, s/image", "seeds")
-
-
-def _costs(members: Sequence[Entry]) -> list[str]:
-    """Give the cells of ``_COST_HEADS``."""
-    costs = [e.results.get("cost") or {} for e in members]
-    return [
-        plain_mean([cost.get("train_wall_hours") for cost in costs], 1.0, ".3g"),
-        plain_mean([cost.get("train_gpu_hours") for cost in costs], 1.0, ".3g"),
-        plain_mean([look_up(e.metrics, EVALUATION) for e in members], 1.0, ".3f"),
-        str(len(members)),
-    ]
-
-
-def _cost_rows(c: Comparison, names: Sequence[str]) -> list[tuple[str, list[Cell]]]:
-    return [(name, [Cell(text) for text in _costs(c.groups[name])]) for name in names]
-
-
-def _cost_sentence(c: Comparison, names: Sequence[str]) -> list[str]:
-    """Say what training the first took, and the cheapest, where it is known of all."""
-    for key, unit in (("train_gpu_hours", "GPU hours"), ("train_wall_hours", "hours")):
-        hours = {
-            name: [
-                value for e in es if (value := (e.results.get("cost") or {}).get(key)) is not None
-            ]
-            for name, es in c.groups.items()
+def _costs(c: Comparison) -> dict[str, dict[str, str]]:
+    """Give each cost that some run knows: heading -> group -> mean over its runs."""
+    found = {}
+    for heading, place, path in (
+        ("training, GPU hours", "results", ("cost", "train_gpu_hours")),
+        ("training, wall hours", "results", ("cost", "train_wall_hours")),
+        ("evaluation, s/image", "metrics", EVALUATION),
+    ):
+        means = {
+            name: plain_mean([look_up(getattr(e, place), path) for e in members], 1.0, ".3g")
+            for name, members in c.groups.items()
         }
-        if all(len(hours[name]) == len(es) for name, es in c.groups.items()):
-            means = {name: float(np.mean(values)) for name, values in hours.items()}
-            cheapest = min(means, key=lambda name: means[name])
-            text = f"Cost: training a run of {names[0]} took {means[names[0]]:.3g} {unit}"
-            if cheapest != names[0]:
-                text += f"; the cheapest, {cheapest}, took {means[cheapest]:.3g}"
-            return [f"{text}."]
-    return []
+        if {*means.values()} != {"-"}:
+            found[heading] = means
+    return found
 
 
-def _glance(c: Comparison, metric: str, names: Sequence[str]) -> Grid:
-    """List the groups, the best first, with difference and cost."""
-    ranked = metric in c.draws
-    heads = ["mIoU (%)", *(["difference to the first [95 %]"] if ranked else []), *_COST_HEADS]
-    grid = Grid(f"At a glance: {heading_of(metric)}", ["group", *heads])
-    for name, costs in _cost_rows(c, names):
-        cells = [Cell(mean_and_deviation([e.metrics[metric] for e in c.groups[name]], True))]
-        if ranked:
-            first = name == names[0]
-            cells.append(
-                Cell("reference" if first else interval(c.draws[metric].difference(name, names[0])))
-            )
-        grid.rows.append((name, cells + costs))
-    return grid
+def _cost_sentence(best: str, costs: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Say what training the first took, and the cheapest, where it is known of all."""
+    heading, means = next(iter(costs.items()), ("", {"": "-"}))
+    if "-" in means.values() or not heading.startswith("training"):
+        return []
+    cheapest = min(means, key=lambda name: float(means[name]))
+    said = f"Cost: training a run of {best} took {means[best]} {heading.partition(', ')[2]}"
+    return [f"{said}; the cheapest, {cheapest}, took {means[cheapest]}."]
+
+
+def _glance(
+    c: Comparison,
+    title: str,
+    names: Sequence[str],
+    columns: Mapping[str, Mapping[str, str]],
+    costs: Mapping[str, Mapping[str, str]],
+) -> Grid:
+    """List the groups with their columns, costs and number of seeds."""
+    shown = {**columns, **costs, "seeds": {name: str(len(es)) for name, es in c.groups.items()}}
+    rows = [(name, [Cell(column[name]) for column in shown.values()]) for name in names]
+    return Grid(title, ["group", *shown], rows)
 
 
 def _chart(

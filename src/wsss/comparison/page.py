@@ -77,6 +77,7 @@ def page_of(comparisons: Sequence[Comparison], *, gallery: int) -> str:
         made=f"wsss report, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         contents=contents,
         sections=sections,
+        pictures=any(section["gallery"] and section["gallery"].tables for section in sections),
     )
 
 

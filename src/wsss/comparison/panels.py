@@ -2,10 +2,10 @@
 
 import base64
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -186,55 +186,44 @@ class Pick:
     index: int
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """What lies over an image in the page.
 
     Attributes:
         under: class of the page's style that has the image as its background.
         source: address of the layer, inside the page.
         text: what it shows.
-        score: line below it.
+        label: written below it.
     """
 
     under: str
     source: str
     text: str
-    score: str = ""
+    label: str = ""
 
 
-@dataclass(frozen=True)
-class PictureRow:
-    """An image and what each group says about it."""
+class PictureTable(NamedTuple):
+    """Pictures, one row an image, which comes first."""
 
-    name: str
-    image: Picture
-    cells: list[Picture]
+    title: str
+    header: list[str]
+    rows: list[list[Picture]]
 
 
-@dataclass
-class Gallery:
+class Gallery(NamedTuple):
     """The same images under every group; each image is in the page once, below all its layers.
 
     Attributes:
         notes: why there are no pictures, or none of a group.
-        caption: what the label maps are.
-        heads: groups of the label maps, without the truth.
-        map_heads: groups of the class maps.
         images: (class of the page's style, address) of every image, as it is and faded.
         classes: (name, address of a swatch) of every foreground class.
-        masks: one row an image; the truth comes first.
-        maps: one row an image.
+        tables: label maps, and class maps where some group has any.
     """
 
     notes: list[str]
-    caption: str = ""
-    heads: list[str] = field(default_factory=list)
-    map_heads: list[str] = field(default_factory=list)
-    images: list[tuple[str, str]] = field(default_factory=list)
-    classes: list[tuple[str, str]] = field(default_factory=list)
-    masks: list[PictureRow] = field(default_factory=list)
-    maps: list[PictureRow] = field(default_factory=list)
+    images: list[tuple[str, str]]
+    classes: list[tuple[str, str]]
+    tables: list[PictureTable]
 
 
 def pick_images(scores: NDArray[np.float64], each: int) -> list[Pick]:
@@ -272,68 +261,81 @@ def gallery_of(c: Comparison, each: int, prefix: str) -> Gallery:
         prefix: of the names of its images in the page.
     """
     if c.primary is None:
-        return Gallery(["no pictures: the runs share no mIoU to choose them by"])
+        return Gallery(["no pictures: the runs share no mIoU to choose them by"], [], [], [])
     if not c.same_images:
-        return Gallery(["no pictures: the runs were not evaluated on the same images"])
+        return Gallery(["no pictures: the runs were not evaluated on the same images"], [], [], [])
     members = {name: entries[0] for name, entries in c.groups.items()}
     kind = MIOUS[c.primary][0]
-    scores = np.stack([mean_iou(entry.counts(c.primary)) for entry in members.values()])
+    scores = {name: mean_iou(entry.counts(c.primary)) for name, entry in members.items()}
     images = np.unique(c.entries[0].cells[kind][:, 0])
-    picks = pick_images(scores, each)
+    picks = pick_images(np.stack([*scores.values()]), each)
     indices = [int(images[pick.index]) for pick in picks]
     try:
         dataset = open_dataset(c.entries[0])
     except WSSSError as error:
-        return Gallery([f"no pictures: {error}"])
-    found: dict[str, list[Maps]] = {}
-    gallery = Gallery([], f"Label maps: {MAP_NAMES[kind]}, with the image's own mIoU")
+        return Gallery([f"no pictures: {error}"], [], [], [])
+    found, notes = {}, []
     for name, entry in members.items():
         try:
             found[name] = maps_of(entry, kind, dataset, indices)
         except WSSSError as error:
-            gallery.notes.append(f"{name}: {error}")
-    gallery.heads = list(found)
-    gallery.map_heads = [name for name, maps in found.items() if maps[0].cams is not None]
-    swatches = [np.full((18, 18), number) for number in range(1, len(c.entries[0].classes))]
-    grey = np.full((18, 18, 3), 128, np.uint8)
-    for name, ids in zip(c.entries[0].classes[1:], swatches, strict=True):
-        gallery.classes.append((name, data_uri(overlay(grey, ids))))
-    values = dict(zip(members, scores, strict=True))
+            notes.append(f"{name}: {error}")
+    with_cams = [name for name, maps in found.items() if maps[0].cams is not None]
+    title = f"Label maps: {MAP_NAMES[kind]}, with the image's own mIoU"
+    masks = PictureTable(title, ["image", "truth", *found], [])
+    cams = PictureTable("CAMs of the largest class", ["image", *with_cams], [])
+    tables = [masks, cams] if with_cams else [masks]
+    gallery = Gallery(notes, [], _swatches(c.entries[0].classes), tables)
     for row, (pick, index) in enumerate(zip(picks, indices, strict=True)):
-        said = {name: (maps[row], 100 * values[name][pick.index]) for name, maps in found.items()}
-        _add_rows(gallery, f"{prefix}-{row}", pick, dataset[index], said)
+        item, under = dataset[index], f"{prefix}-{row}"
+        gallery.images.append((under, data_uri(item["rgb"])))
+        gallery.images.append((f"{under}-faded", data_uri(faded(item["rgb"]))))
+        name = f"{pick.reason}: {item['name']}"
+        said = {group: (maps[row], scores[group][pick.index]) for group, maps in found.items()}
+        masks.rows.append(_mask_row(under, name, item["mask"].numpy(), said))
+        if with_cams:
+            cams.rows.append(
+                [masks.rows[-1][0], *_cam_row(under, name, item["mask"].numpy(), said)]
+            )
     return gallery
 
 
-def _add_rows(
-    gallery: Gallery,
-    under: str,
-    pick: Pick,
-    item: Mapping[str, Any],
-    said: Mapping[str, tuple[Maps, float]],
-) -> None:
-    """Add an image: itself, the truth, each group's label map; and each group's class map."""
-    rgb, truth = item["rgb"], item["mask"].numpy()
-    name = f"{pick.reason}: {item['name']}"
-    gallery.images += [(under, data_uri(rgb)), (f"{under}-faded", data_uri(faded(rgb)))]
-    nothing = layer_uri(np.zeros((*truth.shape, 4), np.uint8))
-    image = Picture(under, nothing, name)
+def _swatches(classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Show each foreground class as it looks over mid-grey."""
+    grey = np.full((18, 18, 3), 128, np.uint8)
+    return [
+        (name, data_uri(overlay(grey, np.full((18, 18), number))))
+        for number, name in enumerate(classes)
+        if number > 0
+    ]
 
-    def mask(ids: NDArray[Any], text: str, score: str = "") -> Picture:
-        return Picture(f"{under}-faded", layer_uri(painted(ids)), f"{name}, {text}", score)
 
-    cells = [mask(truth, "truth")]
-    cells += [mask(maps.label, f"{group} {s:.1f}", f"{s:.1f}") for group, (maps, s) in said.items()]
-    gallery.masks.append(PictureRow(name, image, cells))
+def _mask_row(
+    under: str, name: str, truth: NDArray[Any], said: Mapping[str, tuple[Maps, float]]
+) -> list[Picture]:
+    """Show an image: itself, the truth, and each group's label map with its mIoU."""
+    nothing, faint = np.zeros((*truth.shape, 4), np.uint8), f"{under}-faded"
+    row = [Picture(under, layer_uri(nothing), name, name)]
+    row.append(Picture(faint, layer_uri(painted(truth)), f"{name}, truth"))
+    for group, (maps, score) in said.items():
+        label = f"{100 * score:.1f}"
+        text = f"{name}, {group} {label}"
+        row.append(Picture(faint, layer_uri(painted(maps.label)), text, label))
+    return row
+
+
+def _cam_row(
+    under: str, name: str, truth: NDArray[Any], said: Mapping[str, tuple[Maps, float]]
+) -> list[Picture]:
+    """Show each group's class map of the largest class of an image."""
     areas = np.bincount(truth[(truth > 0) & (truth < 255)], minlength=2)
     main = max(int(areas.argmax()) - 1, 0)
-    heats = []
-    for group in gallery.map_heads:
-        cams = said[group][0].cams
-        assert cams is not None  # a group has them of every image, or of none
-        layer = layer_uri(heated(cams[main]), LONGEST_CAM, lossless=False)
-        heats.append(Picture(under, layer, f"{name}, CAM of {group}"))
-    gallery.maps.append(PictureRow(name, image, heats))
+    return [
+        Picture(under, layer_uri(heated(maps.cams[main]), LONGEST_CAM, lossless=False),
+                f"{name}, CAM of {group}")
+        for group, (maps, _) in said.items()
+        if maps.cams is not None
+    ]  # fmt: skip
 
 
 def data_uri(pixels: NDArray[np.uint8]) -> str:

@@ -140,7 +140,8 @@ def _chart(
     draws, points = c.draws.get(metric), []
     for name in names:
         low, high = draws.interval(name) if draws else (0.0, 0.0)
-        points.append(Point(name, means[name], name, low=100 * low, high=100 * high))
+        mean = f"{name}: {means[name]:.1f}"
+        points.append(Point(name, means[name], name, mean, low=100 * low, high=100 * high))
         runs = c.groups[name]
         points += [Point(name, 100 * e.metrics[metric], name) for e in runs if len(runs) > 1]
     title = f"{heading_of(metric)}: mean{', 95 % interval' if draws else ''} and seeds"

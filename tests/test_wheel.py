@@ -41,9 +41,9 @@ def test_installed_wheel_composes_from_the_root_folder(tmp_path: Path) -> None:
     assert "study: toco-minivoc" in job
     code = (
         "import wsss, pathlib; from wsss.data.builtin import minivoc_root;"
-        "from wsss.core.places import PACKAGE; from wsss.comparison.page import TEMPLATE;"
+        "from wsss.core.places import PACKAGE; from wsss.comparison.render import TEMPLATES;"
         "from wsss.cli import VERBS, help_of; assert all(map(help_of, VERBS));"
-        "assert TEMPLATE.is_file(); assert wsss.ToCo.__name__ == 'ToCo';"
+        "assert (TEMPLATES / 'page.css').is_file(); assert wsss.ToCo.__name__ == 'ToCo';"
         "assert (PACKAGE / 'weights' / 'vit_pico.safetensors').is_file();"
         "assert (minivoc_root() / 'VOC2012').is_dir(); print(wsss.__file__)"
     )

@@ -231,6 +231,29 @@ def test_html_and_terminal_show_names_as_they_are() -> None:
         assert text in out.getvalue()
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 300])
+def test_narrow_terminals_shorten_names_and_no_numbers(width: int) -> None:
+    heads = [f"toco-minivoc-ablation-of-losses-{k} (n=3)" for k in range(6)]
+    names = ["CAM seed mIoU, image labels given", "CAM seed mIoU, predicted labels"]
+    rows = [
+        (name, [Cell(f"6{k}.{row} ± 0.{k}") for k in range(6)]) for row, name in enumerate(names)
+    ]
+    out = io.StringIO()
+    print_grids([Grid("t", ["metric", *heads], rows)], Console(file=out, width=width))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    cells = [[text.strip() for text in line.strip("│┃").replace("┃", "│").split("│")]
+             for line in lines if line.startswith(("│", "┃"))]  # fmt: skip
+    shown = [text for row in cells for text in row[1:] if "±" in text]
+    assert sorted(shown) == sorted(cell.text for _, found in rows for cell in found)
+    headings = [text for row in cells if row[0] == "metric" for text in row[1:]]
+    assert len({*headings}) == len(headings) == 6, "names stay different"
+    blocks = len([row for row in cells if row[0] == "metric"])
+    assert len(cells) == 3 * blocks, "no name is broken into lines"
+    if width == 300:
+        assert headings == heads
+
+
 def test_class_names_of_strangers_reach_no_format_as_code(tmp_path: Path) -> None:
     classes = ["background", ATTACK, "=HYPERLINK(1)"]
     runs = [make_run(tmp_path / name, method=name, classes=classes) for name in "AB"]

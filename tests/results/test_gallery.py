@@ -161,6 +161,20 @@ def test_overlay_marks_classes_void_and_outline() -> None:
     assert mask.max() == 255, "inputs are left alone"
 
 
+def test_a_grey_class_is_seen_on_any_grey_picture() -> None:
+    ids = np.zeros((40, 40), np.uint8)
+    ids[8:32, 8:32] = 1
+    palette = [0, 0, 0, 128, 128, 128]
+    for grey in range(0, 256, 8):
+        rgb = np.full((40, 40, 3), grey, np.uint8)
+        inside = overlay(rgb, ids, palette)[10:30, 10:30].astype(int)
+        plain = overlay(rgb, np.zeros_like(ids), palette)[10:30, 10:30].astype(int)
+        differs = np.abs(inside - plain).max(axis=2) > 30
+        assert differs.mean() >= 0.3, grey
+    coloured = overlay(rgb, ids, [0, 0, 0, 128, 0, 0])[10:30, 10:30]
+    assert len(np.unique(coloured.reshape(-1, 3), axis=0)) == 1, "others are plain"
+
+
 def test_heat_is_blue_when_low_and_red_when_high() -> None:
     rgb = np.full((1, 2, 3), 100, np.uint8)
     low, high = heat(rgb, np.array([[0.0, 1.0]], np.float32))[0].astype(int)

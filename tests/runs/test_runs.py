@@ -137,7 +137,7 @@ def test_report_draws_a_run_again_from_its_checkpoint(finished: Path, tmp_path: 
     arguments = [str(finished), f"out={tmp_path}", "gallery=1", "resamples=20"]
     assert _wsss("report", *arguments) == 0
     page = (tmp_path / "index.html").read_text()
-    assert page.count("data:image/jpeg") == 3 * 4, "image, truth, map and CAM of three images"
+    assert page.count("data:image/webp") == 3 * 5, "image twice, truth, map and CAM of three images"
     assert "validation during training: CAM seed" in page
     assert "watching training" in page
 

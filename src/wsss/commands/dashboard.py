@@ -1,4 +1,4 @@
-"""``wsss dashboard``: a study's W&B workspace."""
+"""``wsss dashboard``: a study as a local page, and as a W&B workspace."""
 
 import json
 from dataclasses import dataclass
@@ -6,12 +6,18 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from wsss.comparison.dashboard import SPECIFICATION_FILE, build_workspace, read_study
+from wsss.comparison.dashboard import (
+    SPECIFICATION_FILE,
+    build_workspace,
+    read_runs,
+    read_study,
+)
+from wsss.comparison.local import PAGE_FILE, local_dashboard
 from wsss.core.arguments import parse_arguments
 from wsss.core.files import write_atomically
 from wsss.core.ranges import FolderName
 from wsss.runs.config import LoggerConfig
-from wsss.runs.wandb import has_key
+from wsss.runs.wandb import ID_FILE, has_key
 
 
 @dataclass
@@ -35,6 +41,13 @@ def main(arguments: list[str]) -> int:
     """Run the verb."""
     chosen, _ = parse_arguments(DashboardArguments, arguments)
     folder = Path(chosen.runs_dir) / chosen.study
+    everything = read_runs(folder)
+    page = folder / PAGE_FILE
+    write_atomically(page, local_dashboard(chosen.study, everything).encode())
+    print(page)
+    if not any((run.folder / ID_FILE).is_file() for run in everything):
+        print("no run was logged to W&B (logger=wandb), so there is no workspace beside the page")
+        return 0
     runs = read_study(folder)
     settings = runs[0].config["logger"]
     workspace = build_workspace(

@@ -48,6 +48,11 @@ class Draws:
     observed: Mapping[str, float]
     drawn: Mapping[str, NDArray[np.float64]]
 
+    def interval(self, one: str) -> tuple[float, float]:
+        """Give the 95 % percentile interval of a method's mIoU."""
+        low, high = np.percentile(self.drawn[one], (2.5, 97.5))
+        return float(low), float(high)
+
     def difference(self, one: str, other: str) -> Difference:
         """Give ``one`` minus ``other``, with its 95 % percentile interval."""
         low, high = np.percentile(self.drawn[one] - self.drawn[other], (2.5, 97.5))

@@ -46,6 +46,7 @@ class LoggedRun:
         logged: keys of its history while it trained, such as ``train/ptc_loss``.
         splits: evaluated splits -> their entry in ``results.json``; none before the end.
         final: keys of its summary, such as ``final/val/seg_miou``.
+        cost: what its training cost.
     """
 
     folder: Path
@@ -54,6 +55,22 @@ class LoggedRun:
     logged: list[str]
     splits: Mapping[str, Mapping[str, Any]]
     final: list[str]
+    cost: Mapping[str, Any]
+
+
+def read_runs(folder: Path) -> list[LoggedRun]:
+    """Read all runs of a study, wherever they were logged.
+
+    Raises:
+        WSSSError: there is none.
+    """
+    runs = [_read_run(path.parent) for path in sorted(folder.glob(f"*/{CONFIG_FILE}"))]
+    if not runs:
+        raise WSSSError(
+            f"{folder}: no runs there; give study=NAME and runs_dir=FOLDER as the study was run, "
+            "and logger=wandb then to have its workspace"
+        )
+    return runs
 
 
 def read_study(folder: Path) -> list[LoggedRun]:
@@ -87,6 +104,7 @@ def _read_run(folder: Path) -> LoggedRun:
         sorted(logged_series(folder)),
         results["splits"],
         [f"final/{key}" for key, _ in final],
+        results.get("cost") or {},
     )
 
 

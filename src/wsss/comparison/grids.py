@@ -15,12 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from wsss.comparison.render import render
+
 #: with these a spreadsheet begins a formula, the wide ones in some languages
 FORMULAS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 #: a number with a sign, alone or as `wsss.comparison.tables` writes it; a missing one
 NUMBER = re.compile(
     r"-$|[-+][\d.]+(e[-+]?\d+)?( ± [\d.]+)?( \[[-+]?[\d.]+, [-+]?[\d.]+\]( tie)?)?$"
 )
+NAME, HEADING = 24, 12  # characters that are left of a row's name and of a heading
 TEX = {
     "\\": r"\textbackslash ", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
     "{": r"\{", "}": r"\}", "^": r"\textasciicircum ", "~": r"\textasciitilde ",
@@ -54,20 +57,72 @@ class Grid:
 
 
 def print_grids(grids: Sequence[Grid], console: Console) -> None:
-    """Print tables to a terminal."""
+    """Print tables to a terminal: names are shortened, numbers never; wide tables go on below."""
     for grid in grids:
-        table = Table(title=_shown(grid.title), title_justify="left")
-        table.add_column(_shown(grid.header[0]))
-        for heading in grid.header[1:]:
-            table.add_column(_shown(heading), justify="right")
-        for name, cells in grid.rows:
-            texts = [(_shown(c.text), c.bold) for c in cells]
-            table.add_row(
-                _shown(name), *(f"[bold]{text}[/bold]" if bold else text for text, bold in texts)
-            )
-        console.print(table)
+        heads = [_on_one_line(text) for text in grid.header]
+        names = [_on_one_line(name) for name, _ in grid.rows]
+        needed = [
+            max((len(_on_one_line(cells[k].text)) for _, cells in grid.rows), default=0)
+            for k in range(len(heads) - 1)
+        ]
+        if _width([heads[0], *names], heads[1:], needed) > console.width:
+            heads[1:] = shortened(heads[1:], [max(width, HEADING) for width in needed])
+            spare = console.width - _width([], heads[1:], needed)
+            names = shortened(names, [max(NAME, spare)] * len(names))
+        start = 0
+        while start < len(needed) or start == 0:
+            stop = start + 1
+            while stop < len(needed) and (
+                _width([heads[0], *names], heads[start + 1 : stop + 2], needed[start : stop + 1])
+                <= console.width
+            ):
+                stop += 1
+            title = grid.title if start == 0 else f"{grid.title}, further columns"
+            console.print(_block(grid, title, names, heads, slice(start, stop)))
+            start = stop
         for note in grid.notes:
             console.print(_on_one_line(note), markup=False, highlight=False)
+
+
+def _width(names: Sequence[str], heads: Sequence[str], needed: Sequence[int]) -> int:
+    """Give the width of a table with its borders."""
+    widths = [max(width, len(head)) for width, head in zip(needed, heads, strict=True)]
+    return 1 + sum(width + 3 for width in [max(map(len, names), default=0), *widths])
+
+
+def _block(
+    grid: Grid, title: str, names: Sequence[str], heads: Sequence[str], columns: slice
+) -> Table:
+    """Make a table of some columns of a grid."""
+    table = Table(title=_shown(title), title_justify="left")
+    table.add_column(escape(heads[0]), no_wrap=True)
+    for heading in heads[1:][columns]:
+        table.add_column(escape(heading), justify="right", no_wrap=True)
+    for name, (_, cells) in zip(names, grid.rows, strict=True):
+        texts = [(_shown(c.text), c.bold) for c in cells[columns]]
+        table.add_row(
+            escape(name), *(f"[bold]{text}[/bold]" if bold else text for text, bold in texts)
+        )
+    return table
+
+
+def shortened(texts: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Cut the middle out of texts that are longer than their widths; none becomes another's.
+
+    Args:
+        texts: to shorten.
+        widths: of each, in characters; all grow together where two texts would look alike.
+    """
+    for more in range(max(map(len, texts), default=0) + 1):
+        found = [_cut(text, width + more) for text, width in zip(texts, widths, strict=True)]
+        if len({*found}) == len({*texts}):
+            break
+    return found
+
+
+def _cut(text: str, width: int) -> str:
+    end = (width - 1) // 2
+    return text if len(text) <= width else f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
 
 
 def _shown(text: str) -> str:
@@ -150,25 +205,7 @@ def _tex(text: str) -> str:
 
 def html_tables(grids: Sequence[Grid]) -> str:
     """Write ``<table>`` elements; the page brings the style."""
-    parts = []
-    for grid in grids:
-        head = "".join(f"<th>{html.escape(text)}</th>" for text in grid.header)
-        body = "".join(
-            f"<tr><th>{html.escape(name)}</th>"
-            + "".join(
-                f"<td><b>{html.escape(c.text)}</b></td>" if c.bold
-                else f"<td>{html.escape(c.text)}</td>"
-                for c in cells
-            )
-            + "</tr>"
-            for name, cells in grid.rows
-        )  # fmt: skip
-        notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in grid.notes)
-        parts.append(
-            f"<figure><figcaption>{html.escape(grid.title)}</figcaption><div class=scroll><table>"
-            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{notes}</figure>"
-        )
-    return "\n".join(parts) + "\n"
+    return render("tables.html", grids=grids)
 
 
 #: suffix of a file -> how tables are written into it

@@ -2,10 +2,10 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from wsss.comparison.entries import Entry
+from wsss.comparison.compare import Comparison
+from wsss.comparison.entries import MIOUS, Entry
 from wsss.core.errors import WSSSError
 from wsss.core.files import first_line
 from wsss.core.modes import evaluating
@@ -29,12 +30,16 @@ from wsss.evaluation.inference import (
     resized,
     smoothed_label,
 )
+from wsss.evaluation.per_image import mean_iou
 from wsss.evaluation.protocol import Protocol
 from wsss.maps.pseudo_labels import cam_to_label
+from wsss.results.gallery import faded, heated, overlay, painted
+from wsss.results.store import MAP_NAMES
 from wsss.runs.folder import Run, build_data, load_run
 from wsss.runs.stored import check_stored
 
-LONGEST = 240  # side of a picture in the report, in pixels
+LONGEST = 400  # side of a picture in the report, in pixels
+LONGEST_CAM = 160  # of a heat map, which is smooth
 
 
 @dataclass(frozen=True)
@@ -173,10 +178,181 @@ def _file_of(name: str, folder: Path, suffixes: tuple[str, ...], key: str) -> Pa
         raise WSSSError(f"{folder}: has no file of {name} any more") from error
 
 
+@dataclass(frozen=True)
+class Pick:
+    """An image for the gallery and why it is there."""
+
+    reason: str
+    index: int
+
+
+class Picture(NamedTuple):
+    """What lies over an image in the page.
+
+    Attributes:
+        under: class of the page's style that has the image as its background.
+        source: address of the layer, inside the page.
+        text: what it shows.
+        label: written below it.
+    """
+
+    under: str
+    source: str
+    text: str
+    label: str = ""
+
+
+class PictureTable(NamedTuple):
+    """Pictures, one row an image, which comes first."""
+
+    title: str
+    header: list[str]
+    rows: list[list[Picture]]
+
+
+class Gallery(NamedTuple):
+    """The same images under every group; each image is in the page once, below all its layers.
+
+    Attributes:
+        notes: why there are no pictures, or none of a group.
+        images: (class of the page's style, address) of every image, as it is and faded.
+        classes: (name, address of a swatch) of every foreground class.
+        tables: label maps, and class maps where some group has any.
+    """
+
+    notes: list[str]
+    images: list[tuple[str, str]]
+    classes: list[tuple[str, str]]
+    tables: list[PictureTable]
+
+
+def pick_images(scores: NDArray[np.float64], each: int) -> list[Pick]:
+    """Choose images that are best, in the middle, worst, and most disputed; none twice.
+
+    Args:
+        scores: (groups, N) mIoU of each image.
+        each: how many of each kind.
+    """
+    mean = np.nan_to_num(scores.mean(axis=0))
+    order = np.argsort(mean, kind="stable")
+    start = max(0, len(order) // 2 - each // 2)
+    spread = np.nan_to_num(np.ptp(scores, axis=0))
+    kinds = {
+        "largest disagreement": np.argsort(-spread, kind="stable") if len(scores) > 1 else [],
+        "best": order[::-1],
+        "worst": order,
+        "median": [*order[start:], *order[:start]],
+    }
+    taken: set[int] = set()
+    picks: dict[str, list[Pick]] = {}
+    for reason, candidates in kinds.items():
+        free = [int(i) for i in candidates if int(i) not in taken][:each]
+        taken.update(free)
+        picks[reason] = [Pick(reason, index) for index in free]
+    return [p for r in ("best", "median", "worst", "largest disagreement") for p in picks[r]]
+
+
+def gallery_of(c: Comparison, each: int, prefix: str) -> Gallery:
+    """Draw the chosen images with every group's maps; a group that cannot be computed says why.
+
+    Args:
+        c: the comparison.
+        each: images of each kind.
+        prefix: of the names of its images in the page.
+    """
+    if c.primary is None:
+        return Gallery(["no pictures: the runs share no mIoU to choose them by"], [], [], [])
+    if not c.same_images:
+        return Gallery(["no pictures: the runs were not evaluated on the same images"], [], [], [])
+    members = {name: entries[0] for name, entries in c.groups.items()}
+    kind = MIOUS[c.primary][0]
+    scores = {name: mean_iou(entry.counts(c.primary)) for name, entry in members.items()}
+    images = np.unique(c.entries[0].cells[kind][:, 0])
+    picks = pick_images(np.stack([*scores.values()]), each)
+    indices = [int(images[pick.index]) for pick in picks]
+    try:
+        dataset = open_dataset(c.entries[0])
+    except WSSSError as error:
+        return Gallery([f"no pictures: {error}"], [], [], [])
+    found, notes = {}, []
+    for name, entry in members.items():
+        try:
+            found[name] = maps_of(entry, kind, dataset, indices)
+        except WSSSError as error:
+            notes.append(f"{name}: {error}")
+    with_cams = [name for name, maps in found.items() if maps[0].cams is not None]
+    title = f"Label maps: {MAP_NAMES[kind]}, with the image's own mIoU"
+    masks = PictureTable(title, ["image", "truth", *found], [])
+    cams = PictureTable("CAMs of the largest class", ["image", *with_cams], [])
+    tables = [masks, cams] if with_cams else [masks]
+    gallery = Gallery(notes, [], _swatches(c.entries[0].classes), tables)
+    for row, (pick, index) in enumerate(zip(picks, indices, strict=True)):
+        item, under = dataset[index], f"{prefix}-{row}"
+        gallery.images.append((under, data_uri(item["rgb"])))
+        gallery.images.append((f"{under}-faded", data_uri(faded(item["rgb"]))))
+        name = f"{pick.reason}: {item['name']}"
+        said = {group: (maps[row], scores[group][pick.index]) for group, maps in found.items()}
+        masks.rows.append(_mask_row(under, name, item["mask"].numpy(), said))
+        if with_cams:
+            cams.rows.append(
+                [masks.rows[-1][0], *_cam_row(under, name, item["mask"].numpy(), said)]
+            )
+    return gallery
+
+
+def _swatches(classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Show each foreground class as it looks over mid-grey."""
+    grey = np.full((18, 18, 3), 128, np.uint8)
+    return [
+        (name, data_uri(overlay(grey, np.full((18, 18), number))))
+        for number, name in enumerate(classes)
+        if number > 0
+    ]
+
+
+def _mask_row(
+    under: str, name: str, truth: NDArray[Any], said: Mapping[str, tuple[Maps, float]]
+) -> list[Picture]:
+    """Show an image: itself, the truth, and each group's label map with its mIoU."""
+    nothing, faint = np.zeros((*truth.shape, 4), np.uint8), f"{under}-faded"
+    row = [Picture(under, layer_uri(nothing), name, name)]
+    row.append(Picture(faint, layer_uri(painted(truth)), f"{name}, truth"))
+    for group, (maps, score) in said.items():
+        label = f"{100 * score:.1f}"
+        text = f"{name}, {group} {label}"
+        row.append(Picture(faint, layer_uri(painted(maps.label)), text, label))
+    return row
+
+
+def _cam_row(
+    under: str, name: str, truth: NDArray[Any], said: Mapping[str, tuple[Maps, float]]
+) -> list[Picture]:
+    """Show each group's class map of the largest class of an image."""
+    areas = np.bincount(truth[(truth > 0) & (truth < 255)], minlength=2)
+    main = max(int(areas.argmax()) - 1, 0)
+    return [
+        Picture(under, layer_uri(heated(maps.cams[main]), LONGEST_CAM, lossless=False),
+                f"{name}, CAM of {group}")
+        for group, (maps, _) in said.items()
+        if maps.cams is not None
+    ]  # fmt: skip
+
+
 def data_uri(pixels: NDArray[np.uint8]) -> str:
     """Write a picture as a JPEG inside the page, at most ``LONGEST`` pixels long."""
     image = Image.fromarray(pixels)
     image.thumbnail((LONGEST, LONGEST))
+    return _inside(image, "jpeg", quality=80)
+
+
+def layer_uri(pixels: NDArray[np.uint8], longest: int = LONGEST, *, lossless: bool = True) -> str:
+    """Write (H, W, 4) pixels as a WebP inside the page, at most ``longest`` pixels long."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((longest, longest), Image.Resampling.NEAREST)
+    return _inside(image, "webp", lossless=lossless, quality=60, method=4)
+
+
+def _inside(image: Image.Image, kind: str, **options: Any) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, format=kind.upper(), **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

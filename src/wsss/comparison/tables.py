@@ -15,6 +15,8 @@ COSTS = (
     ("training, GPU hours", "train_gpu_hours", 1.0, ".2f"),
     ("training, peak memory (GiB)", "train_peak_memory_bytes", 2.0**-30, ".2f"),
 )
+#: place of a split's seconds an image
+EVALUATION = ("cost", "seconds_per_image")
 
 
 def tables(comparison: Comparison) -> list[Grid]:
@@ -48,14 +50,18 @@ def _numbers(c: Comparison) -> Grid:
     for heading, key, scale, form in COSTS:
         found = [[(e.results.get("cost") or {}).get(key) for e in es] for es in c.groups.values()]
         if any(value is not None for values in found for value in values):
-            cells = [Cell(_plain_mean(values, scale, form)) for values in found]
+            cells = [Cell(plain_mean(values, scale, form)) for values in found]
             grid.rows.append((heading, cells))
-    spent = [[look_up(e.metrics, ("cost", "seconds_per_image")) for e in es]
-             for es in c.groups.values()]  # fmt: skip
+    spent = [[look_up(e.metrics, EVALUATION) for e in es] for es in c.groups.values()]
     if any(value is not None for values in spent for value in values):
-        cells = [Cell(_plain_mean(values, 1.0, ".3f")) for values in spent]
+        cells = [Cell(plain_mean(values, 1.0, ".3f")) for values in spent]
         grid.rows.append(("evaluation, s/image", cells))
     return grid
+
+
+def heading_of(metric: str) -> str:
+    """Give the words for a key of ``results.json``."""
+    return next(heading for heading, key, _ in ROWS if key == metric).strip()
 
 
 def mean_and_deviation(values: Sequence[float | None], percent: bool) -> str:
@@ -68,7 +74,8 @@ def mean_and_deviation(values: Sequence[float | None], percent: bool) -> str:
     return text if len(known) == 1 else f"{text} ± {scale * np.std(known, ddof=1):.{digits}f}"
 
 
-def _plain_mean(values: Sequence[float | None], scale: float, form: str) -> str:
+def plain_mean(values: Sequence[float | None], scale: float, form: str) -> str:
+    """Write the mean of what is known, ``-`` where nothing is."""
     known = [value for value in values if value is not None]
     return f"{scale * np.mean(known):{form}}" if known else "-"
 
@@ -97,12 +104,13 @@ def _differences(c: Comparison) -> Grid:
             elif name == base:
                 cells.append(Cell("reference"))
             else:
-                cells.append(Cell(_interval(draws.difference(name, base))))
+                cells.append(Cell(interval(draws.difference(name, base))))
         grid.rows.append((heading, cells))
     return grid
 
 
-def _interval(d: Difference) -> str:
+def interval(d: Difference) -> str:
+    """Write a difference in points with its 95 % interval, and whether it is a tie."""
     text = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
     return f"{text} tie" if d.is_tie else text
 
@@ -121,8 +129,7 @@ def _details(c: Comparison, primary: str) -> Grid:
 
 def _per_class(c: Comparison, primary: str) -> Grid:
     """List the IoU of every class, mean over seeds."""
-    heading = next(heading for heading, key, _ in ROWS if key == primary)
-    grid = Grid(f"{heading}: per class (%)", ["class", *c.groups])
+    grid = Grid(f"{heading_of(primary)}: per class (%)", ["class", *c.groups])
     for row, name in enumerate(c.entries[0].classes):
         cells = []
         for members in c.groups.values():

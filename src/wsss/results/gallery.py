@@ -35,6 +35,7 @@ LEGEND_LINE = 24
 LEGEND_ENTRY = 140
 MARGIN = 16
 ROWS_PER_SHEET = 8
+GREY = 32  # a colour whose channels lie closer together is a grey
 INK, FAINT, PAPER = (24, 24, 27), (113, 113, 122), (255, 255, 255)
 Pixels = NDArray[np.uint8]
 
@@ -74,7 +75,7 @@ class Gallery:
 def overlay(
     rgb: Pixels, mask: NDArray[Any], palette: Sequence[int] | None = None, alpha: float = 0.7
 ) -> Pixels:
-    """Colour a label map over its faded image; regions are outlined, 255 is hatched.
+    """Colour a label map over its faded image.
 
     Args:
         rgb: (H, W, 3) uint8.
@@ -85,22 +86,51 @@ def overlay(
     Returns:
         (H, W, 3) uint8.
     """
+    return _laid_over(faded(rgb), painted(mask, palette, alpha))
+
+
+def faded(rgb: Pixels) -> Pixels:
+    """Make an image (H, W, 3) pale and half grey, so that the class colours alone are strong."""
+    colour = rgb.astype(np.float32)
+    pale = 0.3 * colour + 0.35 * colour.mean(axis=2, keepdims=True) + 0.35 * 230
+    return pale.clip(0, 255).astype(np.uint8)
+
+
+def painted(mask: NDArray[Any], palette: Sequence[int] | None = None, alpha: float = 0.7) -> Pixels:
+    """Paint a label map: regions are outlined, grey classes are lined, 255 is hatched.
+
+    Args:
+        mask: (H, W) class ids, 255 where undecided.
+        palette: 3 values a class in one list, as PIL takes it; VOC's colours by default.
+        alpha: opacity of the classes; background has none.
+
+    Returns:
+        (H, W, 4) uint8, to lay over an image.
+    """
     flat = voc_palette() if palette is None else palette
-    colours = np.array(flat, dtype=np.float32).reshape(-1, 3)
+    colours = np.array(flat, dtype=np.uint8).reshape(-1, 3)
     ids = mask.astype(np.int64)
     ignored = ids == IGNORE_INDEX
-    # pale and half grey, so that the class colours alone are strong
-    colour = rgb.astype(np.float32)
-    faded = 0.3 * colour + 0.35 * colour.mean(axis=2, keepdims=True) + 0.35 * 230
-    painted = colours[np.where(ignored, 0, ids)]
-    weight = np.where((ids > 0) & ~ignored, alpha, 0.0)[..., None]
-    result = faded * (1 - weight) + painted * weight
+    shown = np.where(ignored, 0, ids)
+    layer = np.zeros((*ids.shape, 4), np.uint8)
+    layer[..., :3] = colours[shown]
+    layer[shown > 0, 3] = round(255 * alpha)
     rows, columns = np.indices(ids.shape)
-    stripe: NDArray[np.bool_] = np.less((rows + columns) % 8, 4)
-    result[ignored] = np.where(stripe[ignored][:, None], 255.0, 150.0)
-    # some VOC colours are greys and near-blacks: a white outline shows them on any image
-    result[_outline(ids)] = 255.0
-    return result.clip(0, 255).astype(np.uint8)
+    # a grey class would vanish in a grey image
+    is_grey = np.ptp(colours.astype(np.int64), axis=1) < GREY
+    layer[is_grey[shown] & (shown > 0) & (rows % 6 < 2)] = 255
+    stripe = (rows + columns) % 8 < 4
+    layer[ignored & stripe] = 255
+    layer[ignored & ~stripe] = (150, 150, 150, 255)
+    # some VOC colours are near-blacks: a white outline shows them on any image
+    layer[_outline(ids)] = 255
+    return layer
+
+
+def _laid_over(under: Pixels, layer: Pixels) -> Pixels:
+    """Lay (H, W, 4) pixels over an image (H, W, 3)."""
+    weight = layer[..., 3:].astype(np.float32) / 255
+    return (under * (1 - weight) + layer[..., :3] * weight).clip(0, 255).astype(np.uint8)
 
 
 def _outline(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -124,11 +154,16 @@ def heat(rgb: Pixels, values: NDArray[np.float32]) -> Pixels:
     Returns:
         (H, W, 3) uint8.
     """
+    return _laid_over(rgb, heated(values))
+
+
+def heated(values: NDArray[np.float32]) -> Pixels:
+    """Give the jet-like colours (H, W, 4) of a heat map (H, W) in [0, 1], to lay over an image."""
     v = values.clip(0, 1)[..., None]
     # three tents centred on 1, 0.5 and 0: the usual jet without its dark ends
     jet = 255 * np.clip(1.5 - np.abs(4 * v - np.array([3.0, 2.0, 1.0])), 0, 1)
-    weight = 0.25 + 0.4 * v
-    return (rgb * (1 - weight) + jet * weight).clip(0, 255).astype(np.uint8)
+    weight = 255 * (0.25 + 0.4 * v)
+    return np.concatenate([jet, weight], axis=2).astype(np.uint8)
 
 
 def choose_images(labels: NDArray[np.float32], n: int) -> list[int]:

@@ -1,0 +1,100 @@
+"""`wsss dashboard` without a server: the page has what the workspace would have."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from runs_on_disk import make_run
+
+from wsss.cli import main
+from wsss.results.store import RESULTS_FILE
+from wsss.runs.wandb import ID_FILE
+
+ATTACK = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(autouse=True)
+def _no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def add_run(folder: Path, weight: float, seed: int, *, name: str = ATTACK) -> Path:
+    """Add a run of a study that varies one weight, with a log."""
+    run = make_run(folder / f"toco-w{weight}-s{seed}", seed=seed, quality=0.5 + weight)
+    config: dict[str, Any] = {
+        "method": {"_target_": "wsss.methods.toco.ToCo", "ptc_weight": weight},
+        "study": folder.name, "seed": seed, "gallery": 0, "logger": {"project": "wsss"},
+    }  # fmt: skip
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    logs = run / "logs" / "version_0"
+    logs.mkdir(parents=True)
+    (logs / "metrics.csv").write_text(
+        f"step,train/ptc_loss,train/lr,val/seg_miou,train/{name}\n"
+        f"0,{weight},0.1,,5\n10,{weight + seed},0.2,0.5,6\n"
+    )
+    return run
+
+
+def keys_of(specification: Any) -> Iterator[str]:
+    """Every key of a history or summary that a workspace's panels name."""
+    if isinstance(specification, dict):
+        yield from (key for value in specification.values() for key in keys_of(value))
+    elif isinstance(specification, list):
+        yield from (key for value in specification for key in keys_of(value))
+    elif isinstance(specification, str):
+        key = specification.removeprefix("summary:")
+        if key.startswith(("train/", "val/", "final/val/")) and ATTACK not in key:
+            yield key
+
+
+def test_the_local_page_has_the_keys_of_the_workspace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb_workspaces")
+    runs = [add_run(tmp_path / "s", weight, seed) for weight in (0.2, 0.4) for seed in (0, 1)]
+    for run in runs:
+        (run / ID_FILE).write_text(run.name)
+    assert main(["dashboard", "study=s", f"runs_dir={tmp_path}"]) == 0
+    page = (tmp_path / "s" / "dashboard.html").read_text()
+    keys = {*keys_of(json.loads((tmp_path / "s" / "dashboard.json").read_text()))}
+    assert {"train/ptc_loss", "train/lr", "final/val/seg_miou", "val/seg_miou"} <= keys
+    for key in keys:
+        last = key.rpartition("/")[2]
+        shown = "seconds an image" if last == "seconds_per_image" else last
+        assert f">{shown}<" in page or f'"{shown}"' in page or key in page, key
+    for group in ("toco ptc_weight=0.2", "toco ptc_weight=0.4"):
+        assert f"{group}: losses by step" in page, "grouped by what varies, seeds together"
+    assert "CAM threshold curves" in page
+    assert "% of the true class" not in page, "no confusions were stored"
+    assert "http" not in page
+    assert "no W&B key" in capsys.readouterr().out
+
+
+def test_csv_logs_are_enough_and_names_stay_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = add_run(tmp_path / "s", 0.2, 0)
+    unfinished = add_run(tmp_path / "s", 0.2, 1)
+    (unfinished / RESULTS_FILE).unlink()
+    sheets = run / "gallery"
+    sheets.mkdir()
+    (sheets / "sheet_00.png").write_bytes(b"")
+    results = json.loads((run / RESULTS_FILE).read_text())
+    metrics = results["splits"]["val"]
+    metrics["per_class"]["class"] = ["background", ATTACK, "dog"]
+    metrics["confusion"] = {"seed": [[3, 1, 0], [0, 4, 4], [0, 0, 0]]}
+    (run / RESULTS_FILE).write_text(json.dumps(results))
+    assert main(["dashboard", "study=s", f"runs_dir={tmp_path}"]) == 0
+    assert "no run was logged to W&B" in capsys.readouterr().out
+    assert not (tmp_path / "s" / "dashboard.json").exists()
+    page = (tmp_path / "s" / "dashboard.html").read_text()
+    assert page.count("<img") == 1, "the sheet alone"
+    assert 'src="toco-w0.2-s0/gallery/sheet_00.png"' in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert "<td>25.0</td>" in page
+    assert "2 runs" in page

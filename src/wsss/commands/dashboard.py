@@ -6,12 +6,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from wsss.comparison.dashboard import SPECIFICATION_FILE, build_workspace, read_study
 from wsss.core.arguments import parse_arguments
+from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
 from wsss.core.ranges import FolderName
-from wsss.runs.config import LoggerConfig
-from wsss.runs.wandb import has_key
 
 
 @dataclass
@@ -35,6 +33,12 @@ def main(arguments: list[str]) -> int:
     """Run the verb."""
     chosen, _ = parse_arguments(DashboardArguments, arguments)
     folder = Path(chosen.runs_dir) / chosen.study
+    if not folder.is_dir():
+        raise WSSSError(f"{folder}: no such folder; expected runs_dir/study of finished runs")
+    from wsss.comparison.dashboard import SPECIFICATION_FILE, build_workspace, read_study
+    from wsss.runs.config import LoggerConfig
+    from wsss.runs.wandb import has_key
+
     runs = read_study(folder)
     settings = runs[0].config["logger"]
     workspace = build_workspace(

@@ -7,9 +7,7 @@ from omegaconf import MISSING
 
 from wsss.core.arguments import parse_arguments
 from wsss.core.errors import WSSSError
-from wsss.data.images import ImageFolderDataset
-from wsss.runs.folder import load_run
-from wsss.runs.masks import write_masks
+from wsss.runs.line import check_run_line
 
 
 @dataclass
@@ -34,6 +32,13 @@ class PredictArguments:
 def main(arguments: list[str]) -> int:
     """Run the verb."""
     chosen, overrides = parse_arguments(PredictArguments, arguments, passed_on=("eval",))
+    check_run_line(chosen.run, overrides, chosen.device)
+    if not Path(chosen.images).expanduser().exists():
+        raise WSSSError(f"images={chosen.images}: no such file or folder")
+    from wsss.data.images import ImageFolderDataset
+    from wsss.runs.folder import load_run
+    from wsss.runs.masks import write_masks
+
     # no data set is opened here, so a run whose data lies elsewhere still predicts
     run = load_run(chosen.run, overrides, trust=chosen.trust)
     images = ImageFolderDataset(Path(chosen.images))

@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from wsss.core.errors import WSSSError
@@ -34,6 +35,23 @@ class MissingKeyError(WSSSError):
     def key(self) -> str:
         """The dotted key."""
         return str(self).partition(" ")[0]
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Give the resolved configuration as plain dictionaries, lists and numbers.
+
+    Raises:
+        WSSSError: a mandatory value (``???``) is missing, or an interpolation does not resolve.
+    """
+    try:
+        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "a key"
+        if type(error).__name__ == "MissingMandatoryValue":
+            raise WSSSError(f"{key} is missing; give it on the command line: {key}=...") from error
+        raise WSSSError(f"{key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -61,6 +61,9 @@ def run_verb(verb: str, arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print(help_of(verb))
         return 0
+    if "--keys" in arguments:
+        shown: int = importlib.import_module("wsss.commands.keys").main(verb, arguments)
+        return shown
     status: int = importlib.import_module(f"wsss.commands.{VERBS[verb]}").main(arguments)
     return status
 
@@ -70,7 +73,7 @@ def overview() -> str:
     lines = [
         f"wsss {__version__}: weakly-supervised semantic segmentation methods on equal terms",
         "",
-        "usage: wsss VERB [ARGUMENTS]     wsss VERB --help     wsss --version",
+        "usage: wsss VERB [ARGUMENTS]     wsss VERB --help     wsss VERB --keys     wsss --version",
         "",
     ]
     lines += [f"  {verb:10} {help_of(verb).splitlines()[2]}" for verb in VERBS]

@@ -7,6 +7,7 @@ from wsss.core.arguments import parse_arguments
 from wsss.core.errors import WSSSError
 from wsss.core.places import choices
 from wsss.maps.refine.dense_crf import CRF_PRESETS
+from wsss.runs.line import with_folders
 
 #: method -> class that computes its step the official way
 OFFICIAL = {
@@ -55,6 +56,7 @@ class BenchmarkConfig:
         dtype: ``float32``, or ``bfloat16`` autocast.
         seed: of weights, batch and crops.
         out: JSON file to write.
+        config_dir: folder with groups of the user's, such as ``method/NAME.yaml``.
     """
 
     part: str = "step"
@@ -75,6 +77,7 @@ class BenchmarkConfig:
     dtype: str = "float32"
     seed: int = 0
     out: str | None = None
+    config_dir: str | None = None
 
 
 def with_paper_sizes(config: BenchmarkConfig) -> BenchmarkConfig:
@@ -97,6 +100,7 @@ class LoadingArguments:
         repeats: rounds that count; one more goes before.
         seed: of all draws.
         out: JSON file to write.
+        config_dir: folder with groups of the user's, such as ``method/NAME.yaml``.
     """
 
     method: str | None = None
@@ -106,6 +110,7 @@ class LoadingArguments:
     repeats: int = 5
     seed: int = 0
     out: str | None = None
+    config_dir: str | None = None
 
 
 @dataclass
@@ -166,9 +171,10 @@ def parse(arguments: Sequence[str]) -> BenchmarkConfig:
     for key, allowed in CHOICES.items():
         if getattr(config, key) not in allowed:
             raise WSSSError(f"{key}={getattr(config, key)}: expected {' or '.join(allowed)}")
-    if config.part == "step" and config.method not in choices("method"):
+    known = known_methods(config.config_dir)
+    if config.part == "step" and config.method not in known:
         given = f"method={config.method}" if config.method else "method is missing"
-        raise WSSSError(f"{given}: expected {' or '.join(choices('method'))}")
+        raise WSSSError(f"{given}: expected {' or '.join(known)}")
     for key, least in LEAST.items():
         value = getattr(config, key)
         if value is not None and value < least:
@@ -188,7 +194,7 @@ def parse_loading(arguments: Sequence[str]) -> LoadingArguments:
         WSSSError: no KEY=VALUE, unknown key, wrong type, no such method, a number below 1.
     """
     chosen, _ = parse_arguments(LoadingArguments, arguments)
-    known = choices("method")
+    known = known_methods(chosen.config_dir)
     if chosen.method is not None and chosen.method not in known:
         raise WSSSError(f"method={chosen.method}: expected one of {', '.join(known)}")
     for key in ("image_size", "count", "repeats"):
@@ -209,3 +215,13 @@ def parse_pce(arguments: Sequence[str]) -> PCEArguments:
     if min(config.repeats, config.batch_size, config.width, config.num_classes) < 1:
         raise WSSSError("repeats, batch_size, width and num_classes must be at least 1")
     return config
+
+
+def known_methods(config_dir: str | None) -> list[str]:
+    """Give the names of the methods, those of a folder of the user's among them."""
+    return choices("method", *([config_dir] if config_dir else []))
+
+
+def with_config_dir(overrides: list[str], config_dir: str | None) -> list[str]:
+    """Let a composition look into a folder of the user's."""
+    return with_folders(overrides, [config_dir] if config_dir else [])

@@ -26,12 +26,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from wsss.benchmark.arguments import LoadingArguments, parse_loading
+from wsss.benchmark.arguments import LoadingArguments, known_methods, parse_loading, with_config_dir
 from wsss.benchmark.plain_views import PLAIN
 from wsss.benchmark.report import figures_file, write_figures
 from wsss.benchmark.runner import REQUIRED
 from wsss.core.errors import WSSSError
-from wsss.core.places import choices
 from wsss.data.builtin import minivoc_root
 from wsss.data.dataset import ImageDataset, Sample
 from wsss.data.images import ImageFolderDataset
@@ -43,7 +42,8 @@ VOC_SIZE = (500, 375)  # width x height of most of VOC's images
 
 def main(arguments: list[str]) -> int:
     """Run the part: time every method's pipeline, print, write ``out``."""
-    chosen, known = parse_loading(arguments), choices("method")
+    chosen = parse_loading(arguments)
+    known = known_methods(chosen.config_dir)
     out = figures_file(chosen.out)
     results = []
     with _pictures(chosen) as paths, _one_thread():
@@ -99,15 +99,18 @@ def time_method(method: str, paths: Sequence[Path], chosen: LoadingArguments) ->
     """
     # local views keep their share of the crop, or small crops would be refused
     config = compose_run(
-        [
-            f"method={method}",
-            "data=voc",
-            "data.root=unset",
-            "backbone.weights=random",
-            f"budget.crop_size={chosen.image_size}",
-            f"budget.local_size={max(1, chosen.image_size * 96 // 448)}",
-            *REQUIRED.get(method, []),
-        ]
+        with_config_dir(
+            [
+                f"method={method}",
+                "data=voc",
+                "data.root=unset",
+                "backbone.weights=random",
+                f"budget.crop_size={chosen.image_size}",
+                f"budget.local_size={max(1, chosen.image_size * 96 // 448)}",
+                *REQUIRED.get(method, []),
+            ],
+            chosen.config_dir,
+        )
     )
     transform = build(config["data"]["train_transform"])
     if "mask" in inspect.signature(transform).parameters:

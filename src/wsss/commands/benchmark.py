@@ -5,6 +5,7 @@ from dataclasses import asdict
 from rich.console import Console
 
 from wsss.benchmark.arguments import OFFICIAL, parse, parse_loading, parse_pce
+from wsss.runs.line import take_folders
 
 
 def main(arguments: list[str]) -> int:
@@ -13,6 +14,8 @@ def main(arguments: list[str]) -> int:
     Raises:
         WSSSError: unknown key or choice, wrong type, unwritable file, a side out of memory.
     """
+    arguments, folders = take_folders(arguments)
+    arguments = [*arguments, *(f"config_dir={folder}" for folder in folders)]
     rest = [one for one in arguments if one not in ("part=data", "part=pce")]
     if "part=data" in arguments:
         parse_loading(rest)

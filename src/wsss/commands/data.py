@@ -14,7 +14,14 @@ from rich.table import Table
 from wsss.core.arguments import parse_arguments
 from wsss.core.errors import WSSSError
 from wsss.core.schema import plain
-from wsss.runs.line import SEARCH_PATH, check_paths, compose_line, quoted
+from wsss.runs.line import (
+    SEARCH_PATH,
+    check_paths,
+    compose_line,
+    quoted,
+    take_folders,
+    with_folders,
+)
 
 if TYPE_CHECKING:
     from wsss.data.doctor import Report
@@ -111,7 +118,8 @@ def run_prepare_coco(arguments: list[str]) -> int:
 def run_check(arguments: list[str]) -> int:
     """Look a data set over; the exit status is 1 where there is an error."""
     fast = "--fast" in arguments
-    overrides = []
+    arguments, folders = take_folders(arguments)
+    overrides = with_folders([], folders)
     for argument in arguments:
         key, equals, _ = argument.partition("=")
         if argument == "--fast":

@@ -10,7 +10,7 @@ from wsss.core.arguments import parse_arguments
 from wsss.core.errors import WSSSError
 from wsss.core.ranges import Seed
 from wsss.evaluation.protocol import LABEL_MAPS
-from wsss.runs.line import check_device, check_run_line, compose_line
+from wsss.runs.line import check_device, check_run_line, compose_line, take_folders, with_folders
 
 
 @dataclass
@@ -55,9 +55,11 @@ OF_FOLDERS = ("name", "supervision", "seed", "kind", "first_class")
 
 def main(arguments: list[str]) -> int:
     """Run the verb."""
+    arguments, folders = take_folders(arguments)
     chosen, overrides = parse_arguments(
-        EvalArguments, arguments, passed_on=("eval", "data", "gallery")
+        EvalArguments, arguments, passed_on=("eval", "data", "gallery", "hydra")
     )
+    overrides = with_folders(overrides, folders)
     _check(chosen)
     if chosen.run is not None:
         check_run_line(chosen.run, overrides, chosen.device)

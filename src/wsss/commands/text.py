@@ -13,7 +13,7 @@ from wsss.core.places import choices, config_root
 from wsss.core.ranges import Some
 from wsss.core.schema import check_fields, check_node, nearest, parameters_of, plain
 from wsss.models.text import check_ending, write_text_features
-from wsss.runs.line import compose_line
+from wsss.runs.line import compose_line, take_folders, with_folders
 
 
 @dataclass
@@ -59,7 +59,9 @@ class Wording:
 
 def main(arguments: list[str]) -> int:
     """Run the verb."""
-    chosen, overrides = parse_arguments(TextArguments, arguments, passed_on=("data",))
+    arguments, folders = take_folders(arguments)
+    chosen, overrides = parse_arguments(TextArguments, arguments, passed_on=("data", "hydra"))
+    overrides = with_folders(overrides, folders)
     out = Path(chosen.out).expanduser()
     check_ending(out)
     name, class_names = _classes(overrides)

@@ -23,6 +23,7 @@ from wsss.runs.line import (
     of_jobs,
     quoted,
     sweep_jobs,
+    take_folders,
     with_folders,
 )
 from wsss.training.sweeps import (
@@ -62,8 +63,8 @@ def main(arguments: list[str]) -> int:
 def _check(lines: list[list[str]]) -> list[dict[str, Any]]:
     """Compose and check every job: first what needs no torch, of all of them."""
     configs = [compose_line(overrides) for overrides in lines]
-    for config in configs:
-        check_paths(plain(config))
+    if len(configs) == 1:  # of a sweep each job says it, and the others go on
+        check_paths(plain(configs[0]))
     from wsss.runs.config import check_config
 
     for config in configs:
@@ -148,16 +149,16 @@ def read_line(arguments: list[str]) -> tuple[list[str], list[str]]:
     parser.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
     parser.add_argument("-p", "--package")
     parser.add_argument("-i", "--info", nargs="?", const="all", choices=INFO)
-    parser.add_argument("-cd", "--config-dir", action="append", default=[])
     parser.add_argument("--resolve", action="store_true")
     parser.add_argument("--hydra-help", action="store_true")
+    arguments, folders = take_folders(arguments)
     read = parser.parse_intermixed_args(_values_first(arguments))
     switches = ("multirun", "resolve", "hydra_help")
     flags = [f"--{name.replace('_', '-')}" for name in switches if getattr(read, name)]
     for name in ("cfg", "package", "info"):
         if getattr(read, name) is not None:
             flags += [f"--{name}", getattr(read, name)]
-    return canonical(with_folders(read.overrides, read.config_dir)), flags
+    return canonical(with_folders(read.overrides, folders)), flags
 
 
 def _values_first(arguments: list[str]) -> list[str]:

@@ -249,7 +249,7 @@ class Source:
         """Give the comment behind a field, else the comment lines right above it."""
         last = (statement.end_lineno or statement.lineno) - 1
         behind = self.lines[last].encode()[statement.end_col_offset or 0 :].decode()
-        if "#" in behind:
+        if "#" in behind and "# type:" not in behind:
             return behind.partition("#")[2].strip()
         above: list[str] = []
         for line in reversed(self.lines[: statement.lineno - 1]):

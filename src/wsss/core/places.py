@@ -10,8 +10,9 @@ from pathlib import Path
 from wsss.core.errors import WSSSError
 
 PACKAGE = Path(__file__).parents[1]
-#: an installed package declares its methods here, as ``name = "package.module:Class"``
-ENTRY_POINTS = "wsss.methods"
+#: an installed package declares its methods and its training views here, as
+#: ``name = "package.module:Class"``
+ENTRY_POINTS = ("wsss.methods", "wsss.views")
 
 
 def config_root() -> Path:
@@ -28,15 +29,15 @@ def config_root() -> Path:
     raise WSSSError(f"no conf/train.yaml beside {PACKAGE}: the installation is incomplete")
 
 
-def declared_methods() -> tuple[EntryPoint, ...]:
-    """Give what installed packages declare as their methods; none of it is imported."""
-    return tuple(entry_points(group=ENTRY_POINTS))
+def declared_classes() -> list[EntryPoint]:
+    """Give the classes that installed packages declare; none of them is imported."""
+    return [point for group in ENTRY_POINTS for point in entry_points(group=group)]
 
 
 def declared_folders() -> list[Path]:
-    """Find the ``conf`` folders of the packages that declare methods."""
+    """Find the ``conf`` folders of the packages that declare classes."""
     folders: dict[Path, None] = {}
-    for package in sorted({point.module.split(".")[0] for point in declared_methods()}):
+    for package in sorted({point.module.split(".")[0] for point in declared_classes()}):
         spec = importlib.util.find_spec(package)
         for place in (spec and spec.submodule_search_locations) or ():
             if (folder := Path(place) / "conf").is_dir():
@@ -44,7 +45,12 @@ def declared_folders() -> list[Path]:
     return list(folders)
 
 
-def choices(group: str) -> list[str]:
-    """Give the names of the files of a group of ``conf/``, such as ``method``."""
-    folders = (config_root() / "conf", *declared_folders())
+def choices(group: str, *further: Path | str) -> list[str]:
+    """Give the names of the files of a group of ``conf/``, such as ``method``.
+
+    Args:
+        group: the folder's name.
+        further: folders of the user's that have groups too.
+    """
+    folders = (config_root() / "conf", *declared_folders(), *map(Path, further))
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})

@@ -275,6 +275,24 @@ def _named(annotation: Any) -> str:
     return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
 
 
+def type_in_words(annotation: Any) -> str:
+    """Name a type with its range: ``float > 0``, ``int >= 1 and <= 1000 or null``."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_in_words(one) for one in inner)
+    if origin is typing.Annotated:
+        limits = [
+            f"{sign} {getattr(one, name)}"
+            for one in annotation.__metadata__
+            for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+            if hasattr(one, name)
+        ]
+        return f"{type_in_words(inner[0])} {' and '.join(limits)}".strip()
+    if annotation is Any:
+        return "any"
+    return _named(annotation)
+
+
 def check_names(cls: type, given: Iterable[str], path: str) -> None:
     """Raise WSSSError where an argument is no field of a dataclass, with the nearest one.
 

@@ -171,11 +171,13 @@ class TrainConfig:
     eval: Protocol
     logger: LoggerConfig
     budget: Budget
-    study: FolderName
-    seed: Seed
-    runs_dir: Path
-    gallery: Pictures
+    study: FolderName  # first folder below runs_dir; groups runs that belong together
+    seed: Seed  # of weights, order and augmentation
+    runs_dir: Path  # where runs lie, relative to where the command is run
+    gallery: Pictures  # images on the gallery sheets; 0: none
+    # number of data.val_split that a sweeper such as Optuna works on
     objective: one_of(NUMBERS) = "seed_miou"  # type: ignore[valid-type]
+    # what is trained on this run's pseudo labels; see experiments/minivoc/second_stage.yaml
     second_stage: Mapping[str, Any] | None = None
 
 

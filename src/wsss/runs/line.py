@@ -124,6 +124,21 @@ def check_device(name: str) -> None:
         raise WSSSError(f"device={name}: expected auto, cpu, cuda or cuda:N")
 
 
+def compose_open(overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose a configuration that may lack values (``???``), to look at it.
+
+    Raises:
+        WSSSError: an unknown group or key.
+    """
+    composed = _compose(overrides, "train")
+    try:
+        content = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException:  # one that refers to a missing value
+        content = OmegaConf.to_container(composed)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
 def canonical(overrides: Sequence[str]) -> list[str]:
     """Write ``experiment=NAME`` as ``+experiments=NAME``, and add where groups are looked for.
 
@@ -142,19 +157,30 @@ def canonical(overrides: Sequence[str]) -> list[str]:
 
 
 def with_folders(overrides: Sequence[str], folders: Sequence[str]) -> list[str]:
-    """Add folders of ``--config-dir`` to the search path, behind what ``hydra.searchpath=`` says.
-
-    Raises:
-        WSSSError: there is no such folder.
-    """
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise WSSSError(f"--config-dir {folder}: there is no such folder")
+    """Add folders of ``--config-dir`` to the search path, behind those of ``hydra.searchpath=``."""
     if not folders:
         return list(overrides)
     places = [*_given_places(overrides), *(f"file://{Path(f).absolute()}" for f in folders)]
     rest = [one for one in overrides if not one.startswith(f"{SEARCH_PATH}=")]
     return [*rest, f"{SEARCH_PATH}=[{','.join(map(quoted, places))}]"]
+
+
+def take_folders(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take ``--config-dir DIR`` out of a line; give what is left, and the folders.
+
+    Raises:
+        WSSSError: no folder follows, or there is none.
+    """
+    rest, folders, given = [], [], iter(arguments)
+    for one in given:
+        flag, equals, value = one.partition("=")
+        if flag not in ("--config-dir", "-cd"):
+            rest.append(one)
+            continue
+        folders.append(value if equals else next(given, ""))
+        if not Path(folders[-1] or "\0").is_dir():
+            raise WSSSError(f"--config-dir {folders[-1]}: there is no such folder")
+    return rest, folders
 
 
 def of_jobs(overrides: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from wsss.core.devices import choose_device
 from wsss.core.files import make_writable
 from wsss.core.lock import lock
 from wsss.core.ranks import is_first_process
+from wsss.core.schema import targets
 from wsss.runs.compose import compose_run
 from wsss.runs.config import checked_config, second_stage_config
 from wsss.runs.folder import load_run
@@ -48,7 +49,9 @@ def train(config: Mapping[str, Any] | Sequence[str]) -> Path:
     if not settings.get("second_stage"):
         return folder
     second = settings["second_stage"]
-    first = load_run(folder).to(_device(settings))
+    # what the line named is not a stranger's
+    trusted = [node["_target_"].split(".")[0] for _, node in targets(settings)]
+    first = load_run(folder, trust=trusted).to(_device(settings))
     walk = trained_walk(first, second["random_walk"]) if second.get("refine") else None
     labels = write_pseudo_labels(first, source=second.get("source", "cam"), walk=walk)
     return _train_run(second_stage_config(settings, str(labels)))

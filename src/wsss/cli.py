@@ -33,6 +33,8 @@ VERBS = {
     "convert": "convert",
     "benchmark": "benchmark",
 }
+#: asks for the completion of a shell, before or behind a verb
+COMPLETION = ("-sc", "--shell-completion")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     verb, rest = arguments[0], arguments[1:]
+    if verb in COMPLETION or (rest[:1] and rest[0] in COMPLETION):
+        given = [one for one in arguments if "=" in one]
+        completion = importlib.import_module("wsss.commands.completion")
+        return exit_status_of(verb, lambda: int(completion.main(given, list(VERBS))))
     return exit_status_of(verb, lambda: run_verb(verb, rest))
 
 

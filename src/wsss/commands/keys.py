@@ -9,7 +9,7 @@ from rich.table import Table
 from wsss.core.declarations import declared
 from wsss.core.errors import WSSSError
 from wsss.runs.keys import Key, keys_of_class, keys_of_run
-from wsss.runs.line import compose_open
+from wsss.runs.line import compose_open, take_folders, with_folders
 
 #: verb -> the dataclass of its arguments, and the groups of a run's configuration that it takes too
 ARGUMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -42,8 +42,13 @@ def main(verb: str, arguments: Sequence[str]) -> int:
     Raises:
         WSSSError: the verb takes no keys, or none holds the word.
     """
+    arguments, folders = take_folders(arguments)
     rest, word = _without_flag(arguments)
-    keys = [key for key in _keys(verb, rest) if word in key.name or word in key.meaning.lower()]
+    keys = [
+        key
+        for key in _keys(verb, with_folders(rest, folders))
+        if word in key.name or word in key.meaning.lower()
+    ]
     if not keys:
         raise WSSSError(f"no key of wsss {verb} holds {word!r}")
     show(keys)

@@ -20,6 +20,7 @@ from wsss.runs.line import (
     canonical,
     check_paths,
     compose_line,
+    compose_open,
     of_jobs,
     quoted,
     sweep_jobs,
@@ -49,6 +50,8 @@ def main(arguments: list[str]) -> int:
     """
     overrides, flags = read_line(arguments)
     if any(flag in flags for flag in SHOWING):
+        if "--multirun" not in flags:
+            compose_open(overrides)  # what is wrong with it, in one line
         _run_hydra(_nothing, overrides, flags)
         return 0
     if "--multirun" in flags:

@@ -38,7 +38,9 @@ PAGES += sorted((PROJECT / "docs").rglob("*.md")) + sorted((PROJECT / "experimen
 FENCE = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`(wsss [^`]+)`(?!`)")
 # shapes of commands, not commands
-SHAPE = re.compile(r"\.\.\.|\bVERB\b|\bMETHOD\b|\||\btoy\b|--help")
+SHAPE = re.compile(
+    r"\.\.\.|\bVERB\b|\bMETHOD\b|\||\btoy\b|--help|--keys|--config-dir|-sc\b|\bown\b"
+)
 
 
 def commands() -> list[str]:

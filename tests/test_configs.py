@@ -11,12 +11,14 @@ from wsss.comparison.protocols import MEASURING
 from wsss.core import places
 from wsss.core.errors import WSSSError
 from wsss.core.places import config_root
+from wsss.core.schema import plain
 from wsss.core.supervision import PIXEL_MASKS
 from wsss.data.prepare.coco import COCO_CLASSES
 from wsss.evaluation.protocol import Protocol
-from wsss.runs.compose import compose_config, sweep_jobs
-from wsss.runs.config import check_config, config_hash, override_config, plain, second_stage_config
+from wsss.runs.compose import compose_config
+from wsss.runs.config import check_config, config_hash, override_config, second_stage_config
 from wsss.runs.folder import build_data, build_module
+from wsss.runs.line import sweep_jobs
 
 ROOT = config_root()
 EXPERIMENTS = sorted(

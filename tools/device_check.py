@@ -40,9 +40,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from wsss.benchmark.arguments import BenchmarkConfig
 from wsss.benchmark.crf import compare_crfs, scenes
 from wsss.benchmark.runner import Side, TimedSide, make_batch
-from wsss.benchmark.steps import BenchmarkConfig, groups
+from wsss.benchmark.steps import groups
 from wsss.core.devices import choose_device
 from wsss.core.errors import WSSSError
 from wsss.core.files import first_line, write_atomically

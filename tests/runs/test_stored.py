@@ -15,10 +15,10 @@ import torch
 
 from wsss.cli import main
 from wsss.core.errors import WSSSError
+from wsss.core.schema import plain
 from wsss.data.views.tkp_pcl import SquareViews
 from wsss.methods.toco import ToCo
 from wsss.runs.compose import compose_config
-from wsss.runs.config import plain
 from wsss.runs.folder import load_run
 from wsss.runs.stored import check_stored
 from wsss.runs.targets import with_current_targets

@@ -16,6 +16,7 @@ from small_runs import PLAIN, SMALL
 from wsss.cli import main
 from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256
+from wsss.core.schema import plain
 from wsss.core.supervision import PIXEL_MASKS
 from wsss.data.images import read_mask
 from wsss.data.train_masks import CARD_FILE
@@ -27,9 +28,10 @@ from wsss.maps.refine.random_walk import walked_maps
 from wsss.methods.affinity_net import AffinityNet
 from wsss.models.backbone import WeightsInfo
 from wsss.models.weights import save_atomically
-from wsss.runs.compose import compose_run, compose_walk
-from wsss.runs.config import check_refinement, check_walk, override_config, plain
+from wsss.runs.compose import compose_run
+from wsss.runs.config import check_refinement, check_walk, override_config
 from wsss.runs.folder import Run, build_module, load_run
+from wsss.runs.line import compose_walk
 from wsss.runs.random_walk import RandomWalk, supervision_with
 from wsss.runs.stored import check_stored
 from wsss.training.random_walk import trained_walk

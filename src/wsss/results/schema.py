@@ -6,7 +6,7 @@ from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 
 from wsss.core.records import Record
-from wsss.evaluation.tally import LABEL_MAPS
+from wsss.evaluation.protocol import LABEL_MAPS
 
 SCHEMA = 1
 # null where a number does not exist; no count, hour or byte is beyond the bounds

@@ -50,9 +50,9 @@ def train(config: Mapping[str, Any] | Sequence[str]) -> Path:
     if not settings.get("second_stage") or not finished:
         return folder
     second = settings["second_stage"]
-    # the classes that the user's own configuration names
-    trust = [node["_target_"].partition(".")[0] for _, node in targets(settings)]
-    first = load_run(folder, trust=trust).to(_device(settings))
+    # what the line named is not a stranger's
+    trusted = [node["_target_"].split(".")[0] for _, node in targets(settings)]
+    first = load_run(folder, trust=trusted).to(_device(settings))
     walk = trained_walk(first, second["random_walk"]) if second.get("refine") else None
     labels = write_pseudo_labels(first, source=second.get("source", "cam"), walk=walk)
     folder, _ = _train_run(second_stage_config(settings, str(labels)))

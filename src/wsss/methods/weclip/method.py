@@ -73,12 +73,12 @@ class WeCLIPSettings(Settings):
     # decoder
     decoder_channels: Width = 256  # d
     decoder_layers: Layers = 3  # blocks of its transformer
-    decoder_heads: Layers = 8
+    decoder_heads: Layers = 8  # of attention in each block
     dropout: Fraction = 0.1  # of channels of the fused features
 
     # losses
     radius: Width = 8  # patches between which affinity is learned
-    aff_weight: NotNegative = 0.1
+    aff_weight: NotNegative = 0.1  # of the affinity loss
 
 
 class WeCLIP(WSSSModule):

@@ -149,7 +149,8 @@ def test_overlays_of_minivoc_are_evaluated_alike() -> None:
 @pytest.mark.parametrize("group", ["backbone", "trainer", "logger", "callbacks", "eval"])
 def test_every_choice_of_a_group_composes(group: str) -> None:
     for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
-        compose_config([f"{group}={path.stem}", "data.root=unset"])
+        # early stopping needs a declared holdout
+        compose_config([f"{group}={path.stem}", "data.root=unset", "eval.holdout_per_class=5"])
 
 
 def test_hash_ignores_where_a_run_lies_and_nothing_else() -> None:

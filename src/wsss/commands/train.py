@@ -16,7 +16,13 @@ from wsss.core.failures import JOB_STEM, exit_status_of
 from wsss.core.places import config_root
 from wsss.core.ranks import is_first_process
 from wsss.results.store import RESULTS_FILE, read_results
-from wsss.runs.compose import compose_config, quoted, sweep_jobs, with_search_path
+from wsss.runs.compose import (
+    compose_config,
+    quoted,
+    sweep_jobs,
+    with_dependents,
+    with_search_path,
+)
 from wsss.runs.config import plain
 from wsss.training.parallel import naming_lost_processes
 from wsss.training.run import train
@@ -38,7 +44,7 @@ def main(arguments: list[str]) -> int:
     if "--multirun" in flags:
         return _sweep(overrides, flags)
     end_with_sweep()
-    compose_config(overrides)
+    overrides = with_dependents(overrides)
     job = Job()
     _run_hydra(job, overrides, flags)
     return max(job.statuses, default=0)
@@ -84,6 +90,7 @@ class Job:
             # DDP starts its other processes from here
             sys.argv = [__file__, *with_search_path(list(hydra.overrides.task))]
             sys.modules["__main__"].__spec__ = None
+            config = compose_config(list(hydra.overrides.task))  # with what follows from a name
         status, value = _run_job(config)
         self.statuses.append(status)
         if is_first_process():

@@ -12,14 +12,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from wsss.core.errors import WSSSError
 from wsss.core.failures import one_line
 from wsss.core.places import config_root
 from wsss.core.schema import nearest, nearest_key
-from wsss.runs.config import check_config, plain
+from wsss.runs.config import DERIVED, check_config, plain
+from wsss.runs.encoders import SOURCE, dependents
 
 #: chooses an overlay beside the one that holds a sweep over overlays
 OVERLAY = "+experiments@_global_"
@@ -34,10 +35,24 @@ def compose_config(overrides: Sequence[str], config_name: str = "train") -> Dict
         WSSSError: unknown group or key, missing value, wrong type, with the nearest valid key; an
             overlay that only sweeps over others.
     """
+    return _compose_checked(overrides, config_name)[0]
+
+
+def with_dependents(overrides: Sequence[str]) -> list[str]:
+    """Give overrides of ``wsss train`` with those that follow from the name of an encoder.
+
+    Raises:
+        WSSSError: as of :func:`compose_config`.
+    """
+    return _compose_checked(overrides, "train")[1]
+
+
+def _compose_checked(overrides: Sequence[str], config_name: str) -> tuple[DictConfig, list[str]]:
     _refuse_bare_sweeps(overrides)
-    config = _compose(overrides, config_name)
+    further: list[str] = []
+    config = _compose(overrides, config_name, further=further)
     check_config(config)
-    return config
+    return config, [*overrides, *further]
 
 
 def _refuse_bare_sweeps(overrides: Sequence[str]) -> None:
@@ -55,15 +70,27 @@ def _refuse_bare_sweeps(overrides: Sequence[str]) -> None:
 
 
 def _compose(
-    overrides: Sequence[str], config_name: str, *, return_hydra_config: bool = False
+    overrides: Sequence[str],
+    config_name: str,
+    *,
+    return_hydra_config: bool = False,
+    further: list[str] | None = None,
 ) -> DictConfig:
+    """Compose; what follows from an encoder's name is added to ``further`` where that is given."""
     GlobalHydra.instance().clear()
     root = config_root()
     try:
         with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            return compose(
-                config_name, with_search_path(overrides), return_hydra_config=return_hydra_config
-            )
+            lines = with_search_path(overrides)
+            config = compose(config_name, lines, return_hydra_config=True)
+            if added := dependents(config, overrides):
+                config = compose(config_name, [*lines, *added], return_hydra_config=True)
+                if further is not None:
+                    further += added
+            if not return_hydra_config:
+                with open_dict(config):
+                    del config["hydra"]
+            return config
     except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
         path = root / "conf" / f"{config_name}.yaml"
         raise WSSSError(_one_line(error, path, overrides)) from error
@@ -126,10 +153,10 @@ def quoted(value: str) -> str:
 
 
 def with_search_path(overrides: Sequence[str]) -> list[str]:
-    """Add where ``+experiments=toco/voc`` is looked for: the folder beside ``conf/``."""
+    """Add where overlays are looked for, the folder beside ``conf/``, and encoders by name."""
     if any(override.startswith("hydra.searchpath=") for override in overrides):
         return list(overrides)
-    return [*overrides, f"hydra.searchpath=[file://{config_root()}]"]
+    return [*overrides, f"hydra.searchpath=[file://{config_root()},{SOURCE}]"]
 
 
 def _unquoted(overrides: Sequence[str]) -> str:
@@ -157,6 +184,8 @@ def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
         return text
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
+        if match[1].endswith("backbone.pretraining"):
+            return f"{match[1].removesuffix('pretraining')}{DERIVED}"
         # what the others give: another method has other keys; the defaults where an overlay errs
         rest = [override for override in overrides if override.split("=")[0] != match[1]]
         config = _compose(rest if len(rest) < len(overrides) else [], path.stem)

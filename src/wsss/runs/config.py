@@ -49,7 +49,7 @@ from wsss.maps.refine.random_walk import WalkSettings
 from wsss.models.backbone import Backbone, check_overrides
 from wsss.results.store import NUMBERS
 from wsss.runs.stored import check_place
-from wsss.runs.targets import with_former_targets
+from wsss.runs.targets import ENCODERS, with_former_targets
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,10 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+DERIVED = (
+    "pretraining follows from the weights and cannot be set; leave it out, or say what a file of "
+    "your own was trained on with +backbone.declared_pretraining='...', which is recorded as yours"
+)
 #: what a second stage says for itself; all else is the first one's
 SECOND_STAGE = (
     *("source", "refine", "random_walk"),
@@ -368,6 +372,8 @@ def check_config(config: DictConfig) -> None:
         if path == "trainer":
             parameters |= parameters_of(TrainerSettings)
             _check_trainer(node)
+        if "pretraining" in node and node["_target_"] in ENCODERS:
+            raise WSSSError(f"{path}.{DERIVED}")
         check_node(node, parameters, path, supplied=SUPPLIED)
         if issubclass(target, Backbone):
             check_overrides(node.get("overrides") or {}, path)

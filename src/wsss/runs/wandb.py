@@ -79,7 +79,7 @@ def import_wandb(what: str = "logger=wandb", mend: str = ", or give logger=csv")
 
 
 def make_wandb_logger(
-    config: Mapping[str, Any], folder: Path, supervision: str = IMAGE_LABELS
+    config: Mapping[str, Any], folder: Path, supervision: str = IMAGE_LABELS, pretraining: str = ""
 ) -> WandbLogger:
     """Make the W&B logger of a run.
 
@@ -91,6 +91,7 @@ def make_wandb_logger(
             tags (:class:`wsss.runs.config.LoggerConfig`), and all of it is stored with the run.
         folder: the run folder.
         supervision: what the run learns from; a tag, and a key to filter and group by.
+        pretraining: what its encoder starts from; a key too.
 
     Returns:
         A Lightning logger.
@@ -116,13 +117,18 @@ def make_wandb_logger(
         offline=mode == "offline" or (mode is None and not has_key()),
         resume="allow",
         # a short name of the method, by which charts are grouped
-        config={**config, "method_name": method, "supervision": supervision},
+        config={
+            **config,
+            "method_name": method,
+            "supervision": supervision,
+            "pretraining": pretraining,
+        },
     )
 
 
 @contextlib.contextmanager
 def wandb_run(
-    config: Mapping[str, Any], folder: Path, supervision: str = IMAGE_LABELS
+    config: Mapping[str, Any], folder: Path, supervision: str = IMAGE_LABELS, pretraining: str = ""
 ) -> Iterator[WandbLogger]:
     """Open the W&B run of a run folder: code and configuration go in first, the checkpoint last.
 
@@ -133,8 +139,9 @@ def wandb_run(
         config: resolved configuration, as of :func:`make_wandb_logger`.
         folder: the run folder, which holds the configuration.
         supervision: as of :func:`make_wandb_logger`.
+        pretraining: as of :func:`make_wandb_logger`.
     """
-    logger = make_wandb_logger(config, folder, supervision)
+    logger = make_wandb_logger(config, folder, supervision, pretraining)
     run = logger.experiment  # in further processes of a DDP run something that does nothing
     status = 1
     try:

@@ -33,6 +33,7 @@ from wsss.runs.folder import (
 )
 from wsss.runs.label_folder import digest_of, plain_values
 from wsss.runs.random_walk import FOLDER, RandomWalk, write_confident_labels
+from wsss.runs.targets import with_sentences
 from wsss.training.trainer import accelerate, build_trainer, fit
 
 CARD_FILE = "affinity_network.json"
@@ -69,7 +70,8 @@ def trained_walk(
     network = _network(config, encoder, run.data.num_classes)
     labels, made_from = write_confident_labels(run, settings, crf_jobs=crf_jobs)
     config["data"]["train_masks"] = str(labels)
-    identity = _identity(config, made_from, "the run's" if own else config["backbone"])
+    start = "the run's" if own else with_sentences(config["backbone"])
+    identity = _identity(config, made_from, start)
     folder = run.folder / FOLDER / f"network-{digest_of(identity)}"
     card = _read_card(folder, identity)
     if card is None:
@@ -168,6 +170,6 @@ def _walk(
     path = folder / LAST_CHECKPOINT
     checkpoint = check_checkpoint(read_torch_file(path), path)
     load_state_dict_strictly(network, checkpoint["state_dict"], str(path))
-    network.backbone.weights_info = WeightsInfo(**checkpoint["wsss"]["backbone"])
+    network.backbone.weights_info = WeightsInfo.stored(checkpoint["wsss"]["backbone"])
     network.to(run.device).eval()
     return RandomWalk(network, settings, card["checkpoint_sha256"], card)

@@ -69,7 +69,8 @@ def _train_run(config: dict[str, Any]) -> Path:
             write_origin(run)
             print(f"run folder: {run.folder}")
         followed, kind = config["logger"]["wandb"], supervision_of_run(run.module, run.data)
-        wandb = wandb_run(run.config, run.folder, kind) if followed else nullcontext()
+        started = run.module.backbone.weights_info.pretraining
+        wandb = wandb_run(run.config, run.folder, kind, started) if followed else nullcontext()
         with wandb as logger:
             trainer.loggers += [logger] if logger else []
             run = fit(run, trainer)

@@ -70,6 +70,7 @@ def freeze(backbone: Backbone, text: str, method: str) -> None:
         )
     backbone.requires_grad_(False)
     backbone.position_mode = "bilinear"
+    backbone.take_as_given()  # method.normalisation
 
 
 def check_layers(backbone: Backbone, **layers: int) -> None:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 
@@ -17,10 +17,12 @@ from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256, make_writable, read_json, write_atomically
 from wsss.core.lock import lock
 from wsss.core.ranks import is_first_process
+from wsss.core.records import Record, check_record
 from wsss.maps.refine.random_walk import WalkSettings
 from wsss.methods.affinity_net import AffinityNet
 from wsss.models.backbone import WeightsInfo
 from wsss.models.weights import load_state_dict_strictly, read_torch_file
+from wsss.results.schema import Cost, Size
 from wsss.runs.config import affinity_config, check_walk
 from wsss.runs.folder import (
     LAST_CHECKPOINT,
@@ -42,6 +44,27 @@ DECISIVE = ("method", "seed")
 OF_BUDGET = ("max_steps", "global_batch_size", "crop_size", "scale_range")
 OF_TRAINER = ("precision", "gradient_clip_val")
 ONE_DEVICE = {"devices": 1, "num_nodes": 1, "accumulate_grad_batches": 1}
+
+
+class _Cost(Cost):
+    """What :func:`wsss.runs.costs.training_cost` gives."""
+
+    train_peak_memory_kind: str
+    device: str
+    num_devices: Size
+    sessions: Size
+
+
+class _Card(Record):
+    """What is said of a finished network beside what it was made from."""
+
+    status: Literal["finished"]
+    folder: str
+    backbone: dict[str, str | None]
+    steps: Size
+    parameters: Size
+    cost: _Cost | None
+    checkpoint_sha256: str
 
 
 def trained_walk(
@@ -157,6 +180,7 @@ def _read_card(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     card = read_json(path, mend)
     if not isinstance(card, dict) or card.get("made_from") != identity:
         raise WSSSError(f"{path}: is damaged; {mend}")
+    check_record(_Card, card, f"{path}: is damaged", mend)
     checkpoint = folder / LAST_CHECKPOINT
     if not checkpoint.is_file() or file_sha256(checkpoint) != card.get("checkpoint_sha256"):
         raise WSSSError(f"{checkpoint}: is missing, or not what was trained; {mend}")

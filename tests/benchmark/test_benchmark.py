@@ -95,7 +95,7 @@ def test_the_official_way_gives_the_same_step(step: int, quirks: Quirks) -> None
 def test_each_saving_alone_changes_nothing(off: str) -> None:
     module = module_of(OfficialToCo)
     assert isinstance(module, OfficialToCo)
-    module.use_savings(Savings(**{name: name != off for name in SAVINGS}))
+    module.savings = Savings(**{name: name != off for name in SAVINGS})
     assert_same_step(module, MAX_STEPS - 1)
 
 
@@ -379,7 +379,7 @@ def test_the_official_way_gives_the_same_clustercam_step(step: int, off: list[st
     expected, expected_grads = cluster_step(cluster_module(ClusterCAM), step)
     module = cluster_module(OfficialClusterCAM)
     assert isinstance(module, OfficialClusterCAM)
-    module.use_savings(ClusterSavings(**{name: name not in off for name in CLUSTER_SAVINGS}))
+    module.savings = ClusterSavings(**{name: name not in off for name in CLUSTER_SAVINGS})
     result, grads = cluster_step(module, step)
     assert result.losses.keys() == expected.losses.keys()
     assert len(result.losses) == (2 if step == 0 else 3)

@@ -162,7 +162,7 @@ def assert_same_step(method: str, module: WSSSModule, expected: WSSSModule, step
 def without(method: str, *off: str) -> Any:
     module: Any = BUILD[method](KINDS[method])
     names = [one.name for one in fields(SAVINGS[method])]
-    module.use_savings(SAVINGS[method](**{name: name not in off for name in names}))
+    module.savings = SAVINGS[method](**{name: name not in off for name in names})
     return module
 
 

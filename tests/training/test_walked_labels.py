@@ -215,6 +215,27 @@ def test_altered_network_is_refused(
     assert "not what was trained; remove" in capsys.readouterr().err
 
 
+def test_altered_cost_of_a_network_is_refused(
+    walked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = tmp_path / "toco"
+    shutil.copytree(walked, copied)
+    path = only(copied, "random_walk/network-*/affinity_network.json")
+    card = json.loads(path.read_text())
+    for group, key, value in (
+        (card["cost"], "train_wall_hours", "<b>none</b>"),
+        (card["cost"], "sessions", -1),
+        (card, "steps", "4"),
+    ):
+        before, group[key] = group[key], value
+        path.write_text(json.dumps(card))
+        group[key] = before
+        assert wsss("pseudo", f"run={copied}", *COMMAND) == 2
+        said = capsys.readouterr().err
+        assert f"affinity_network.json: is damaged: {'cost.' * (key != 'steps')}{key}=" in said
+        assert f"remove {path.parent}" in said
+
+
 def test_network_is_not_evaluated(
     walked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

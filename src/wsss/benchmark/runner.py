@@ -166,7 +166,7 @@ def build(config: dict[str, Any], side: Side) -> WSSSModule:
     if side.target:
         on = {name: name not in side.off for name in saving_names(side.target)}
         official: Any = module
-        official.use_savings(replace(official.savings, **on))
+        official.savings = replace(official.savings, **on)
     return module
 
 

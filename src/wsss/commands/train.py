@@ -25,6 +25,7 @@ from wsss.runs.line import (
     quoted,
     sweep_jobs,
     take_folders,
+    with_dependents,
     with_folders,
 )
 from wsss.training.sweeps import (
@@ -57,6 +58,7 @@ def main(arguments: list[str]) -> int:
     if "--multirun" in flags:
         return _sweep(overrides, flags)
     end_with_sweep()
+    overrides = with_dependents(overrides)
     _check([overrides])
     job = Job()
     _run_hydra(job, overrides, flags)
@@ -138,6 +140,9 @@ class Job:
             # DDP starts its other processes from here
             sys.argv = [__file__, *hydra.overrides.task, *of_jobs(hydra.overrides.hydra)]
             sys.modules["__main__"].__spec__ = None
+            from wsss.runs.compose import compose_config
+
+            config = compose_config(list(hydra.overrides.task))  # with what follows from a name
         from wsss.core.ranks import is_first_process
 
         status, value = _run_job(config)

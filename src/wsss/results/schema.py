@@ -23,7 +23,7 @@ class _Configuration(Record):
     eval: dict[str, Any] = Field(default_factory=dict)
 
 
-class _Cost(Record):
+class Cost(Record):
     """What training or evaluating cost."""
 
     train_wall_hours: Figure = None
@@ -109,7 +109,7 @@ class _Split(Record):
     per_class: _PerClass | None = None
     confusion: dict[str, list[list[Size]] | list[Size]] = Field(default_factory=dict)
     protocol: _Card | None = None
-    cost: _Cost | None = None
+    cost: Cost | None = None
     notes: list[str] = Field(default_factory=list)
     data_sha256: dict[str, str | None] | None = None
     seed_curve: _Curve | None = None
@@ -154,6 +154,6 @@ class Results(Record):
     status: str | None = None
     run: str | None = None
     config: _Configuration = _Configuration()
-    cost: _Cost | None = None
+    cost: Cost | None = None
     source: _Source | None = None
     splits: dict[str, _Split]

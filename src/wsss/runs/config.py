@@ -45,6 +45,7 @@ from wsss.maps.refine.random_walk import WalkSettings
 from wsss.models.backbone import Backbone, check_overrides
 from wsss.results.store import NUMBERS
 from wsss.runs.callback_settings import changing, check_callbacks
+from wsss.runs.encoders import check_encoders
 from wsss.runs.keys import with_overrides
 from wsss.runs.stored import check_place
 from wsss.runs.targets import with_former_targets
@@ -345,6 +346,7 @@ def check_config(config: DictConfig) -> None:
     for path in ("method", "backbone", "data", "trainer"):
         if not isinstance(content[path], dict) or "_target_" not in content[path]:
             raise WSSSError(f"{path}._target_ is missing; choose {path}=NAME")
+    check_encoders(content)
     # the method first: data and eval refer to its settings
     for path, node in sorted(targets(content), key=lambda item: item[0] != "method"):
         target = target_class(node["_target_"], path)

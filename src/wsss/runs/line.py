@@ -24,6 +24,7 @@ from wsss.core.errors import WSSSError
 from wsss.core.failures import one_line
 from wsss.core.places import config_root, declared_folders
 from wsss.core.schema import nearest, nearest_key, plain, targets
+from wsss.runs.encoders import DERIVED, SOURCE, check_encoders, dependents
 from wsss.runs.keys import check_keys, with_overrides
 from wsss.runs.targets import with_current_targets
 from wsss.runs.trainer_settings import check_budget_decides, check_trainer, with_trainer_keys
@@ -57,10 +58,22 @@ def compose_line(overrides: Sequence[str]) -> DictConfig:
     _refuse_bare_sweeps(overrides)
     config = _compose(overrides, "train")
     content = plain(config)
+    check_encoders(content)
     check_keys(content)
     check_trainer(content["trainer"])
     check_budget_decides(content)
     return config
+
+
+def with_dependents(overrides: Sequence[str]) -> list[str]:
+    """Give overrides of ``wsss train`` with those that follow from the name of an encoder.
+
+    Raises:
+        WSSSError: as of :func:`compose_line`.
+    """
+    further: list[str] = []
+    _compose(overrides, "train", further=further)
+    return [*overrides, *further]
 
 
 def check_paths(content: Mapping[str, Any]) -> None:
@@ -197,10 +210,10 @@ def search_path(overrides: Sequence[str]) -> str:
     """Give the override that says where groups are looked for beside ``conf/``.
 
     First what the user gives, then the ``conf`` folders of installed packages that declare
-    methods, then the folder that holds ``experiments/``.
+    methods, then the folder that holds ``experiments/``, then encoders by timm's names.
     """
     ours = [f"file://{folder}" for folder in (*declared_folders(), config_root())]
-    places = dict.fromkeys([*_given_places(overrides), *ours])
+    places = dict.fromkeys([*_given_places(overrides), *ours, SOURCE])
     return f"{SEARCH_PATH}=[{','.join(map(quoted, places))}]"
 
 
@@ -223,7 +236,7 @@ def search_folders(overrides: Sequence[str]) -> list[Path]:
     folders = []
     for place in _given_places(overrides):
         address = urlparse(place)
-        if address.scheme == "pkg":
+        if address.scheme not in ("", "file"):
             continue
         path = Path(f"{address.netloc}{unquote(address.path)}")
         if not path.is_dir():
@@ -247,13 +260,22 @@ def _refuse_bare_sweeps(overrides: Sequence[str]) -> None:
 
 
 def _compose(
-    overrides: Sequence[str], config_name: str, *, return_hydra_config: bool = False
+    overrides: Sequence[str],
+    config_name: str,
+    *,
+    return_hydra_config: bool = False,
+    further: list[str] | None = None,
 ) -> DictConfig:
+    """Compose; what follows from an encoder's name is added to ``further`` where that is given."""
     GlobalHydra.instance().clear()
     root, overrides = config_root(), canonical(overrides)
     try:
         with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            composed = compose(config_name, list(overrides), return_hydra_config=True)
+            composed = compose(config_name, overrides, return_hydra_config=True)
+            if found := dependents(composed, overrides):
+                composed = compose(config_name, [*overrides, *found], return_hydra_config=True)
+                if further is not None:
+                    further += found
     except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
         path = root / "conf" / f"{config_name}.yaml"
         raise WSSSError(_one_line(error, path, overrides)) from error
@@ -354,6 +376,8 @@ def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
         return text
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
+        if match[1].endswith("backbone.pretraining"):
+            return f"{match[1].removesuffix('pretraining')}{DERIVED}"
         # what the others give: another method has other keys; the defaults where an overlay errs
         rest = [override for override in overrides if override.split("=")[0] != match[1]]
         config = _compose(rest if len(rest) < len(overrides) else [], path.stem)

@@ -81,7 +81,8 @@ def _train_run(config: dict[str, Any]) -> tuple[Path, bool]:
         # a smoke test logs nothing, as Lightning has it
         smoke = run.config["trainer"].get("fast_dev_run")
         settings = LoggerConfig() if smoke else LoggerConfig(**run.config["logger"])
-        with open_loggers(settings, run.config, run.folder, supervision_of_run(run)) as loggers:
+        kind, started = supervision_of_run(run), run.module.backbone.weights_info.pretraining
+        with open_loggers(settings, run.config, run.folder, kind, started) as loggers:
             trainer.loggers += loggers
             run = fit(run, trainer)
             if run.unfinished:

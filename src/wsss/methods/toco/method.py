@@ -138,9 +138,7 @@ class ToCo(WSSSModule):
             raise WSSSError(
                 f"method.local_size={s.local_size}: smaller than one patch of {patch} px"
             )
-        self.quirks = quirks
-        self.draws_apart = not quirks.shared_draws
-        self.stops_unless_finite = not quirks.goes_on_after_nan
+        self.quirks = self.follow(quirks)
         self.aux_block = s.aux_layer % depth
 
         dim = backbone.dim

@@ -120,9 +120,7 @@ class WeCLIP(WSSSModule):
         s = settings
         tower.freeze(backbone, s.text, "weclip")
         tower.check_layers(backbone, static_layers=s.static_layers, rfm_layers=s.rfm_layers)
-        self.quirks = quirks
-        self.draws_apart = not quirks.shared_draws
-        self.stops_unless_finite = not quirks.goes_on_after_nan
+        self.quirks = self.follow(quirks)
 
         self.texts = ClassTexts(s.text, num_classes, backbone)
         self.files_sha256 = self.texts.files_sha256

@@ -22,7 +22,7 @@ class TextArguments:
 
     Attributes:
         out: the file to write, ``.npz`` or ``.safetensors``.
-        text: wording: one of ``conf/text``, or a YAML file of one's own; null: that of the data
+        text: wording: one of ``conf/text``, or a custom YAML file; null: that of the data
             set's name, or else the class names alone.
         background: texts of what surrounds the classes.
         templates: in which ``{}`` stands for a class or a background.

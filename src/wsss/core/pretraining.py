@@ -2,7 +2,7 @@
 
 timm's tag says it (``augreg_in21k_ft_in1k``), or the hash of a known file. Whatever is neither is
 ``unknown``. A user may say what a file of their own was trained on; that is recorded as
-``declared by the user: ...`` and is told apart from the rest wherever it is shown.
+``declared by the user: ...`` and is kept apart from the rest wherever it is shown.
 """
 
 import re

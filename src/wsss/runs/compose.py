@@ -15,7 +15,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
 
     Raises:
         WSSSError: unknown group or key, missing value, wrong type, with the nearest valid key; an
-            overlay that only sweeps over others.
+            experiment that only sweeps over others.
     """
     config = compose_line(overrides)
     check_config(config)

@@ -29,9 +29,9 @@ from wsss.runs.keys import check_keys, with_overrides
 from wsss.runs.targets import with_current_targets
 from wsss.runs.trainer_settings import check_budget_decides, check_trainer, with_trainer_keys
 
-#: chooses an overlay beside the one that holds a sweep over overlays
+#: chooses an experiment beside the one that holds a sweep over experiments
 OVERLAY = "+experiments@_global_"
-#: the word that most Hydra programs use for an overlay, with and without its plus
+#: the word that most Hydra programs use for an experiment, with and without its plus
 EXPERIMENT = re.compile(r"^\+?experiments?=")
 SEARCH_PATH = "hydra.searchpath"
 OF_JOBS = (f"{SEARCH_PATH}=", "hydra/job_logging=", "hydra.job_logging.", "hydra.verbose=")
@@ -52,7 +52,7 @@ def compose_line(overrides: Sequence[str]) -> DictConfig:
 
     Raises:
         WSSSError: unknown group or key, missing value, wrong type, with the nearest valid key; an
-            overlay that only sweeps over others.
+            experiment that only sweeps over others.
     """
     overrides = canonical(overrides)
     _refuse_bare_sweeps(overrides)
@@ -246,7 +246,7 @@ def search_folders(overrides: Sequence[str]) -> list[Path]:
 
 
 def _refuse_bare_sweeps(overrides: Sequence[str]) -> None:
-    """Refuse an overlay that only sweeps over other overlays, unless one of them is chosen."""
+    """Refuse an experiment that only sweeps over others, unless one of them is chosen."""
     if any(override.startswith(f"{OVERLAY}=") for override in overrides):
         return
     for override in overrides:
@@ -256,7 +256,7 @@ def _refuse_bare_sweeps(overrides: Sequence[str]) -> None:
             continue
         swept = OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params")
         if OVERLAY in (swept or {}):
-            raise WSSSError(f"{override} sweeps over other overlays; begin it with -m")
+            raise WSSSError(f"{override} sweeps over other experiments; begin it with -m")
 
 
 def _compose(
@@ -378,7 +378,7 @@ def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         if match[1].endswith("backbone.pretraining"):
             return f"{match[1].removesuffix('pretraining')}{DERIVED}"
-        # what the others give: another method has other keys; the defaults where an overlay errs
+        # what the others give: another method has other keys; the defaults where an experiment errs
         rest = [override for override in overrides if override.split("=")[0] != match[1]]
         config = _compose(rest if len(rest) < len(overrides) else [], path.stem)
         return f"{match[1]}: unknown key{nearest_key(match[1], config)}"

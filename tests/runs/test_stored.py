@@ -130,7 +130,7 @@ def test_verbs_refuse_a_strangers_class(
         lambda c: put(c["wsss"]["config"], "data.train_transform", EVIL[0][1]),
     )
     Path("photos").mkdir()
-    shutil.copy(TESTS.parent / "docs" / "images" / "demo_toco.jpg", "photos")
+    shutil.copy(TESTS.parent / "docs" / "images" / "more_minivoc.jpg", "photos")
     further = {"predict": ["images=photos", "out=masks"]}.get(verb, [])
     assert main([verb, f"run={run}", *further]) == 2
     said = capsys.readouterr().err

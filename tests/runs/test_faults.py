@@ -433,7 +433,7 @@ def test_advice_is_what_the_same_verb_takes(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an error says to give, the same command takes."""
-    monkeypatch.setattr("wsss.commands.sync.offline_runs", lambda folders: [tmp_path])
+    monkeypatch.setattr("wsss.runs.wandb.offline_runs", lambda folders: [tmp_path])
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert wsss("sync", str(tmp_path)) == 2
     assert "logger=" not in capsys.readouterr().err

@@ -16,8 +16,14 @@ from wsss.core.files import first_line
 from wsss.core.pretraining import stated_pretraining
 from wsss.core.supervision import supervision_on
 from wsss.evaluation.per_image import mean_iou, per_image_counts
-from wsss.results.store import CELLS_FILE, RESULTS_FILE, look_up, read_cells, read_results
-from wsss.runs.folder import CONFIG_FILE
+from wsss.results.store import (
+    CELLS_FILE,
+    CONFIG_FILE,
+    RESULTS_FILE,
+    look_up,
+    read_cells,
+    read_results,
+)
 from wsss.runs.targets import with_current_targets
 
 #: mIoU -> kind of label map and whether abstentions are left out; these can be bootstrapped

@@ -19,13 +19,13 @@ from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
 from wsss.models.backbone import Backbone, WeightsInfo
 from wsss.models.weights import fit_positions, load_state_dict_strictly, read_torch_file
+from wsss.results.store import CONFIG_FILE
 from wsss.runs.config import config_hash, override_config
 from wsss.runs.costs import CostMeter, training_cost
 from wsss.runs.stored import check_stored
 from wsss.runs.targets import with_current_state_keys, with_current_targets
 from wsss.runs.trainer_settings import ends, limits
 
-CONFIG_FILE = "config.yaml"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 

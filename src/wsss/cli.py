@@ -83,7 +83,9 @@ def overview() -> str:
         "usage: wsss VERB [ARGUMENTS]     wsss VERB --help     wsss VERB --keys     wsss --version",
         "",
     ]
-    lines += [f"  {verb:10} {help_of(verb).splitlines()[2]}" for verb in VERBS]
+    # the usage before the first empty line may take several lines; the summary is one
+    summaries = {verb: help_of(verb).split("\n\n")[1].splitlines()[0] for verb in VERBS}
+    lines += [f"  {verb:10} {summary}" for verb, summary in summaries.items()]
     return "\n".join([*lines, "", "WSSS_DEBUG=1 shows tracebacks."])
 
 

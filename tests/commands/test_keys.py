@@ -44,6 +44,8 @@ def test_a_word_narrows_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith(expected)
     assert main(["eval", "--keys", "eval.crf"]) == 0
     assert "eval.crf\tstr or null\tas the run has it" in capsys.readouterr().out
+    assert main(["export", "--keys", "tolerance"]) == 0
+    assert capsys.readouterr().out.startswith("tolerance\tfloat > 0")
     assert main(["train", "--keys", "nothing_like_it"]) == 2
     assert "no key of wsss train holds" in capsys.readouterr().err
 

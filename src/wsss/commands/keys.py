@@ -19,6 +19,7 @@ ARGUMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dashboard": ("wsss.commands.dashboard.DashboardArguments", ()),
     "text": ("wsss.commands.text.TextArguments", ("data",)),
     "predict": ("wsss.commands.predict.PredictArguments", ("eval",)),
+    "export": ("wsss.commands.export.ExportArguments", ("eval", "data")),
     "submit": ("wsss.commands.submit.SubmitArguments", ("eval", "data")),
     "pseudo": ("wsss.commands.pseudo.PseudoArguments", ("eval", "data")),
     "benchmark": ("wsss.benchmark.arguments.BenchmarkConfig", ()),

@@ -51,8 +51,7 @@ def main(arguments: list[str]) -> int:
     """
     overrides, flags = read_line(arguments)
     if any(flag in flags for flag in SHOWING):
-        if "--multirun" not in flags:
-            compose_open(overrides)  # what is wrong with it, in one line
+        compose_open(overrides)  # what is wrong with it, in one line
         _run_hydra(_nothing, overrides, flags)
         return 0
     if "--multirun" in flags:
@@ -169,16 +168,17 @@ def read_line(arguments: list[str]) -> tuple[list[str], list[str]]:
     of a run compose by themselves, and read it there.
 
     Raises:
-        WSSSError: an unknown flag, or a folder that is missing.
+        WSSSError: an unknown flag, flags that exclude each other, or a folder that is missing.
     """
     parser = _OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("-m", "--multirun", action="store_true")
-    parser.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
+    one_of = parser.add_mutually_exclusive_group()
+    one_of.add_argument("-m", "--multirun", action="store_true")
+    one_of.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
+    one_of.add_argument("-i", "--info", nargs="?", const="all", choices=INFO)
+    one_of.add_argument("--hydra-help", action="store_true")
     parser.add_argument("-p", "--package")
-    parser.add_argument("-i", "--info", nargs="?", const="all", choices=INFO)
     parser.add_argument("--resolve", action="store_true")
-    parser.add_argument("--hydra-help", action="store_true")
     arguments, folders = take_folders(arguments)
     read = parser.parse_intermixed_args(_values_first(arguments))
     switches = ("multirun", "resolve", "hydra_help")

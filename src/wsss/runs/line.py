@@ -382,7 +382,8 @@ def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
         rest = [override for override in overrides if override.split("=")[0] != match[1]]
         config = _compose(rest if len(rest) < len(overrides) else [], path.stem)
         return f"{match[1]}: unknown key{nearest_key(match[1], config)}"
-    if match := re.search(r"Could not find '([^']+)'", text):
+    # "find" of one choice, "load" of one in a list
+    if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
         group, _, choice = match[1].partition("/")
         if group == "hydra":
             group, _, choice = match[1].rpartition("/")

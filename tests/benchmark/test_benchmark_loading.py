@@ -90,7 +90,7 @@ def test_the_built_in_pictures_have_vocs_usual_size() -> None:
         (["part=data", "method=tocco"], "expected one of"),
         (["part=data", "count=0"], "must be at least 1"),
         (["part=data", "batch_size=2"], "batch_size: unknown key"),
-        (["part=data", "images=nowhere"], "image folder nowhere is missing"),
+        (["part=data", "images=nowhere"], "nowhere is missing; expected a folder of images"),
     ],
 )
 def test_bad_arguments_are_one_line(

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from wsss.core.errors import WSSSError
 from wsss.core.supervision import PIXEL_MASKS
+from wsss.evaluation.protocol import Protocol
 from wsss.methods.segmenter import Segmenter, SegmenterSettings, masked_cross_entropy
 from wsss.models.backbone import Backbone
 from wsss.models.conv_backbone import ConvBackbone
 from wsss.runs.compose import compose_run
-from wsss.runs.folder import build_data
-from wsss.runs.scoring import supervision_of_run
+from wsss.runs.folder import Run, build_data
+from wsss.runs.supervision import supervision_of_run
 
 
 def light(**changes: Any) -> Segmenter:
@@ -179,9 +180,10 @@ def test_weights_of_a_segmenter_are_pixel_masks(tmp_path: Path) -> None:
     segmenter = ConvBackbone(
         name="mobilenet_v3_small", weights=str(tmp_path / "seg.pth"), declared_pretraining="COCO"
     )
-    image_labels = build_data(compose_run(["data=minivoc"]))
-    assert supervision_of_run(light(backbone=made), image_labels) == "image labels"
-    assert supervision_of_run(light(backbone=segmenter), image_labels) == PIXEL_MASKS
+    config = compose_run(["data=minivoc"])
+    rest = (build_data(config), Protocol(), config, tmp_path)
+    assert supervision_of_run(Run(light(backbone=made), *rest)) == "image labels"
+    assert supervision_of_run(Run(light(backbone=segmenter), *rest)) == PIXEL_MASKS
 
 
 def test_real_segmentation_networks_of_torchvision_fit() -> None:

@@ -1,6 +1,7 @@
 """A run of any method on CLIP's weights says so wherever it is compared."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 from small_runs import PLAIN, SMALL
 
 from wsss.cli import main
+from wsss.evaluation.protocol import Protocol
 from wsss.models.backbone import Backbone
 from wsss.runs.compose import compose_run
-from wsss.runs.folder import build_data, build_module, load_run
+from wsss.runs.folder import Run, build_data, build_module, load_run
 from wsss.runs.prepare import prepare
-from wsss.runs.scoring import supervision_of_run
+from wsss.runs.supervision import supervision_of_run
 
 NAME = "vit_base_patch16_clip_quickgelu_224"
 SIZES = {"embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 64}
@@ -87,14 +89,14 @@ def test_files_are_known_by_the_names_in_them(arguments: list[str], weights: Pat
     data = build_data(compose_run(["data=minivoc"]))
     for settings in (config, changed):
         module = build_module(settings, 8)
-        assert supervision_of_run(module, data) == "image labels + CLIP"
+        run = Run(module, data, Protocol(), config, weights)
+        assert supervision_of_run(run) == "image labels + CLIP"
     masks = build_data(compose_run(["data=minivoc", "method=segmenter",
                                     "+data.train_masks=ground_truth"]))  # fmt: skip
-    assert supervision_of_run(module, masks) == "pixel masks + CLIP"
+    assert supervision_of_run(replace(run, data=masks)) == "pixel masks + CLIP"
     random = {**config["backbone"], "weights": "random"}
-    assert supervision_of_run(build_module({**config, "backbone": random}, 8), data) == (
-        "image labels"
-    )
+    untaught = build_module({**config, "backbone": random}, 8)
+    assert supervision_of_run(replace(run, module=untaught)) == "image labels"
 
 
 def test_methods_look_at_the_classes_before_anything_is_written(

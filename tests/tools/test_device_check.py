@@ -124,5 +124,5 @@ def test_a_dry_run_measures_every_kind_of_part(tmp_path: Path) -> None:
         assert 0 < record["share_of_ceiling"] < 1
         assert record["peak_memory_bytes"] > 0
     assert [record["compile"] for record in records["compiled tkp_pcl"]] == ["eager", "eager"]
-    assert [record["what"] for record in records["evaluation"]] == ["cams"] * 4 + ["evaluation"]
+    assert [record["what"] for record in records["evaluation"]] == ["cams"] * 7 + ["evaluation"]
     assert "skipped" in records["pico"][0]

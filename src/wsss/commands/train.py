@@ -17,6 +17,7 @@ from wsss.core.failures import JOB_STEM, exit_status_of
 from wsss.core.places import config_root
 from wsss.core.ranks import is_first_process
 from wsss.results.store import RESULTS_FILE, read_results
+from wsss.runs.choice import choice_of
 from wsss.runs.compose import compose_config, quoted, sweep_jobs, with_search_path
 from wsss.runs.config import LoggerConfig, plain
 from wsss.runs.naming import varying
@@ -97,6 +98,7 @@ class Job:
     def __call__(self, config: DictConfig) -> float:
         """Train one run; give its objective, NaN where there is none."""
         hydra = HydraConfig.get()
+        config.choice = choice_of(config.choice, list(hydra.overrides.task))
         own_files = hydra.mode == RunMode.MULTIRUN
         if own_files:  # of a sweep whose launcher is not ours
             stem = job_stem(Path(hydra.sweep.dir), hydra.job.num)

@@ -19,13 +19,14 @@ from wsss.core.errors import WSSSError
 from wsss.core.failures import one_line
 from wsss.core.places import config_root
 from wsss.core.schema import nearest, nearest_key
+from wsss.runs.choice import choice_of
 from wsss.runs.config import check_config, plain
 from wsss.runs.trainer_settings import check_budget_decides, with_trainer_keys
 
 #: chooses an overlay beside the one that holds a sweep over overlays
 OVERLAY = "+experiments@_global_"
 # choices of Hydra's own groups that further packages bring -> the extra that installs them
-HYDRA_PLUGINS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "optuna": "optuna"}
+HYDRA_PLUGINS = {"submitit_slurm": "slurm", "submitit_local": "slurm"}
 
 
 def compose_config(overrides: Sequence[str], config_name: str = "train") -> DictConfig:
@@ -37,6 +38,7 @@ def compose_config(overrides: Sequence[str], config_name: str = "train") -> Dict
     """
     _refuse_bare_sweeps(overrides)
     config = _compose(overrides, config_name)
+    config.choice = choice_of(config.choice, overrides)
     check_config(config)
     check_budget_decides(config)
     return config
@@ -71,6 +73,13 @@ def _compose(
     except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
         path = root / "conf" / f"{config_name}.yaml"
         raise WSSSError(_one_line(error, path, overrides)) from error
+
+
+def choice_in_group(overrides: Sequence[str], group: str) -> str:
+    """Say which file of a group of ``conf/`` a composed configuration has, such as ``method``."""
+    composed = _compose(overrides, "train", return_hydra_config=True)
+    name: str = composed.hydra.runtime.choices[group]
+    return name
 
 
 @dataclass(frozen=True)

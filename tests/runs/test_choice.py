@@ -66,7 +66,7 @@ def test_composed_configurations_declare_their_choice() -> None:
 
 def test_every_overlay_of_a_method_declares_its_choice() -> None:
     smoke = {"weclip/minivoc"}  # none of its numbers means anything
-    declaring = {"toco/minivoc", "getam/voc_vitb", "tkp_pcl/voc", "more/coco"}
+    declaring = {"toco/minivoc", "segmenter/minivoc", "getam/voc_vitb", "tkp_pcl/voc", "more/coco"}
     for path in (config_root() / "experiments").glob("*/*.yaml"):
         name = f"{path.parent.name}/{path.stem}"
         if not path.stem.startswith(("minivoc", "voc", "coco")) or path.parent.name == "minivoc":

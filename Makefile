@@ -23,8 +23,10 @@ demo: setup
 	if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || [ "$$(uname)" = Darwin ]; then \
 		$(BIN)/python -m webbrowser runs/demo-report/index.html; fi
 
+# a thread each, since the networks of tests are too small for more
+WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # the fuzzers alone, ROUNDS times as many cases as in `make test`, the later ones with new seeds
 ROUNDS ?= 20

@@ -21,8 +21,8 @@ from small_runs import METHODS, PLAIN, SMALL
 from torch import Tensor
 
 from wsss.evaluation.crf_queue import CRFQueue, crf_pool
-from wsss.evaluation.protocol import Protocol
-from wsss.evaluation.tally import LABEL_MAPS, Tally
+from wsss.evaluation.protocol import LABEL_MAPS, Protocol
+from wsss.evaluation.tally import Tally
 from wsss.maps.refine.dense_crf import CRF_PRESETS
 from wsss.maps.refine.mean_field import MeanFieldPool, mean_field
 from wsss.maps.refine.pamr import PAMR
@@ -45,6 +45,8 @@ FURTHER = {
         "backbone=vit_pico",
         "backbone.name=vit_base_patch16_clip_quickgelu_224",
         "+backbone.overrides.num_classes=32",
+        "backbone.overrides.patch_size=8",
+        "backbone.overrides.img_size=96",
         "+backbone.frozen=true",
         "method.text=random",
         "method.static_layers=3",

@@ -11,12 +11,14 @@ from wsss.comparison.protocols import MEASURING
 from wsss.core import places
 from wsss.core.errors import WSSSError
 from wsss.core.places import config_root
+from wsss.core.schema import plain
 from wsss.core.supervision import PIXEL_MASKS
 from wsss.data.prepare.coco import COCO_CLASSES
 from wsss.evaluation.protocol import Protocol
-from wsss.runs.compose import compose_config, sweep_jobs
-from wsss.runs.config import check_config, config_hash, override_config, plain, second_stage_config
+from wsss.runs.compose import compose_config
+from wsss.runs.config import check_config, config_hash, override_config, second_stage_config
 from wsss.runs.folder import build_data, build_module
+from wsss.runs.line import sweep_jobs
 
 ROOT = config_root()
 EXPERIMENTS = sorted(
@@ -147,7 +149,8 @@ def test_overlays_of_minivoc_are_evaluated_alike() -> None:
 @pytest.mark.parametrize("group", ["backbone", "trainer", "logger", "callbacks", "eval"])
 def test_every_choice_of_a_group_composes(group: str) -> None:
     for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
-        compose_config([f"{group}={path.stem}", "data.root=unset"])
+        # early stopping needs a declared holdout
+        compose_config([f"{group}={path.stem}", "data.root=unset", "eval.holdout_per_class=5"])
 
 
 def test_hash_ignores_where_a_run_lies_and_nothing_else() -> None:

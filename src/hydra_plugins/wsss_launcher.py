@@ -34,12 +34,13 @@ class ProcessLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Run jobs to their end; one that failed returns NaN, so that a sweeper goes on."""
-        from wsss.training.sweeps import run_jobs  # Hydra imports this file in every run
+        # Hydra imports this file in every run
+        from wsss.runs.line import of_jobs
+        from wsss.training.sweeps import run_jobs
 
         settings = self.config.hydra
         # composed in the child, where -m would sweep again
-        hidden = ["hydra.mode=RUN"]
-        hidden += [o for o in settings.overrides.hydra if o.startswith("hydra.searchpath=")]
+        hidden = ["hydra.mode=RUN", *of_jobs(settings.overrides.hydra)]
         outcomes = run_jobs(
             job_overrides,
             hidden=hidden,

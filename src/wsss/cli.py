@@ -35,6 +35,8 @@ VERBS = {
     "convert": "convert",
     "benchmark": "benchmark",
 }
+#: asks for the completion of a shell, before or behind a verb
+COMPLETION = ("-sc", "--shell-completion")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     verb, rest = arguments[0], arguments[1:]
+    if verb in COMPLETION or (rest[:1] and rest[0] in COMPLETION):
+        given = [one for one in arguments if "=" in one]
+        completion = importlib.import_module("wsss.commands.completion")
+        return exit_status_of(verb, lambda: int(completion.main(given, list(VERBS))))
     return exit_status_of(verb, lambda: run_verb(verb, rest))
 
 
@@ -63,6 +69,9 @@ def run_verb(verb: str, arguments: list[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print(help_of(verb))
         return 0
+    if "--keys" in arguments:
+        shown: int = importlib.import_module("wsss.commands.keys").main(verb, arguments)
+        return shown
     status: int = importlib.import_module(f"wsss.commands.{VERBS[verb]}").main(arguments)
     return status
 
@@ -72,7 +81,7 @@ def overview() -> str:
     lines = [
         f"wsss {__version__}: weakly-supervised semantic segmentation methods on equal terms",
         "",
-        "usage: wsss VERB [ARGUMENTS]     wsss VERB --help     wsss --version",
+        "usage: wsss VERB [ARGUMENTS]     wsss VERB --help     wsss VERB --keys     wsss --version",
         "",
     ]
     lines += [f"  {verb:10} {help_of(verb).splitlines()[2]}" for verb in VERBS]

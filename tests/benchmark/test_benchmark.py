@@ -15,11 +15,12 @@ from small_runs import Command, processes_of
 from torch import nn
 
 from wsss.benchmark import crf
+from wsss.benchmark.arguments import BenchmarkConfig, parse
 from wsss.benchmark.clustercam_official import OfficialClusterCAM
 from wsss.benchmark.clustercam_official import Savings as ClusterSavings
 from wsss.benchmark.report import show, summarise
 from wsss.benchmark.runner import Side, TimedSide, make_batch
-from wsss.benchmark.steps import BenchmarkConfig, groups
+from wsss.benchmark.steps import groups
 from wsss.benchmark.toco_official import OfficialToCo, Savings, looped_ctc_loss
 from wsss.cli import main
 from wsss.commands import benchmark
@@ -94,7 +95,7 @@ def test_the_official_way_gives_the_same_step(step: int, quirks: Quirks) -> None
 def test_each_saving_alone_changes_nothing(off: str) -> None:
     module = module_of(OfficialToCo)
     assert isinstance(module, OfficialToCo)
-    module.use_savings(Savings(**{name: name != off for name in SAVINGS}))
+    module.savings = Savings(**{name: name != off for name in SAVINGS})
     assert_same_step(module, MAX_STEPS - 1)
 
 
@@ -190,11 +191,11 @@ def test_batch_has_padding_and_one_to_three_classes() -> None:
 
 
 def test_sides_are_ours_the_official_one_and_one_a_saving() -> None:
-    config = benchmark.parse(["method=toco", "ablate=true"])
+    config = parse(["method=toco", "ablate=true"])
     listed = groups(config)
     assert [group[0] for group in listed] == [Side("ours", None, ())] * len(listed)
     assert [group[1].off for group in listed] == [tuple(SAVINGS), *((name,) for name in SAVINGS)]
-    assert groups(benchmark.parse(["method=toco", "official=false"])) == [[listed[0][0]]]
+    assert groups(parse(["method=toco", "official=false"])) == [[listed[0][0]]]
 
 
 @pytest.mark.parametrize(
@@ -219,9 +220,9 @@ def test_bad_arguments_are_one_clear_line(argument: str, message: str) -> None:
 
 
 def test_backbone_is_the_papers_unless_given() -> None:
-    assert benchmark.parse(["method=toco"]).backbone == "vit_base"
-    assert benchmark.parse(["method=clustercam"]).backbone == "deit_small"
-    assert benchmark.parse(["method=clustercam", "backbone=vit_pico"]).backbone == "vit_pico"
+    assert parse(["method=toco"]).backbone == "vit_base"
+    assert parse(["method=clustercam"]).backbone == "deit_small"
+    assert parse(["method=clustercam", "backbone=vit_pico"]).backbone == "vit_pico"
 
 
 def timed(config: BenchmarkConfig, side: Side) -> dict[str, Any]:
@@ -233,11 +234,11 @@ def timed(config: BenchmarkConfig, side: Side) -> dict[str, Any]:
 
 
 def test_methods_without_an_official_side_are_timed_alone() -> None:
-    config = benchmark.parse(["method=tkp_pcl", "ablate=true"])
+    config = parse(["method=tkp_pcl", "ablate=true"])
     assert (config.backbone, config.image_size) == ("vit_base", 384)
     assert [[side.name for side in group] for group in groups(config)] == [["ours"]]
     arguments = "method=tkp_pcl backbone=vit_pico image_size=64 repeats=1 warmup=0 device=cpu"
-    config = benchmark.parse([*arguments.split(), "num_classes=4"])
+    config = parse([*arguments.split(), "num_classes=4"])
     # its views (a symmetry) are not among those of the shared batch
     result = timed(config, *groups(config)[0])
     assert {"forward", "pce", "backward"} <= set(result["steps"][0]["phases"])
@@ -248,14 +249,14 @@ def test_methods_without_an_official_side_are_timed_alone() -> None:
 
 
 def test_a_second_stage_is_not_timed() -> None:
-    config = benchmark.parse(["method=segmenter_vit", "backbone=vit_pico", "image_size=64"])
+    config = parse(["method=segmenter_vit", "backbone=vit_pico", "image_size=64"])
     with pytest.raises(WSSSError, match="trains on masks, its step is not timed"):
         timed(config, *groups(config)[0])
 
 
 def test_method_must_be_given() -> None:
     with pytest.raises(WSSSError, match="method is missing"):
-        benchmark.parse([])
+        parse([])
 
 
 def side_result(name: str, times: list[float], memory: int, off: list[str]) -> dict[str, Any]:
@@ -304,7 +305,7 @@ def test_each_saving_has_an_ours_of_its_own() -> None:
     ("times", "warns"), [([1.0, 1.0, 1.2, 1.2], False), ([1, 1, 1.3, 1.3], True)]
 )
 def test_halves_that_differ_by_a_fifth_are_said(times: list[float], warns: bool) -> None:
-    config = asdict(benchmark.parse(["method=toco"]))
+    config = asdict(parse(["method=toco"]))
     for changed in (0, 1):
         both = [[1.0] * 4, [1.0] * 4]
         both[changed] = times
@@ -324,7 +325,7 @@ def test_tables_show_both_sides_and_single_savings_by_cost() -> None:
     ]
     console = Console(record=True, width=120)
     results = [[ours, other] for other in others]
-    show(summarise(asdict(benchmark.parse(["method=toco"])), results), console)
+    show(summarise(asdict(parse(["method=toco"])), results), console)
     text = console.export_text()
     assert "forward" in text
     assert "+0.500" in text  # 0.75 s officially, 0.25 s ours
@@ -378,7 +379,7 @@ def test_the_official_way_gives_the_same_clustercam_step(step: int, off: list[st
     expected, expected_grads = cluster_step(cluster_module(ClusterCAM), step)
     module = cluster_module(OfficialClusterCAM)
     assert isinstance(module, OfficialClusterCAM)
-    module.use_savings(ClusterSavings(**{name: name not in off for name in CLUSTER_SAVINGS}))
+    module.savings = ClusterSavings(**{name: name not in off for name in CLUSTER_SAVINGS})
     result, grads = cluster_step(module, step)
     assert result.losses.keys() == expected.losses.keys()
     assert len(result.losses) == (2 if step == 0 else 3)
@@ -411,7 +412,7 @@ def test_clustercam_keeps_all_maps_the_official_way_alone(monkeypatch: pytest.Mo
 @pytest.mark.slow
 def test_both_sides_of_clustercam_come_from_the_configuration() -> None:
     arguments = "method=clustercam backbone=vit_pico image_size=64 repeats=1 warmup=0 device=cpu"
-    config = benchmark.parse([*arguments.split(), "num_classes=4"])
+    config = parse([*arguments.split(), "num_classes=4"])
     ((first, second),) = groups(config)
     assert second.off == tuple(CLUSTER_SAVINGS)
     ours, official = timed(config, first), timed(config, second)

@@ -15,12 +15,12 @@ from wsss.benchmark import (
     runner,
     weclip_official,
 )
+from wsss.benchmark.arguments import OFFICIAL, parse
 from wsss.benchmark.mctformer_official import OfficialMCTformerPlus
 from wsss.benchmark.more_official import OfficialMoRe, looped_selection
 from wsss.benchmark.runner import TimedSide, make_batch, saving_names
-from wsss.benchmark.steps import OFFICIAL, groups
+from wsss.benchmark.steps import groups
 from wsss.benchmark.weclip_official import OfficialWeCLIP, boxes_by_opencv
-from wsss.commands import benchmark
 from wsss.core.errors import WSSSError
 from wsss.maps.refine.par import PAR
 from wsss.methods.base import Batch, Step, WSSSModule
@@ -162,7 +162,7 @@ def assert_same_step(method: str, module: WSSSModule, expected: WSSSModule, step
 def without(method: str, *off: str) -> Any:
     module: Any = BUILD[method](KINDS[method])
     names = [one.name for one in fields(SAVINGS[method])]
-    module.use_savings(SAVINGS[method](**{name: name not in off for name in names}))
+    module.savings = SAVINGS[method](**{name: name not in off for name in names})
     return module
 
 
@@ -409,10 +409,10 @@ def test_pairs_are_spread_over_the_images() -> None:
     labels = batch_of("weclip", batch_size=4, pairs=6)["labels"]
     assert labels.sum(1).tolist() == [2, 2, 1, 1]
     given = ["method=weclip", "batch_size=4"]
-    assert benchmark.parse([*given, "pairs=6"]).pairs == 6
+    assert parse([*given, "pairs=6"]).pairs == 6
     for pairs in (3, 81):
         with pytest.raises(WSSSError, match=f"pairs={pairs}: expected 4 to 80"):
-            benchmark.parse([*given, f"pairs={pairs}"])
+            parse([*given, f"pairs={pairs}"])
 
 
 @pytest.mark.parametrize(
@@ -426,12 +426,12 @@ def test_pairs_are_spread_over_the_images() -> None:
 def test_both_sides_come_from_the_configuration(
     method: str, paper: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = benchmark.parse([f"method={method}"])
+    config = parse([f"method={method}"])
     assert (config.backbone, config.image_size) == paper
     shallow = ["method.text=random", "method.static_layers=4", "method.rfm_layers=4"]
     monkeypatch.setitem(runner.REQUIRED, "weclip", shallow)  # ViT-Pico has five blocks
     given = f"method={method} backbone=vit_pico image_size=64 repeats=1 warmup=0 device=cpu"
-    config = benchmark.parse([*given.split(), "num_classes=4"])
+    config = parse([*given.split(), "num_classes=4"])
     ((first, second),) = groups(config)
     assert second.off == saving_names(OFFICIAL[method])
     results = []

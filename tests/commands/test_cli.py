@@ -59,7 +59,7 @@ def test_overview_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["data", "prepare", "voc", "root=no/such"], "no/such is missing"),
         (["submit", "run=no/such/run"], "no/such/run"),
         (["train", "data=coco"], "data.root"),
-        (["train", "data=table", "data.root=no/such"], "no/such/labels.csv"),
+        (["train", "data=table", "data.root=no/such"], "data folder no/such is missing"),
         (["eval"], "run"),
         (["eval", "rum=x"], "run"),
         (["eval", "masks=no/such/folder", "data=minivoc", "data.limit=4"], "no/such/folder"),

@@ -1,4 +1,5 @@
 import csv
+import html
 import json
 import re
 from dataclasses import fields
@@ -14,6 +15,7 @@ from wsss.comparison.bootstrap import draw
 from wsss.comparison.compare import CompareArguments, compare
 from wsss.comparison.entries import THRESHOLDS, find_results
 from wsss.comparison.grids import Cell, Grid, html_tables, latex, markdown
+from wsss.comparison.page import page_of
 from wsss.comparison.protocols import MEASURING
 from wsss.comparison.tables import tables
 from wsss.core.errors import WSSSError
@@ -254,6 +256,25 @@ def test_kinds_of_supervision_are_kept_apart(tmp_path: Path) -> None:
     tower = make_run(tmp_path / "d", method="A", backbone=weights)
     (found,) = [c for c in compare([*runs, tower], CompareArguments(resamples=10))[2:]]
     assert (found.supervision, list(found.groups)) == ("image labels + CLIP", ["A"])
+
+
+def test_what_is_declared_is_told_apart(tmp_path: Path) -> None:
+    weights = {"name": "vit", "state_sha256": "b" * 64}
+    tag = {"source": "timm:vit_base_patch16_224.augreg_in21k", "pretraining": "ImageNet-1k"}
+    said = {"source": "file:a.pth", "pretraining": "declared by the user: Places"}
+    before = {"source": "file:a.pth", "pretraining": "Places"}  # a sentence of an earlier version
+    runs = [
+        make_run(tmp_path / name, method=name, backbone=weights | more)
+        for name, more in {"A": tag, "B": said, "C": before}.items()
+    ]
+    (found,) = compare(runs, CompareArguments(resamples=10))
+    assert [note for note in found.notes if note.startswith("pretraining")] == [
+        "pretraining: ImageNet-21k classification: A",
+        "pretraining: declared by the user: Places: B, C",
+    ]
+    assert '"pretraining": "declared by the user: Places"' in html.unescape(
+        page_of([found], gallery=0)
+    )
 
 
 def test_runs_of_a_group_differ_in_their_seed_alone(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ def add_run(folder: Path, weight: float, seed: int, *, name: str = ATTACK) -> Pa
         "study": folder.name, "seed": seed, "gallery": 0, "logger": {"project": "wsss"},
     }  # fmt: skip
     (run / "config.yaml").write_text(yaml.safe_dump(config))
+    results = json.loads((run / RESULTS_FILE).read_text())
+    (run / RESULTS_FILE).write_text(json.dumps(results | {"config": config}))
     logs = run / "logs" / "version_0"
     logs.mkdir(parents=True)
     (logs / "metrics.csv").write_text(
@@ -70,6 +72,8 @@ def test_the_local_page_has_the_keys_of_the_workspace(
     for group in ("toco ptc_weight=0.2", "toco ptc_weight=0.4"):
         assert f"{group}: losses by step" in page, "grouped by what varies, seeds together"
     assert "CAM threshold curves" in page
+    assert "difference to the best, points [95 % interval]" in page
+    assert "ToCo, ptc_weight=0.4 (n=2)" in page
     assert "% of the true class" not in page, "no confusions were stored"
     assert "http" not in page
     assert "no W&B key" in capsys.readouterr().out
@@ -88,6 +92,7 @@ def test_csv_logs_are_enough_and_names_stay_text(
     metrics = results["splits"]["val"]
     metrics["per_class"]["class"] = ["background", ATTACK, "dog"]
     metrics["confusion"] = {"seed": [[3, 1, 0], [0, 4, 4], [0, 0, 0]]}
+    metrics["protocol"]["supervision"] = None
     (run / RESULTS_FILE).write_text(json.dumps(results))
     assert main(["dashboard", "study=s", f"runs_dir={tmp_path}"]) == 0
     assert "no run was logged to W&B" in capsys.readouterr().out
@@ -98,3 +103,4 @@ def test_csv_logs_are_enough_and_names_stay_text(
     assert "&lt;img src=x onerror=alert(1)&gt;" in page
     assert "<td>25.0</td>" in page
     assert "2 runs" in page
+    assert "protocol.supervision is missing" in page, "why they are not compared"

@@ -11,8 +11,8 @@ from PIL import Image
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
+from wsss.data.image_files import find_images
 from wsss.data.images import (
-    find_images,
     image_size,
     mask_png,
     read_mask,

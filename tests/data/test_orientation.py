@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 
 from wsss.cli import main
 from wsss.core.errors import WSSSError
+from wsss.data.image_files import find_images
 from wsss.data.images import (
-    find_images,
     image_size,
     orientation,
     read_mask,

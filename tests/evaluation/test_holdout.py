@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny_module import CLASS_NAMES, Scenes, TinyModule, batches
 
+from wsss.core.schema import plain
 from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.holdout import Holdout, choose_names, choose_threshold
 from wsss.evaluation.ledger import LEDGER_FILE, past_readings, record_reading
 from wsss.evaluation.protocol import Protocol
 from wsss.runs.compose import compose_config
-from wsss.runs.config import plain
 from wsss.runs.folder import build_data
 
 

@@ -35,7 +35,7 @@ from wsss.models import class_tokens
 from wsss.models.backbone import Backbone
 from wsss.models.class_tokens import attend, sum_of_last
 from wsss.models.vit import resize_positions, split_heads
-from wsss.parity import read_case
+from wsss.parity.cases import read_case
 from wsss.parity.clustercam_network import build_clustercam
 from wsss.parity.inputs import network_images
 from wsss.runs.compose import compose_config

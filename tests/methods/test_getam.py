@@ -387,7 +387,7 @@ def step_of(module: GETAM, step: int = 99) -> tuple[Step, dict[str, Tensor]]:
 def official(on: dict[str, bool], **settings: Any) -> OfficialGETAM:
     module = tiny(method=OfficialGETAM, depth=8, **settings)
     assert isinstance(module, OfficialGETAM)
-    module.use_savings(Savings(**on))
+    module.savings = Savings(**on)
     return module
 
 

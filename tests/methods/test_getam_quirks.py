@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from wsss.core.errors import WSSSError
+from wsss.core.schema import plain
 from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD
 from wsss.methods.base import Batch, Outputs, Step
 from wsss.methods.getam.labels import Labels, saliency_target
 from wsss.methods.getam.method import GETAM
 from wsss.methods.getam.official import CORRECTED, OFFICIAL, Quirks
-from wsss.runs.compose import compose_config, sweep_jobs
-from wsss.runs.config import plain
+from wsss.runs.compose import compose_config
 from wsss.runs.folder import build_module
+from wsss.runs.line import sweep_jobs
 
 SWITCHES = [field.name for field in fields(Quirks)]
 

@@ -162,9 +162,11 @@ def test_weights_of_a_segmenter_are_pixel_masks(tmp_path: Path) -> None:
     classifier = torchvision.models.mobilenet_v3_small(weights=None)
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
     made = ConvBackbone(
-        name="mobilenet_v3_small", weights=str(tmp_path / "classifier.pth"), pretraining="ImageNet"
+        name="mobilenet_v3_small",
+        weights=str(tmp_path / "classifier.pth"),
+        declared_pretraining="Places",
     )
-    assert made.weights_info.pretraining == "ImageNet"
+    assert made.weights_info.pretraining == "declared by the user: Places"
     assert len(made.weights_info.file_sha256 or "") == 64
     assert torch.equal(made.body[0][0].weight, classifier.features[0][0].weight)
 
@@ -175,7 +177,7 @@ def test_weights_of_a_segmenter_are_pixel_masks(tmp_path: Path) -> None:
     }
     torch.save(network | {"classifier.4.weight": torch.zeros(21, 256, 1, 1)}, tmp_path / "seg.pth")
     segmenter = ConvBackbone(
-        name="mobilenet_v3_small", weights=str(tmp_path / "seg.pth"), pretraining="COCO"
+        name="mobilenet_v3_small", weights=str(tmp_path / "seg.pth"), declared_pretraining="COCO"
     )
     image_labels = build_data(compose_run(["data=minivoc"]))
     assert supervision_of_run(light(backbone=made), image_labels) == "image labels"

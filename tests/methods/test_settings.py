@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from wsss.core.errors import WSSSError
-from wsss.core.schema import arguments_of, check_value, parameters_of, target_class
+from wsss.core.schema import arguments_of, check_value, parameters_of, plain, target_class
 from wsss.methods.settings import (
     BelowOne,
     Count,
@@ -26,7 +26,7 @@ from wsss.methods.toco import ToCoSettings
 from wsss.methods.toco.official import CORRECTED, OFFICIAL, Quirks
 from wsss.models.conv_backbone import ConvBackbone
 from wsss.runs.compose import compose_config, compose_run
-from wsss.runs.config import config_hash, plain
+from wsss.runs.config import config_hash
 from wsss.runs.prepare import prepare
 
 CONF = Path(__file__).parents[2] / "conf" / "method"

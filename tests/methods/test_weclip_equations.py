@@ -377,6 +377,13 @@ def test_images_of_another_size_are_resized_corner_to_corner() -> None:
     assert torch.equal(propagated(par, images, scores), par(small, scores))
 
 
+def test_scores_are_propagated_twenty_times() -> None:
+    given = torch.randn(1, 3, 12, 12), torch.rand(1, 2, 12, 12)
+    propagated_by_it = tiny().par(*given)
+    assert torch.equal(propagated_by_it, PAR(num_iter=20)(*given))
+    assert not torch.allclose(propagated_by_it, PAR()(*given))
+
+
 def test_the_best_class_of_the_image_wins() -> None:
     scores = torch.tensor([[0.2, 0.5, 0.3], [0.2, 0.1, 0.9]])[..., None, None]
     slots = torch.tensor([[1, 4], [2, 0]]), torch.tensor([[True, True], [True, False]])

@@ -67,7 +67,7 @@ def openai_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(path: Path, **options: Any) -> Backbone:
     given = {"name": QUICK, "overrides": TINY | {"num_classes": 32}, "frozen": True} | options
-    return Backbone(weights=str(path), pretraining="400 M pairs", **given)
+    return Backbone(weights=str(path), declared_pretraining="400 M pairs", **given)
 
 
 def images_of(size: int) -> Tensor:
@@ -191,11 +191,11 @@ def test_files_say_that_they_are_of_clip(openai_file: Path, tmp_path: Path) -> N
     torch.save(timms, tmp_path / "timm.pt")
     for path in (openai_file, tmp_path / "timm.pt"):
         found = load(path, **plain, overrides=sizes).weights_info.pretraining
-        assert found == "400 M pairs (CLIP)"
+        assert found == "declared by the user: 400 M pairs (CLIP)"
     other = Backbone(name="vit_tiny_patch16_224", weights="random", overrides=TINY)
     torch.save(other.vit.state_dict(), tmp_path / "plain.pt")
     info = load(tmp_path / "plain.pt", **plain, overrides=TINY).weights_info
-    assert info.pretraining == "400 M pairs"
+    assert info.pretraining == "declared by the user: 400 M pairs"
 
 
 def test_every_parameter_of_the_tower_has_its_name() -> None:

@@ -13,10 +13,10 @@ import test_docs_methods
 from small_runs import PLAIN, SMALL
 
 import wsss.methods
+from wsss.benchmark import steps
+from wsss.benchmark.arguments import BenchmarkConfig
 from wsss.benchmark.runner import Side, TimedSide
-from wsss.benchmark.steps import BenchmarkConfig
 from wsss.cli import main
-from wsss.commands import benchmark
 from wsss.core import places
 from wsss.data.builtin import minivoc_root
 
@@ -184,7 +184,7 @@ def test_the_page_adds_a_method_to_every_command(
         timed.step()
         return [timed.result()]
 
-    monkeypatch.setattr(benchmark, "run_in_turn", one_step)
+    monkeypatch.setattr(steps, "run_in_turn", one_step)
     tiny = ["backbone=vit_pico", "image_size=64", "num_classes=4", "repeats=1", "warmup=0"]
     shown = printed("benchmark", "method=toy", *tiny, "device=cpu", "out=step.json")
     assert "method=toy: no official way of computing is written down, ours alone" in shown

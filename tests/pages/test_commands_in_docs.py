@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from wsss.benchmark import loading, pce
+from wsss.benchmark.arguments import parse as parse_benchmark
+from wsss.benchmark.arguments import parse_loading, parse_pce
 from wsss.cli import VERBS
 from wsss.commands import (
-    benchmark,
     dashboard,
     data,
     evaluate,
@@ -23,20 +23,16 @@ from wsss.commands import (
     text,
     tune,
 )
-from wsss.commands.train import _read_command_line
+from wsss.commands.train import read_line
 from wsss.comparison import compare as comparison
 from wsss.core.arguments import parse_arguments, split_arguments
 from wsss.core.errors import WSSSError
+from wsss.core.schema import plain
 from wsss.methods.official import CONVERTERS
 from wsss.parity import METHODS
-from wsss.runs.compose import (
-    choice_in_group,
-    compose_config,
-    compose_run,
-    compose_walk,
-    sweep_jobs,
-)
-from wsss.runs.config import check_walk, override_config, plain
+from wsss.runs.compose import compose_config, compose_run
+from wsss.runs.config import check_walk, override_config
+from wsss.runs.line import choice_in_group, compose_walk, sweep_jobs
 from wsss.runs.space import read_space, settings_of
 
 PROJECT = Path(__file__).parents[2]
@@ -45,7 +41,9 @@ PAGES += sorted((PROJECT / "docs").rglob("*.md")) + sorted((PROJECT / "experimen
 FENCE = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`(wsss [^`]+)`(?!`)")
 # shapes of commands, not commands
-SHAPE = re.compile(r"\.\.\.|\bVERB\b|\bMETHOD\b|\||\btoy\b|--help")
+SHAPE = re.compile(
+    r"\.\.\.|\bVERB\b|\bMETHOD\b|\||\btoy\b|--help|--keys|--config-dir|-sc\b|\bown\b"
+)
 
 
 def commands() -> list[str]:
@@ -63,8 +61,8 @@ def commands() -> list[str]:
 
 
 def take_train(arguments: list[str]) -> None:
-    overrides, flags = _read_command_line(arguments)
-    own = [override for override in overrides if not override.startswith("seed=")]
+    overrides, flags = read_line(arguments)
+    own = [one for one in overrides if not one.startswith(("seed=", "hydra.searchpath="))]
     if len(own) == 1 and own[0].startswith("+experiments="):  # test_configs composes them all
         name = own[0].removeprefix("+experiments=")
         assert (PROJECT / "experiments" / f"{name}.yaml").is_file()
@@ -101,12 +99,15 @@ def take_text(arguments: list[str]) -> None:
 
 
 def take_benchmark(arguments: list[str]) -> None:
-    parts: dict[str, Any] = {"part=data": loading.LoadingArguments, "part=pce": pce.PCEArguments}
-    for part, schema in parts.items():
+    parts: dict[str, Callable[[list[str]], Any]] = {
+        "part=data": parse_loading,
+        "part=pce": parse_pce,
+    }
+    for part, take in parts.items():
         if part in arguments:
-            parse_arguments(schema, [a for a in arguments if a != part])
+            take([a for a in arguments if a != part])
             return
-    benchmark.parse(arguments)
+    parse_benchmark(arguments)
 
 
 @pytest.fixture(scope="module")

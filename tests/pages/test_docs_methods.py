@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))  # the tools are scripts, not a package
 
 import docs_hooks  # noqa: E402
+
+from wsss.methods.settings import StepQuirks  # noqa: E402
 
 DOCS = ROOT / "docs"
 SOURCE = ROOT / "src" / "wsss"
@@ -123,7 +126,7 @@ def quirks_of(method: str) -> dict[str, list[str]]:
                 above -= 1
             assert " ".join(said).strip(), f"{method}: {field.target.id} says nothing"
             found[field.target.id] = Q_ITEM.findall(" ".join(said))
-    return found
+    return found | {field.name: [] for field in fields(StepQuirks)}  # of every code, no item of one
 
 
 @pytest.mark.parametrize("method", WITH_GOLDEN)

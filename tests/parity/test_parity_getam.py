@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from series import GOLDEN
 
-from wsss.parity import run_parity
+from wsss.parity.run import run_parity
 
 CASES = sorted(path.stem for path in (GOLDEN.parent / "getam").glob("*.npz"))
 

@@ -51,7 +51,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def arguments(weights: Path) -> list[str]:
     rest = [a for a in SMALL if not a.startswith(("backbone.", "+backbone."))]
-    return [*rest, *PLAIN, *TOWER, f"backbone.weights={weights}", "backbone.pretraining=unstated",
+    return [*rest, *PLAIN, *TOWER, f"backbone.weights={weights}",
             "+backbone.overrides.depth=4", "+backbone.overrides.num_classes=32"]  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_a_run_on_a_frozen_tower(
     (folder,) = {path.parent for path in Path("runs").rglob("results.json")}
     protocol = json.loads((folder / "results.json").read_text())["splits"]["val"]["protocol"]
     assert protocol["supervision"] == "image labels + CLIP"
-    assert protocol["backbone"]["pretraining"] == "unstated"
+    assert protocol["backbone"]["pretraining"] == "unknown"
     run = load_run(folder)
     start = build_module(run.config, 8).backbone
     for name, value in start.state_dict().items():

@@ -21,9 +21,10 @@ from wsss.core.lock import LOCK_FILE, lock
 from wsss.data.builtin import minivoc_root
 from wsss.data.train_masks import CARD_FILE, read_card
 from wsss.evaluation.ledger import past_readings
-from wsss.runs.compose import compose_run, quoted
+from wsss.runs.compose import compose_run
 from wsss.runs.config import override_config
 from wsss.runs.folder import load_run
+from wsss.runs.line import quoted
 from wsss.runs.masks import write_masks
 from wsss.runs.prepare import prepare
 from wsss.runs.wandb import run_id
@@ -432,7 +433,7 @@ def test_advice_is_what_the_same_verb_takes(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an error says to give, the same command takes."""
-    monkeypatch.setattr("wsss.commands.sync.offline_runs", lambda folders: [tmp_path])
+    monkeypatch.setattr("wsss.runs.wandb.offline_runs", lambda folders: [tmp_path])
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert wsss("sync", str(tmp_path)) == 2
     assert "logger=" not in capsys.readouterr().err

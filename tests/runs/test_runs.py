@@ -372,6 +372,7 @@ def test_converted_checkpoint_gives_the_same_numbers(finished: Path, tmp_path: P
     again = json.loads((tmp_path / "eval" / "results.json").read_text())["splits"]["val"]
     assert again["confusion"] == trained["confusion"]
     assert again["protocol"]["backbone"]["source"] == "converted:official.pth"
+    assert again["protocol"]["backbone"]["pretraining"] == "unknown"
 
 
 def test_checkpoint_that_does_not_fit_is_refused_by_name(

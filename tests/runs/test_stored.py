@@ -15,10 +15,10 @@ import torch
 
 from wsss.cli import main
 from wsss.core.errors import WSSSError
+from wsss.core.schema import plain
 from wsss.data.views.tkp_pcl import SquareViews
 from wsss.methods.toco import ToCo
 from wsss.runs.compose import compose_config
-from wsss.runs.config import plain
 from wsss.runs.folder import load_run
 from wsss.runs.stored import check_stored
 from wsss.runs.targets import with_current_targets
@@ -130,7 +130,7 @@ def test_verbs_refuse_a_strangers_class(
         lambda c: put(c["wsss"]["config"], "data.train_transform", EVIL[0][1]),
     )
     Path("photos").mkdir()
-    shutil.copy(TESTS.parent / "docs" / "images" / "demo_toco.jpg", "photos")
+    shutil.copy(TESTS.parent / "docs" / "images" / "more_minivoc.jpg", "photos")
     further = {"predict": ["images=photos", "out=masks"]}.get(verb, [])
     assert main([verb, f"run={run}", *further]) == 2
     said = capsys.readouterr().err

@@ -117,6 +117,7 @@ def test_a_run_says_what_it_is(study: dict[str, Path], offline: dict[str, Offlin
     assert json.loads(config["method"])["ptc_weight"] == 0.4
     assert json.loads(config["method_name"]) == "toco"
     assert json.loads(config["supervision"]) == "image labels"
+    assert json.loads(config["pretraining"]) == "none (random weights)"
 
 
 def test_losses_and_learning_rates_are_logged_step_by_step(offline: dict[str, Offline]) -> None:

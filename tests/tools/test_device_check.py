@@ -76,7 +76,8 @@ def test_a_step_gets_its_share_of_the_ceiling_of_its_type(tmp_path: Path) -> Non
 @pytest.mark.parametrize("method", PAPERS)
 def test_steps_are_of_the_papers_size_and_batch(method: str) -> None:
     config = Settings("cuda", False, None).config(method, "float32")
-    sizes = {"toco": (448, 2), "clustercam": (448, 9), "getam": (256, 4), "tkp_pcl": (384, 16)}
+    sizes = {"toco": (448, 2), "clustercam": (448, 9), "getam": (256, 4), "tkp_pcl": (384, 16),
+             "mctformer": (448, 32), "more": (448, 4), "weclip": (320, 4)}  # fmt: skip
     assert (config.image_size, config.batch_size) == sizes[method]
     assert config.num_classes == 20
 

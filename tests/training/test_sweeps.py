@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from small_runs import PLAIN, SMALL, Command, processes_of
 
 from wsss.core.errors import WSSSError
-from wsss.runs.compose import compose_config, sweep_jobs
+from wsss.runs.compose import compose_config
+from wsss.runs.line import sweep_jobs
 from wsss.training.sweeps import Outcome, exit_status, outcomes, share_devices, summary
 
 JOB = [

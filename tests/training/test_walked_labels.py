@@ -16,6 +16,7 @@ from small_runs import PLAIN, SMALL
 from wsss.cli import main
 from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256
+from wsss.core.schema import plain
 from wsss.core.supervision import PIXEL_MASKS
 from wsss.data.images import read_mask
 from wsss.data.train_masks import CARD_FILE
@@ -27,9 +28,10 @@ from wsss.maps.refine.random_walk import walked_maps
 from wsss.methods.affinity_net import AffinityNet
 from wsss.models.backbone import WeightsInfo
 from wsss.models.weights import save_atomically
-from wsss.runs.compose import compose_run, compose_walk
-from wsss.runs.config import check_refinement, check_walk, override_config, plain
+from wsss.runs.compose import compose_run
+from wsss.runs.config import check_refinement, check_walk, override_config
 from wsss.runs.folder import Run, build_module, load_run
+from wsss.runs.line import compose_walk
 from wsss.runs.random_walk import RandomWalk, supervision_with
 from wsss.runs.stored import check_stored
 from wsss.training.random_walk import trained_walk
@@ -211,6 +213,27 @@ def test_altered_network_is_refused(
     checkpoint.write_bytes(checkpoint.read_bytes() + b"0")
     assert wsss("pseudo", f"run={copied}", *COMMAND) == 2
     assert "not what was trained; remove" in capsys.readouterr().err
+
+
+def test_altered_cost_of_a_network_is_refused(
+    walked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = tmp_path / "toco"
+    shutil.copytree(walked, copied)
+    path = only(copied, "random_walk/network-*/affinity_network.json")
+    card = json.loads(path.read_text())
+    for group, key, value in (
+        (card["cost"], "train_wall_hours", "<b>none</b>"),
+        (card["cost"], "sessions", -1),
+        (card, "steps", "4"),
+    ):
+        before, group[key] = group[key], value
+        path.write_text(json.dumps(card))
+        group[key] = before
+        assert wsss("pseudo", f"run={copied}", *COMMAND) == 2
+        said = capsys.readouterr().err
+        assert f"affinity_network.json: is damaged: {'cost.' * (key != 'steps')}{key}=" in said
+        assert f"remove {path.parent}" in said
 
 
 def test_network_is_not_evaluated(

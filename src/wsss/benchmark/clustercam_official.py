@@ -51,13 +51,9 @@ class Savings:
 
 
 class OfficialClusterCAM(ClusterCAM):
-    """ClusterCAM with every saving switched off; :meth:`use_savings` switches single ones on."""
+    """ClusterCAM with every saving switched off; :attr:`savings` switches single ones on."""
 
     savings = Savings()
-
-    def use_savings(self, savings: Savings) -> None:
-        """Choose which savings stay on."""
-        self.savings = savings
 
     def losses(self, batch: Batch, step: int) -> Step:
         """Compute the losses of :meth:`ClusterCAM.losses` as :attr:`savings` says."""

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,53 +26,24 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from wsss.benchmark.arguments import LoadingArguments, known_methods, parse_loading, with_config_dir
 from wsss.benchmark.plain_views import PLAIN
 from wsss.benchmark.report import figures_file, write_figures
 from wsss.benchmark.runner import REQUIRED
-from wsss.core.arguments import parse_arguments
 from wsss.core.errors import WSSSError
-from wsss.core.places import choices
 from wsss.data.builtin import minivoc_root
 from wsss.data.dataset import ImageDataset, Sample
-from wsss.data.images import find_images
+from wsss.data.image_files import find_images
 from wsss.runs.compose import compose_run
 from wsss.runs.folder import build
 
 VOC_SIZE = (500, 375)  # width x height of most of VOC's images
 
 
-@dataclass
-class LoadingArguments:
-    """Arguments of ``wsss benchmark part=data``.
-
-    Attributes:
-        method: a method of ``conf/method``; null: all of them.
-        image_size: side of the training crop in pixels.
-        images: folder of images to load; null: MiniVOC's, enlarged to VOC's usual size.
-        count: how many of them.
-        repeats: rounds that count; one more goes before.
-        seed: of all draws.
-        out: JSON file to write.
-    """
-
-    method: str | None = None
-    image_size: int = 448
-    images: str | None = None
-    count: int = 32
-    repeats: int = 5
-    seed: int = 0
-    out: str | None = None
-
-
 def main(arguments: list[str]) -> int:
     """Run the part: time every method's pipeline, print, write ``out``."""
-    chosen, _ = parse_arguments(LoadingArguments, arguments)
-    known = choices("method")
-    if chosen.method is not None and chosen.method not in known:
-        raise WSSSError(f"method={chosen.method}: expected one of {', '.join(known)}")
-    for key in ("image_size", "count", "repeats"):
-        if getattr(chosen, key) < 1:
-            raise WSSSError(f"{key}={getattr(chosen, key)}: must be at least 1")
+    chosen = parse_loading(arguments)
+    known = known_methods(chosen.config_dir)
     out = figures_file(chosen.out)
     results = []
     with _pictures(chosen) as paths, _one_thread():
@@ -128,15 +99,18 @@ def time_method(method: str, paths: Sequence[Path], chosen: LoadingArguments) ->
     """
     # local views keep their share of the crop, or small crops would be refused
     config = compose_run(
-        [
-            f"method={method}",
-            "data=voc",
-            "data.root=unset",
-            "backbone.weights=random",
-            f"budget.crop_size={chosen.image_size}",
-            f"budget.local_size={max(1, chosen.image_size * 96 // 448)}",
-            *REQUIRED.get(method, []),
-        ]
+        with_config_dir(
+            [
+                f"method={method}",
+                "data=voc",
+                "data.root=unset",
+                "backbone.weights=random",
+                f"budget.crop_size={chosen.image_size}",
+                f"budget.local_size={max(1, chosen.image_size * 96 // 448)}",
+                *REQUIRED.get(method, []),
+            ],
+            chosen.config_dir,
+        )
     )
     transform = build(config["data"]["train_transform"])
     if "mask" in inspect.signature(transform).parameters:

@@ -36,13 +36,9 @@ class Savings:
 
 
 class OfficialMCTformerPlus(MCTformerPlus):
-    """MCTformer+ with every saving switched off; :meth:`use_savings` switches single ones on."""
+    """MCTformer+ with every saving switched off; :attr:`savings` switches single ones on."""
 
     savings = Savings()
-
-    def use_savings(self, savings: Savings) -> None:
-        """Choose which savings stay on."""
-        self.savings = savings
 
     def encode(self, images: Tensor, attention: Attention | None = None) -> Encoded:
         """Encode images, in training with materialised attention where a saving is off.

@@ -8,7 +8,7 @@ them differs. Each saving can be switched on by itself (:class:`Savings`).
 Where the specification leaves open how much the official code does, the cheaper reading is taken:
 images and mirror images of one size are encoded together, attention maps are not kept after a pass
 without gradient, PAR's weights, pairs of tokens and the segmentation loss are computed as ours are,
-and the energy uses our own lattice filter where the images are.
+and the energy uses our own lattice filter.
 """
 
 from collections.abc import Sequence
@@ -47,6 +47,8 @@ class Savings:
         summed_tails: item 6: the graph module sums a node's channels once, not once a neighbour.
         fused_attention: item 7: attention is never materialised.
         heads_once: item 7: CAM passes run neither decoder nor graph module.
+        energy_on_device: item 4 of toco.md: the energy is filtered where the images are, not on the
+            CPU.
     """
 
     reuse_scale_one: bool = False
@@ -59,16 +61,13 @@ class Savings:
     summed_tails: bool = False
     fused_attention: bool = False
     heads_once: bool = False
+    energy_on_device: bool = False
 
 
 class OfficialMoRe(MoRe):
-    """MoRe with every saving switched off; :meth:`use_savings` switches single ones on."""
+    """MoRe with every saving switched off; :attr:`savings` switches single ones on."""
 
     savings = Savings()
-
-    def use_savings(self, savings: Savings) -> None:
-        """Choose which savings stay on."""
-        self.savings = savings
 
     def losses(self, batch: Batch, step: int) -> Step:
         """Compute the losses of :meth:`MoRe.losses`, those of zero weight too unless saved."""
@@ -124,6 +123,15 @@ class OfficialMoRe(MoRe):
             raw = self.raw_cams if final else self.aux_activation
             found = multiscale_cam(raw, images, scales=self.settings.scales)
         return dict(zip(("cam", "cam_aux")[-len(found) :], found, strict=True))
+
+    # ---- energy (item 4 of toco.md) ------------------------------------------------------------
+
+    def energy(self, images: Tensor, logits: Tensor, label: Tensor, boxes: Tensor) -> Tensor:
+        """Compute the dense energy, on the CPU where the saving is off."""
+        if self.savings.energy_on_device:
+            return super().energy(images, logits, label, boxes)
+        on_cpu = [tensor.cpu() for tensor in (images, logits, label, boxes)]
+        return super().energy(*on_cpu).to(images.device)
 
     # ---- targets (item 5 and PAR) --------------------------------------------------------------
 

@@ -7,7 +7,7 @@ cosines, as its definition reads. Both are timed forward and backward on random 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,51 +16,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from wsss.benchmark.arguments import PCEArguments, parse_pce
 from wsss.benchmark.report import figures_file, write_figures
-from wsss.core.arguments import parse_arguments
 from wsss.core.devices import choose_device
-from wsss.core.errors import WSSSError
 from wsss.methods.tkp_pcl.patches import ConfidentSets, confident_sets, pce_loss
-
-
-@dataclass
-class PCEArguments:
-    """Arguments of ``wsss benchmark part=pce``.
-
-    Attributes:
-        tokens: patches an image, ascending.
-        width: width e of a patch.
-        num_classes: K, foreground classes; the background comes on top.
-        batch_size: images.
-        repeats: timings of which the fastest counts.
-        epsilon: probability above which a patch is confident.
-        matrix: also time the matrix of all pairs.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        threads: CPU threads; null: torch's default.
-        seed: of patches and scores.
-        out: JSON file to write.
-    """
-
-    tokens: list[int] = field(default_factory=lambda: [64, 256, 576, 1024, 2304, 4096])
-    width: int = 768
-    num_classes: int = 20
-    batch_size: int = 1
-    repeats: int = 5
-    epsilon: float = 0.85
-    matrix: bool = True
-    device: str = "auto"
-    threads: int | None = None
-    seed: int = 0
-    out: str | None = None
 
 
 def main(arguments: Sequence[str]) -> int:
     """Time both ways, print the table, write ``out``."""
-    config, _ = parse_arguments(PCEArguments, arguments)
-    if len(config.tokens) < 2 or min(config.tokens) < 2 or sorted(config.tokens) != config.tokens:
-        raise WSSSError(f"tokens={config.tokens}: expected two or more ascending counts from 2 on")
-    if min(config.repeats, config.batch_size, config.width, config.num_classes) < 1:
-        raise WSSSError("repeats, batch_size, width and num_classes must be at least 1")
+    config = parse_pce(arguments)
     out = figures_file(config.out)
     if config.threads:
         torch.set_num_threads(config.threads)

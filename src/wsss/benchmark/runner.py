@@ -13,6 +13,7 @@ from hydra.utils import get_class, instantiate
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from wsss.benchmark.arguments import with_config_dir
 from wsss.core.devices import choose_device
 from wsss.core.errors import WSSSError
 from wsss.core.stopwatch import Stopwatch, device_name, peak_memory
@@ -145,16 +146,19 @@ def build(config: dict[str, Any], side: Side) -> WSSSModule:
     # local crops keep the proportion of VOC's settings: 96 of 448 px, whole patches of 16
     local = max(16, round(config["image_size"] * 96 / 448 / 16) * 16)
     run = compose_run(
-        [
-            f"method={config['method']}",
-            "data=voc",
-            "data.root=unset",
-            f"backbone={config['backbone']}",
-            "backbone.weights=random",
-            f"budget.crop_size={config['image_size']}",
-            f"budget.local_size={local}",
-            *REQUIRED.get(config["method"], []),
-        ]
+        with_config_dir(
+            [
+                f"method={config['method']}",
+                "data=voc",
+                "data.root=unset",
+                f"backbone={config['backbone']}",
+                "backbone.weights=random",
+                f"budget.crop_size={config['image_size']}",
+                f"budget.local_size={local}",
+                *REQUIRED.get(config["method"], []),
+            ],
+            config["config_dir"],
+        )
     )
     if side.target:
         run["method"]["_target_"] = side.target
@@ -162,7 +166,7 @@ def build(config: dict[str, Any], side: Side) -> WSSSModule:
     if side.target:
         on = {name: name not in side.off for name in saving_names(side.target)}
         official: Any = module
-        official.use_savings(replace(official.savings, **on))
+        official.savings = replace(official.savings, **on)
     return module
 
 

@@ -1,4 +1,4 @@
-"""A training step beside the official way of computing it: the arguments, and the sides to run.
+"""A training step beside the official way of computing it: the sides to run, in turn.
 
 Each side runs in a process of its own, so that peak memory belongs to that side alone. Two sides
 take their steps in turn (ours, official, ours, official), so that whatever else the machine does
@@ -10,91 +10,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from typing import Any
 
 from rich.progress import track
 
+from wsss.benchmark.arguments import OFFICIAL, BenchmarkConfig
 from wsss.benchmark.runner import Side, Worker, saving_names
 from wsss.core.errors import WSSSError
 from wsss.core.processes import serve
-
-#: method -> class that computes its step the official way
-OFFICIAL = {
-    "toco": "wsss.benchmark.toco_official.OfficialToCo",
-    "clustercam": "wsss.benchmark.clustercam_official.OfficialClusterCAM",
-    "getam": "wsss.benchmark.getam_official.OfficialGETAM",
-    "mctformer": "wsss.benchmark.mctformer_official.OfficialMCTformerPlus",
-    "more": "wsss.benchmark.more_official.OfficialMoRe",
-    "weclip": "wsss.benchmark.weclip_official.OfficialWeCLIP",
-}
-#: method -> its paper's encoder and the side of its crops
-PAPERS = {
-    "toco": ("vit_base", 448),
-    "clustercam": ("deit_small", 448),
-    "getam": ("vit_base", 256),
-    "tkp_pcl": ("vit_base", 384),
-    "mctformer": ("deit_small", 448),
-    "more": ("vit_base", 448),
-    "weclip": ("clip_base", 320),
-}
-#: the same of any other method: those of conf/train.yaml and conf/data/voc.yaml
-DEFAULTS = ("deit_base", 448)
-
-
-@dataclass
-class BenchmarkConfig:
-    """Arguments of ``wsss benchmark``, as KEY=VALUE.
-
-    Attributes:
-        part: ``step``, a training step, or ``crf``, our dense CRF beside pydensecrf; ``data`` and
-            ``pce`` have arguments of their own (`wsss.benchmark.loading`, `wsss.benchmark.pce`).
-        method: a method of ``conf/method``; only for a step.
-        crf: preset of the dense CRF; only for ``part=crf``.
-        backbone: an encoder of ``conf/backbone``, with random weights here; null: the method's own.
-        image_size: side of the images in pixels; null: the method's own.
-        batch_size: images a step.
-        pairs: of image and class in a batch, spread evenly; null: one to three classes an image.
-        num_classes: K, foreground classes.
-        repeats: steps that count.
-        warmup: steps before them.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        official: also run the step computed the official way.
-        ablate: also run the step once per saving, with that one alone switched off.
-        stage: ``after`` or ``before`` the start of segmentation.
-        threads: CPU threads; null: torch's default.
-        dtype: ``float32``, or ``bfloat16`` autocast.
-        seed: of weights, batch and crops.
-        out: JSON file to write.
-    """
-
-    part: str = "step"
-    method: str = ""
-    crf: str = "toco"
-    backbone: str | None = None
-    image_size: int | None = None
-    batch_size: int = 2
-    pairs: int | None = None
-    num_classes: int = 20
-    repeats: int = 3
-    warmup: int = 1
-    device: str = "auto"
-    official: bool = True
-    ablate: bool = False
-    stage: str = "after"
-    threads: int | None = None
-    dtype: str = "float32"
-    seed: int = 0
-    out: str | None = None
-
-
-def with_paper_sizes(config: BenchmarkConfig) -> BenchmarkConfig:
-    """Fill in the encoder and the image size of the method's paper where none is given."""
-    backbone, image_size = PAPERS.get(config.method, DEFAULTS)
-    config.backbone = config.backbone or backbone
-    config.image_size = config.image_size or image_size
-    return config
 
 
 def groups(config: BenchmarkConfig) -> list[list[Side]]:

@@ -66,13 +66,9 @@ class Savings:
 
 
 class OfficialToCo(ToCo):
-    """ToCo with every saving switched off; :meth:`use_savings` switches single ones on."""
+    """ToCo with every saving switched off; :attr:`savings` switches single ones on."""
 
     savings = Savings()
-
-    def use_savings(self, savings: Savings) -> None:
-        """Choose which savings stay on."""
-        self.savings = savings
 
     # ---- the step ------------------------------------------------------------------------------
 

@@ -68,13 +68,9 @@ class Savings:
 
 
 class OfficialWeCLIP(WeCLIP):
-    """WeCLIP with every saving switched off; :meth:`use_savings` switches single ones on."""
+    """WeCLIP with every saving switched off; :attr:`savings` switches single ones on."""
 
     savings = Savings()
-
-    def use_savings(self, savings: Savings) -> None:
-        """Choose which savings stay on."""
-        self.savings = savings
 
     # ---- encoder (item 5) ----------------------------------------------------------------------
 

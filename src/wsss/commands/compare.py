@@ -7,7 +7,7 @@ from rich.console import Console
 from wsss.comparison.compare import CompareArguments, compare
 from wsss.comparison.grids import FORMATS, print_grids
 from wsss.comparison.tables import tables
-from wsss.core.arguments import split_arguments
+from wsss.core.arguments import check_folders, split_arguments
 from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
 
@@ -17,6 +17,7 @@ def main(arguments: list[str]) -> int:
     paths, chosen = split_arguments(CompareArguments, arguments)
     if chosen.out and Path(chosen.out).suffix not in FORMATS:
         raise WSSSError(f"out={chosen.out}: expected a file ending in {', '.join(FORMATS)}")
+    check_folders(paths)
     grids = [grid for c in compare(paths, chosen) for grid in tables(c)]
     print_grids(grids, Console())
     if chosen.out:

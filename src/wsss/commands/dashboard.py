@@ -6,18 +6,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from wsss.comparison.dashboard import (
-    SPECIFICATION_FILE,
-    build_workspace,
-    read_runs,
-    read_study,
-)
-from wsss.comparison.local import PAGE_FILE, local_dashboard
 from wsss.core.arguments import parse_arguments
+from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
 from wsss.core.ranges import FolderName
-from wsss.runs.config import LoggerConfig
-from wsss.runs.wandb import ID_FILE, has_key
 
 
 @dataclass
@@ -41,6 +33,18 @@ def main(arguments: list[str]) -> int:
     """Run the verb."""
     chosen, _ = parse_arguments(DashboardArguments, arguments)
     folder = Path(chosen.runs_dir) / chosen.study
+    if not folder.is_dir():
+        raise WSSSError(f"{folder}: no such folder; expected runs_dir/study of finished runs")
+    from wsss.comparison.dashboard import (
+        SPECIFICATION_FILE,
+        build_workspace,
+        read_runs,
+        read_study,
+    )
+    from wsss.comparison.local import PAGE_FILE, local_dashboard
+    from wsss.runs.config import LoggerConfig
+    from wsss.runs.wandb import ID_FILE, has_key
+
     everything = read_runs(folder)
     page = folder / PAGE_FILE
     write_atomically(page, local_dashboard(chosen.study, everything).encode())

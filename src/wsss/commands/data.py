@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -12,15 +13,18 @@ from rich.table import Table
 
 from wsss.core.arguments import parse_arguments
 from wsss.core.errors import WSSSError
-from wsss.data.doctor import SHOWN, Report, examine, examine_table
-from wsss.data.prepare.coco import find_annotations, prepare_coco
-from wsss.data.prepare.exports import is_export, prepare_export
-from wsss.data.prepare.voc import prepare_voc
-from wsss.data.table import refuse_pickle
-from wsss.data.voc import LabelSource, find_voc_root
-from wsss.runs.compose import compose_config, quoted
-from wsss.runs.config import plain
-from wsss.runs.folder import build_data
+from wsss.core.schema import plain
+from wsss.runs.line import (
+    SEARCH_PATH,
+    check_paths,
+    compose_line,
+    quoted,
+    take_folders,
+    with_folders,
+)
+
+if TYPE_CHECKING:
+    from wsss.data.doctor import Report
 
 
 @dataclass
@@ -56,6 +60,13 @@ def main(arguments: list[str]) -> int:
 def run_prepare_voc(arguments: list[str]) -> int:
     """Make what VOC's downloads lack, or a table of an export in VOC style."""
     chosen, _ = parse_arguments(VOCArguments, arguments)
+    if not Path(chosen.root).expanduser().is_dir():
+        raise WSSSError(f"data folder {chosen.root} is missing; set root to where VOC lies")
+    from wsss.data.prepare.exports import is_export, prepare_export
+    from wsss.data.prepare.voc import prepare_voc
+    from wsss.data.table import refuse_pickle
+    from wsss.data.voc import LabelSource, find_voc_root
+
     refuse_pickle(Path(chosen.labels))
     if chosen.labels not in ("xml", "mask"):
         raise WSSSError(f"labels={chosen.labels}: expected xml or mask")
@@ -98,6 +109,8 @@ def run_prepare_coco(arguments: list[str]) -> int:
     root = Path(chosen.root).expanduser()
     if not root.is_dir():
         raise WSSSError(f"data folder {root} is missing; set root to where COCO lies")
+    from wsss.data.prepare.coco import find_annotations, prepare_coco
+
     files = find_annotations(root, chosen.annotations)
     return prepare_coco(root, files, overlap=chosen.overlap, crowd=chosen.crowd, jobs=chosen.jobs)
 
@@ -105,16 +118,24 @@ def run_prepare_coco(arguments: list[str]) -> int:
 def run_check(arguments: list[str]) -> int:
     """Look a data set over; the exit status is 1 where there is an error."""
     fast = "--fast" in arguments
-    overrides = []
+    arguments, folders = take_folders(arguments)
+    overrides = with_folders([], folders)
     for argument in arguments:
         key, equals, _ = argument.partition("=")
         if argument == "--fast":
             continue
         if not equals:
             raise WSSSError(f"{argument!r}: expected data=NAME, KEY=VALUE or --fast")
-        complete = key == "data" or key.startswith("data.")
+        complete = key in ("data", SEARCH_PATH) or key.startswith("data.")
         overrides.append(as_text(argument if complete else f"data.{argument}"))
-    config = plain(compose_config(overrides))
+    composed = compose_line(overrides)
+    config = plain(composed)
+    check_paths(config)
+    from wsss.data.doctor import Report, examine, examine_table
+    from wsss.runs.config import check_config
+    from wsss.runs.folder import build_data
+
+    check_config(composed)
     report = Report()
     data = examine_table(config["data"], report)
     if data is not None:
@@ -135,8 +156,10 @@ def as_text(override: str) -> str:
     return f"{key}={quoted(value)}" if parsed.is_sweep_override() else override
 
 
-def show(report: Report, title: str) -> None:
+def show(report: "Report", title: str) -> None:
     """Print one line a finding, the summary table and the verdict."""
+    from wsss.data.doctor import SHOWN
+
     shown: Counter[tuple[str, ...]] = Counter()
     for finding in report.findings:
         group = (finding.level, finding.kind, finding.split)

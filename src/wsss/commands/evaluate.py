@@ -7,13 +7,10 @@ from typing import Annotated
 from annotated_types import Ge, Le
 
 from wsss.core.arguments import parse_arguments
-from wsss.core.devices import choose_device
 from wsss.core.errors import WSSSError
 from wsss.core.ranges import Seed
-from wsss.evaluation.tally import LABEL_MAPS
-from wsss.runs.folder import load_run
-from wsss.runs.folder_scoring import MapFolder, score_folder
-from wsss.runs.scoring import score
+from wsss.evaluation.protocol import LABEL_MAPS
+from wsss.runs.line import check_device, check_run_line, compose_line, take_folders, with_folders
 
 
 @dataclass
@@ -58,10 +55,25 @@ OF_FOLDERS = ("name", "supervision", "seed", "kind", "first_class")
 
 def main(arguments: list[str]) -> int:
     """Run the verb."""
+    arguments, folders = take_folders(arguments)
     chosen, overrides = parse_arguments(
-        EvalArguments, arguments, passed_on=("eval", "data", "gallery")
+        EvalArguments, arguments, passed_on=("eval", "data", "gallery", "hydra")
     )
+    overrides = with_folders(overrides, folders)
     _check(chosen)
+    if chosen.run is not None:
+        check_run_line(chosen.run, overrides, chosen.device)
+    else:
+        check_device(chosen.device)
+        compose_line([*overrides, f"seed={chosen.seed}"])
+        for key, folder in (("cams", chosen.cams), ("masks", chosen.masks)):
+            if folder is not None and not Path(folder).expanduser().is_dir():
+                raise WSSSError(f"{key}={folder}: no such folder")
+    from wsss.core.devices import choose_device
+    from wsss.runs.folder import load_run
+    from wsss.runs.folder_scoring import MapFolder, score_folder
+    from wsss.runs.scoring import score
+
     if chosen.run is not None:
         run = load_run(chosen.run, overrides, trust=chosen.trust).to(choose_device(chosen.device))
         score(run, chosen.splits, out=chosen.out, purpose="wsss eval")

@@ -6,9 +6,8 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from wsss.core.arguments import parse_arguments
-from wsss.data.images import find_images
-from wsss.runs.folder import load_run
-from wsss.runs.masks import write_masks
+from wsss.data.image_files import find_images
+from wsss.runs.line import check_run_line
 
 
 @dataclass
@@ -37,9 +36,13 @@ class PredictArguments:
 def main(arguments: list[str]) -> int:
     """Run the verb."""
     chosen, overrides = parse_arguments(PredictArguments, arguments, passed_on=("eval",))
+    check_run_line(chosen.run, overrides, chosen.device)
+    images, out = find_images(chosen.images), Path(chosen.out)
+    from wsss.runs.folder import load_run
+    from wsss.runs.masks import write_masks
+
     # no data set is opened here, so a run whose data lies elsewhere still predicts
     run = load_run(chosen.run, overrides, trust=chosen.trust)
-    images, out = find_images(chosen.images), Path(chosen.out)
     write_masks(run, images, out, cams=chosen.cams, soft=chosen.soft, device=chosen.device)
     print(f"{len(images)} masks and overlays in {out}")
     return 0

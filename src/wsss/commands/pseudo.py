@@ -5,14 +5,10 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from wsss.core.arguments import parse_arguments
-from wsss.core.devices import choose_device
 from wsss.core.errors import WSSSError
 from wsss.core.ranges import Count
-from wsss.runs.advice import second_stage_command
-from wsss.runs.compose import compose_walk
-from wsss.runs.folder import load_run
-from wsss.runs.label_writer import check_source, write_pseudo_labels
-from wsss.training.random_walk import trained_walk
+from wsss.runs.label_sources import check_source
+from wsss.runs.line import check_run_line, compose_walk
 
 
 @dataclass
@@ -58,8 +54,15 @@ def parse(arguments: list[str]) -> tuple[PseudoArguments, list[str], list[str]]:
 def main(arguments: list[str]) -> int:
     """Run the verb."""
     chosen, overrides, walking = parse(arguments)
-    device = choose_device(chosen.device)
     settings = compose_walk(walking) if chosen.refine else None
+    check_run_line(chosen.run, overrides, chosen.device)
+    from wsss.core.devices import choose_device
+    from wsss.runs.advice import second_stage_command
+    from wsss.runs.folder import load_run
+    from wsss.runs.label_writer import write_pseudo_labels
+    from wsss.training.random_walk import trained_walk
+
+    device = choose_device(chosen.device)
     run = load_run(chosen.run, overrides, trust=chosen.trust).to(device)
     walk = None
     if settings is not None:

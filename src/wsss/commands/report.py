@@ -5,12 +5,9 @@ from pathlib import Path
 
 from wsss.comparison.compare import CompareArguments, compare
 from wsss.comparison.grids import FORMATS
-from wsss.comparison.page import PAGE, page_of
-from wsss.comparison.tables import tables
-from wsss.core.arguments import split_arguments
+from wsss.core.arguments import check_folders, split_arguments
 from wsss.core.errors import WSSSError
 from wsss.core.files import make_writable, write_atomically
-from wsss.core.lock import lock
 from wsss.core.ranges import Pictures
 
 
@@ -31,6 +28,11 @@ def main(arguments: list[str]) -> int:
     if not chosen.out:
         raise WSSSError("out is missing; give the folder of the report: out=report")
     out = Path(chosen.out)
+    check_folders(paths)
+    from wsss.comparison.page import PAGE, page_of
+    from wsss.comparison.tables import tables
+    from wsss.core.lock import lock
+
     comparisons = compare(paths, chosen)  # before anything is written
     make_writable(out)
     grids = [grid for comparison in comparisons for grid in tables(comparison)]

@@ -7,8 +7,7 @@ from omegaconf import MISSING
 
 from wsss.core.arguments import parse_arguments
 from wsss.core.errors import WSSSError
-from wsss.runs.folder import load_run
-from wsss.runs.submission import submit
+from wsss.runs.line import check_run_line
 
 
 @dataclass
@@ -38,6 +37,10 @@ def main(arguments: list[str]) -> int:
     chosen, overrides = parse_arguments(SubmitArguments, arguments, passed_on=("eval", "data"))
     if chosen.competition not in ("comp5", "comp6"):
         raise WSSSError(f"competition={chosen.competition}: expected comp5 or comp6")
+    check_run_line(chosen.run, overrides, chosen.device)
+    from wsss.runs.folder import load_run
+    from wsss.runs.submission import submit
+
     submit(
         load_run(chosen.run, overrides, trust=chosen.trust),
         split=chosen.split,

@@ -5,12 +5,16 @@ import sys
 from pathlib import Path
 
 from wsss.core.errors import WSSSError
-from wsss.runs.wandb import has_key, import_wandb, offline_runs
 
 
 def main(arguments: list[str]) -> int:
     """Run the verb."""
     folders = [Path(argument) for argument in arguments or ["runs"]]
+    for folder in folders if arguments else []:
+        if not folder.is_dir():
+            raise WSSSError(f"{folder}: no such folder; give run or study folders")
+    from wsss.runs.wandb import has_key, import_wandb, offline_runs
+
     waiting = offline_runs(folders)
     where = ", ".join(map(str, folders))
     if not waiting:

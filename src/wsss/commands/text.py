@@ -11,11 +11,9 @@ from wsss.core.errors import WSSSError
 from wsss.core.files import first_line
 from wsss.core.places import choices, config_root
 from wsss.core.ranges import Some
-from wsss.core.schema import check_fields, check_node, nearest, parameters_of
+from wsss.core.schema import check_fields, check_node, nearest, parameters_of, plain
 from wsss.models.text import check_ending, write_text_features
-from wsss.models.text_encoder import load_clip, make_text_features
-from wsss.runs.compose import compose_run
-from wsss.runs.folder import build_data
+from wsss.runs.line import compose_line, take_folders, with_folders
 
 
 @dataclass
@@ -24,7 +22,7 @@ class TextArguments:
 
     Attributes:
         out: the file to write, ``.npz`` or ``.safetensors``.
-        text: wording: one of ``conf/text``, or a YAML file of one's own; null: that of the data
+        text: wording: one of ``conf/text``, or a custom YAML file; null: that of the data
             set's name, or else the class names alone.
         background: texts of what surrounds the classes.
         templates: in which ``{}`` stands for a class or a background.
@@ -61,11 +59,15 @@ class Wording:
 
 def main(arguments: list[str]) -> int:
     """Run the verb."""
-    chosen, overrides = parse_arguments(TextArguments, arguments, passed_on=("data",))
+    arguments, folders = take_folders(arguments)
+    chosen, overrides = parse_arguments(TextArguments, arguments, passed_on=("data", "hydra"))
+    overrides = with_folders(overrides, folders)
     out = Path(chosen.out).expanduser()
     check_ending(out)
     name, class_names = _classes(overrides)
     wording = _wording(chosen, name, class_names)
+    from wsss.models.text_encoder import load_clip, make_text_features
+
     network, tokenizer = load_clip(wording.model, wording.pretrained)
     features = make_text_features(
         network,
@@ -90,14 +92,18 @@ def main(arguments: list[str]) -> int:
 def _classes(overrides: list[str]) -> tuple[str, tuple[str, ...]]:
     """Give the name of a data set, and its classes; images are read only where they name them."""
     try:
-        config = compose_run(overrides)
+        config = compose_line(overrides)
     except WSSSError as error:
         if not str(error).startswith("data.root is missing"):
             raise
-        config = compose_run([*overrides, "data.root=unset"])
-        if config["data"]["class_names"] is None:
+        config = compose_line([*overrides, "data.root=unset"])
+        if config.data.class_names is None:
             raise
-    return config["data"]["name"], tuple(build_data(config).class_names)
+    from wsss.runs.config import check_config
+    from wsss.runs.folder import build_data
+
+    check_config(config)
+    return config.data.name, tuple(build_data(plain(config)).class_names)
 
 
 def _wording(chosen: TextArguments, name: str, class_names: tuple[str, ...]) -> Wording:

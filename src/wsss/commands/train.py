@@ -3,9 +3,9 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hydra import main as hydra_main
 from hydra.core.hydra_config import HydraConfig
@@ -15,15 +15,20 @@ from omegaconf import DictConfig
 from wsss.core.errors import WSSSError
 from wsss.core.failures import JOB_STEM, exit_status_of
 from wsss.core.places import config_root
-from wsss.core.ranks import is_first_process
-from wsss.results.store import RESULTS_FILE, read_results
+from wsss.core.schema import plain
 from wsss.runs.choice import choice_of
-from wsss.runs.compose import compose_config, quoted, sweep_jobs, with_search_path
-from wsss.runs.config import LoggerConfig, plain
-from wsss.runs.naming import varying
-from wsss.runs.trainer_settings import with_trainer_keys
-from wsss.training.parallel import naming_lost_processes
-from wsss.training.run import train
+from wsss.runs.line import (
+    canonical,
+    check_paths,
+    compose_line,
+    compose_open,
+    of_jobs,
+    quoted,
+    sweep_jobs,
+    take_folders,
+    with_dependents,
+    with_folders,
+)
 from wsss.training.sweeps import (
     end_with_sweep,
     exit_status,
@@ -35,23 +40,48 @@ from wsss.training.sweeps import (
     write_value,
 )
 
+#: what ``--info`` shows, and Hydra's flags that print something and run nothing
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+SHOWING = ("--cfg", "--info", "--hydra-help")
+
 
 def main(arguments: list[str]) -> int:
-    """Run the verb: Hydra's own command line, after a check that reports errors in one line."""
-    overrides, flags = _read_command_line(arguments)
+    """Run the verb: Hydra's own command line, after checks that report errors in one line.
+
+    What is wrong with the line is found before torch is imported.
+    """
+    overrides, flags = read_line(arguments)
+    if any(flag in flags for flag in SHOWING):
+        if "--multirun" not in flags:
+            compose_open(overrides)  # what is wrong with it, in one line
+        _run_hydra(_nothing, overrides, flags)
+        return 0
     if "--multirun" in flags:
         return _sweep(overrides, flags)
     end_with_sweep()
-    compose_config(overrides)
-    job = Job()
-    _run_hydra(job, overrides, flags)
+    extended = with_dependents(overrides)
+    _check([extended])
+    job = Job(extended[len(overrides) :])
+    _run_hydra(job, extended, flags)
     return max(job.statuses, default=0)
+
+
+def _check(lines: list[list[str]]) -> list[dict[str, Any]]:
+    """Compose and check every job: first what needs no torch, of all of them."""
+    configs = [compose_line(overrides) for overrides in lines]
+    if len(configs) == 1:  # of a sweep each job says it, and the others go on
+        check_paths(plain(configs[0]))
+    from wsss.runs.config import check_config
+
+    for config in configs:
+        check_config(config)
+    return [plain(config) for config in configs]
 
 
 def _sweep(overrides: list[str], flags: list[str]) -> int:
     """Run many jobs, and print at the end what failed."""
     jobs = sweep_jobs(overrides)
-    configs = [compose_config(each) for each in jobs.samples]
+    configs = _check(jobs.samples)
     folder = new_folder(Path(configs[0]["runs_dir"]))
     overrides = [*overrides, *_said_to_trackers(configs)]
     try:
@@ -64,15 +94,17 @@ def _sweep(overrides: list[str], flags: list[str]) -> int:
     return exit_status(ended)
 
 
-def _said_to_trackers(configs: Sequence[DictConfig]) -> list[str]:
+def _said_to_trackers(contents: Sequence[dict[str, Any]]) -> list[str]:
     """Give the override by which the jobs of a sweep know what varies among them.
 
     A tracker names and groups runs by it.
 
     Args:
-        configs: of the jobs.
+        contents: configurations of the jobs.
     """
-    contents = [plain(config) for config in configs]
+    from wsss.runs.config import LoggerConfig
+    from wsss.runs.naming import varying
+
     settings = LoggerConfig(**contents[0]["logger"])
     keys = varying(contents)
     if settings.varied or not keys or not (settings.wandb or settings.mlflow):
@@ -80,32 +112,47 @@ def _said_to_trackers(configs: Sequence[DictConfig]) -> list[str]:
     return [f"++logger.varied=[{','.join(keys)}]"]
 
 
-def _run_hydra(job: "Job", overrides: list[str], flags: list[str]) -> None:
+def _run_hydra(job: Callable[[DictConfig], Any], overrides: list[str], flags: list[str]) -> None:
     """Let Hydra compose and run."""
     # this file, not the console script: DDP starts its other processes from sys.argv
-    sys.argv = [__file__, *with_search_path(with_trainer_keys(overrides)), *flags]
+    sys.argv = [__file__, *overrides, *flags]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # we report errors, in one line
     conf = str(config_root() / "conf")
     hydra_main(version_base="1.3", config_path=conf, config_name="train")(job)()
 
 
-class Job:
-    """Take Hydra's call with a composed configuration: here, or where submitit has sent it."""
+def _nothing(config: DictConfig) -> None:
+    """Run nothing: Hydra shows what it was asked for."""
 
-    def __init__(self) -> None:
+
+class Job:
+    """Take Hydra's call with a composed configuration: here, or where submitit has sent it.
+
+    Args:
+        dependents: overrides of the line that follow from the others.
+    """
+
+    def __init__(self, dependents: Sequence[str] = ()) -> None:
         self.statuses: list[int] = []
+        self.dependents = dependents
 
     def __call__(self, config: DictConfig) -> float:
         """Train one run; give its objective, NaN where there is none."""
         hydra = HydraConfig.get()
-        config.choice = choice_of(config.choice, list(hydra.overrides.task))
+        given = [one for one in hydra.overrides.task if one not in self.dependents]
+        config.choice = choice_of(config.choice, given)
         own_files = hydra.mode == RunMode.MULTIRUN
         if own_files:  # of a sweep whose launcher is not ours
             stem = job_stem(Path(hydra.sweep.dir), hydra.job.num)
             os.environ[JOB_STEM] = str(stem)
             # DDP starts its other processes from here
-            sys.argv = [__file__, *with_search_path(list(hydra.overrides.task))]
+            sys.argv = [__file__, *hydra.overrides.task, *of_jobs(hydra.overrides.hydra)]
             sys.modules["__main__"].__spec__ = None
+            from wsss.runs.compose import compose_config
+
+            config = compose_config(list(hydra.overrides.task))  # with what follows from a name
+        from wsss.core.ranks import is_first_process
+
         status, value = _run_job(config)
         self.statuses.append(status)
         if is_first_process():
@@ -123,24 +170,49 @@ class _OneLineParser(argparse.ArgumentParser):
         raise WSSSError(f"{message} (wsss train --help)")
 
 
-def _read_command_line(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split overrides from those of Hydra's flags that are supported (it wants them apart)."""
+def read_line(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split overrides from flags of Hydra's, which wants them apart.
+
+    ``--config-dir DIR`` becomes a place of the search path: the jobs of a sweep and the processes
+    of a run compose by themselves, and read it there.
+
+    Raises:
+        WSSSError: an unknown flag, or a folder that is missing.
+    """
     parser = _OneLineParser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
     parser.add_argument("-p", "--package")
+    parser.add_argument("-i", "--info", nargs="?", const="all", choices=INFO)
     parser.add_argument("--resolve", action="store_true")
-    read = parser.parse_intermixed_args(arguments)
-    flags = [f"--{name}" for name in ("multirun", "resolve") if getattr(read, name)]
-    for name in ("cfg", "package"):
+    parser.add_argument("--hydra-help", action="store_true")
+    arguments, folders = take_folders(arguments)
+    read = parser.parse_intermixed_args(_values_first(arguments))
+    switches = ("multirun", "resolve", "hydra_help")
+    flags = [f"--{name.replace('_', '-')}" for name in switches if getattr(read, name)]
+    for name in ("cfg", "package", "info"):
         if getattr(read, name) is not None:
             flags += [f"--{name}", getattr(read, name)]
-    return read.overrides, flags
+    return canonical(with_folders(read.overrides, folders)), flags
+
+
+def _values_first(arguments: list[str]) -> list[str]:
+    """Give ``--info`` its value where an override or nothing follows, which argparse would take."""
+    given = list(arguments)
+    for flag in ("-i", "--info"):
+        if flag in given and (given[given.index(flag) + 1 :] or [""])[0] not in INFO:
+            given.insert(given.index(flag) + 1, "all")
+    return given
 
 
 def _run_job(config: DictConfig) -> tuple[int, float | None]:
     """Train one run; give its exit status and its objective, where it has that number."""
+    from wsss.core.ranks import is_first_process
+    from wsss.results.store import RESULTS_FILE, read_results
+    from wsss.training.parallel import naming_lost_processes
+    from wsss.training.run import train
+
     value: float | None = None
 
     def run() -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -14,9 +15,21 @@ from wsss.core.arguments import parse_arguments
 from wsss.core.errors import WSSSError
 from wsss.core.failures import exit_status_of
 from wsss.core.ranges import Count, Seed
+from wsss.core.schema import plain
 from wsss.results.search import OVERLAY_FILE, read_search
-from wsss.runs.compose import sweep_jobs
-from wsss.training.search import Plan, import_optuna, plan_search, run_search
+from wsss.runs.line import (
+    canonical,
+    check_paths,
+    choice_in_group,
+    compose_line,
+    sweep_jobs,
+    take_folders,
+    with_folders,
+)
+from wsss.runs.space import read_space, settings_of
+
+if TYPE_CHECKING:
+    from wsss.training.search import Plan
 
 
 @dataclass
@@ -41,9 +54,10 @@ OWN = tuple(field.name for field in fields(TuneArguments))
 
 def parse(arguments: Sequence[str]) -> tuple[TuneArguments, list[list[str]]]:
     """Split the verb's own arguments from the lines that its searches begin from."""
-    own = [each for each in arguments if each.partition("=")[0] in OWN]
-    jobs = sweep_jobs([each for each in arguments if each not in own])
-    return parse_arguments(TuneArguments, own)[0], jobs.samples
+    rest, folders = take_folders(arguments)
+    own = [each for each in rest if each.partition("=")[0] in OWN]
+    line = with_folders([each for each in rest if each not in own], folders)
+    return parse_arguments(TuneArguments, own)[0], sweep_jobs(canonical(line)).samples
 
 
 def main(arguments: list[str]) -> int:
@@ -51,6 +65,9 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--show"]:
         return _show(arguments[1:])
     chosen, jobs = parse(arguments)
+    _check(jobs, chosen.space)
+    from wsss.training.search import import_optuna, plan_search
+
     import_optuna()
     plans = [
         plan_search(
@@ -62,15 +79,29 @@ def main(arguments: list[str]) -> int:
         )
         for job in jobs
     ]
-    _check_equal(plans)
     return max(exit_status_of("tune", partial(_search, plan)) for plan in plans)
 
 
-def _check_equal(plans: Sequence[Plan]) -> None:
+def _check(jobs: Sequence[list[str]], space: str | None) -> None:
+    """Check what needs no torch: the line and the space of each search, and their equal terms.
+
+    Raises:
+        WSSSError: a key, a value, a path, or searches of one command that are no equal terms.
+    """
+    configs = []
+    for job in jobs:
+        config, method = plain(compose_line(job)), choice_in_group(job, "method")
+        check_paths(config)
+        settings_of(config, read_space(space or method), space or method)
+        configs.append((config, method))
+    _check_equal(configs)
+
+
+def _check_equal(configs: Sequence[tuple[dict[str, Any], str]]) -> None:
     """Raise WSSSError where searches of one command are no equal terms."""
     for key in ("objective", "budget.max_steps"):
         group, _, name = key.rpartition(".")
-        values = [((p.config[group] if group else p.config)[name], p.method) for p in plans]
+        values = [((one[group] if group else one)[name], method) for one, method in configs]
         if len({value for value, _ in values}) > 1:
             said = ", ".join(f"{value} of {method}" for value, method in values)
             raise WSSSError(
@@ -78,8 +109,10 @@ def _check_equal(plans: Sequence[Plan]) -> None:
             )
 
 
-def _search(plan: Plan) -> int:
+def _search(plan: "Plan") -> int:
     """Run one search and print what it found; where other processes still run trials, so far."""
+    from wsss.training.search import run_search
+
     folder = run_search(plan)
     _print(folder)
     return 0

@@ -240,6 +240,16 @@ def _check_images(entries: Sequence[Entry], metric: str) -> None:
             )
 
 
+def _pretraining(groups: Mapping[str, Sequence[Entry]]) -> dict[str, list[str]]:
+    """Give the groups of each pretraining, where it is known at all."""
+    found: dict[str, list[str]] = {}
+    for name, members in groups.items():
+        cards = [entry.card.get("backbone") or {} for entry in members]
+        for said in dict.fromkeys(str(card["pretraining"]) for card in cards if card):
+            found.setdefault(said, []).append(name)
+    return found
+
+
 def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> list[str]:
     """Write what a reader of the numbers has to know."""
     notes = []
@@ -257,6 +267,9 @@ def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> l
             f"(paired bootstrap over images, and over seeds where there are several; "
             f"{chosen.resamples} draws)"
         )
+    notes += [
+        f"pretraining: {said}: {', '.join(names)}" for said, names in _pretraining(groups).items()
+    ]
     thresholds = {
         name: sorted({e.metrics["seed_threshold"] for e in es if "seed_threshold" in e.metrics})
         for name, es in groups.items()

@@ -15,8 +15,8 @@ from wsss.comparison.entries import is_finished, logged_series
 from wsss.comparison.grids import FORMATS
 from wsss.comparison.tables import tables
 from wsss.core.errors import WSSSError
-from wsss.results.store import MAP_NAMES, RESULTS_FILE, read_results
-from wsss.runs.folder import CONFIG_FILE, method_name
+from wsss.results.store import CONFIG_FILE, MAP_NAMES, RESULTS_FILE, read_results
+from wsss.runs.folder import method_name
 from wsss.runs.naming import read_config, varying
 from wsss.runs.wandb import CONFUSION_COLUMNS, ID_FILE, numbers
 

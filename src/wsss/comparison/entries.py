@@ -13,11 +13,18 @@ from numpy.typing import NDArray
 from wsss.core.errors import WSSSError
 from wsss.core.failures import one_line
 from wsss.core.files import first_line
+from wsss.core.pretraining import stated_pretraining
 from wsss.core.supervision import supervision_on
 from wsss.evaluation.per_image import mean_iou, per_image_counts
 from wsss.results.search import SEARCHES
-from wsss.results.store import CELLS_FILE, RESULTS_FILE, look_up, read_cells, read_results
-from wsss.runs.folder import CONFIG_FILE
+from wsss.results.store import (
+    CELLS_FILE,
+    CONFIG_FILE,
+    RESULTS_FILE,
+    look_up,
+    read_cells,
+    read_results,
+)
 from wsss.runs.targets import with_current_targets
 
 #: mIoU -> kind of label map and whether abstentions are left out; these can be bootstrapped
@@ -74,7 +81,8 @@ class Entry:
         return {
             "data": self.results["data"],
             **protocol,
-            # cards of an earlier version do not name every tower of CLIP's kind
+            # cards of an earlier version have a sentence of the configuration
+            **({"backbone": {**known, "pretraining": stated_pretraining(known)}} if known else {}),
             "supervision": supervision_on(str(protocol.get("supervision")), known),
             "choice": protocol.get("choice") or NOT_DECLARED,
             "labels_sha256": hashes.get("labels"),

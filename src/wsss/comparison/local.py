@@ -11,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 
 from wsss.comparison.charts import Chart, Point, draw
+from wsss.comparison.compare import CompareArguments, compare
 from wsss.comparison.dashboard import (
     ERRORS,
     IMAGE_LEVEL,
@@ -24,7 +25,8 @@ from wsss.comparison.entries import logged_series
 from wsss.comparison.grids import Cell, Grid
 from wsss.comparison.page import Part, is_loss, legend, mean_lines, training_charts
 from wsss.comparison.render import render
-from wsss.comparison.tables import COSTS, EVALUATION, heading_of, mean_and_deviation
+from wsss.comparison.tables import COSTS, EVALUATION, heading_of, mean_and_deviation, tables
+from wsss.core.errors import WSSSError
 from wsss.results.store import MAP_NAMES, look_up
 
 PAGE_FILE = "dashboard.html"
@@ -54,6 +56,7 @@ def local_dashboard(name: str, runs: Sequence[LoggedRun]) -> str:
     done = {group: found for group, es in groups.items() if (found := [e for e in es if e.splits])}
     parts = [
         Part("final", "Final numbers", _finals(done, splits), [_summary(done, splits, varied)]),
+        Part("compared", "Compared", grids=_compared([run for run in runs if run.splits], varied)),
         Part("training", "Training", training_charts(logged)),
         Part(
             "logged", "Rates and scalars", [c for key in rest for c in mean_lines(key, logged, key)]
@@ -112,6 +115,24 @@ def _summary(groups: Groups, splits: Sequence[str], varied: Sequence[str]) -> Gr
         cells += [mean_and_deviation(_values(runs, *_at(key)), True) for key in keys]
         grid.rows.append((group, [Cell(text) for text in cells]))
     return grid
+
+
+def _compared(runs: Sequence[LoggedRun], varied: Sequence[str]) -> list[Grid]:
+    """Give means and intervals as ``wsss compare`` does, one method at a time where keys vary."""
+    methods = sorted({run.method for run in runs})
+    grids = []
+    for chosen in [[method] for method in methods] if varied else [methods]:
+        members = [run for run in runs if run.method in chosen]
+        by = ",".join(["method", *varying([run.config for run in members])])
+        try:
+            found = (
+                compare([run.folder for run in members], CompareArguments(by=by)) if runs else []
+            )
+        except WSSSError as error:
+            grids.append(Grid(f"not compared: {', '.join(chosen)}", ["group"], notes=[str(error)]))
+        else:
+            grids += [grid for one in found for grid in tables(one)[:2]]
+    return grids
 
 
 def _at(key: tuple[str, str]) -> tuple[str, list[str]]:

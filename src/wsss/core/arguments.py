@@ -130,3 +130,10 @@ def split_arguments(schema: type[T], arguments: Sequence[str]) -> tuple[list[Pat
     if not paths:
         raise WSSSError("no run is given; expected run folders, or a folder that holds some")
     return paths, parse_arguments(schema, settings)[0]
+
+
+def check_folders(paths: Sequence[Path]) -> None:
+    """Raise WSSSError where a run folder, or a folder of some, is missing."""
+    for path in paths:
+        if not path.exists():
+            raise WSSSError(f"{path}: no such file or folder; expected runs, or a folder of some")

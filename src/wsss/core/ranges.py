@@ -1,7 +1,7 @@
 """Types of numbers with a range and of names, checked wherever a configuration takes them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
@@ -92,3 +92,17 @@ def _devices(value: int | str | list[int]) -> int | str | list[int]:
 
 #: processes of a run on one machine
 Devices = Annotated[int | str | list[int], AfterValidator(_devices)]
+
+
+def _duration(value: str | Mapping[str, int]) -> str | Mapping[str, int]:
+    units = ("weeks", "days", "hours", "minutes", "seconds")
+    if isinstance(value, str):
+        right = re.fullmatch(r"\d{1,4}(:\d{2}){3}", value) is not None
+    else:
+        right = bool(value) and all(k in units and 0 <= n <= 10**9 for k, n in value.items())
+    if not right:
+        raise PydanticCustomError("duration", "written as DD:HH:MM:SS, or as {hours: 2}")
+    return value
+
+
+Duration = Annotated[str | dict[str, int], AfterValidator(_duration)]

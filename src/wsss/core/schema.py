@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from wsss.core.errors import WSSSError
@@ -34,6 +35,23 @@ class MissingKeyError(WSSSError):
     def key(self) -> str:
         """The dotted key."""
         return str(self).partition(" ")[0]
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Give the resolved configuration as plain dictionaries, lists and numbers.
+
+    Raises:
+        WSSSError: a mandatory value (``???``) is missing, or an interpolation does not resolve.
+    """
+    try:
+        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "a key"
+        if type(error).__name__ == "MissingMandatoryValue":
+            raise WSSSError(f"{key} is missing; give it on the command line: {key}=...") from error
+        raise WSSSError(f"{key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
 
 
 def targets(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -255,6 +273,24 @@ def _named(annotation: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a group of keys"
     return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
+
+
+def type_in_words(annotation: Any) -> str:
+    """Name a type with its range: ``float > 0``, ``int >= 1 and <= 1000 or null``."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_in_words(one) for one in inner)
+    if origin is typing.Annotated:
+        limits = [
+            f"{sign} {getattr(one, name)}"
+            for one in annotation.__metadata__
+            for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+            if hasattr(one, name)
+        ]
+        return f"{type_in_words(inner[0])} {' and '.join(limits)}".strip()
+    if annotation is Any:
+        return "any"
+    return _named(annotation)
 
 
 def check_names(cls: type, given: Iterable[str], path: str) -> None:

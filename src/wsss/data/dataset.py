@@ -1,6 +1,6 @@
 """One split as a torch data set, whatever layout its files lie in.
 
-A layout (VOC, COCO, a table of one's own) only says which files belong together (`Sample`) and
+A layout (VOC, COCO, a custom table) only says which files belong together (`Sample`) and
 which classes an image shows. Everything that reads pixels is here, once.
 """
 

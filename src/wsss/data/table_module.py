@@ -23,7 +23,7 @@ MASKED = "masked"
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TableDataModule(ImageDataModule):
-    """Images listed in a CSV (`wsss.data.table`): one's own, COCO, exports of annotation tools.
+    """Images listed in a CSV (`wsss.data.table`): custom data, COCO, exports of annotation tools.
 
     `ImageDataModule` has the batches and the other fields. A split is a value of the table's
     column ``split``. Without that column there are the training split, the validation split (a

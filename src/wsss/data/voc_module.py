@@ -17,7 +17,7 @@ class VOCDataModule(ImageDataModule):
     package; a split is what `wsss.data.voc.read_split` takes.
     """
 
-    mask_folder: str = "SegmentationClass"
+    mask_folder: str = "SegmentationClass"  # of the masks, inside data.root
     train_mask_folder: str | None = None  # that of the training split, if it is another one
     label_source: LabelSource = "xml"  # see `VOCDataset`
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from wsss.core.errors import WSSSError
 from wsss.evaluation.inference import resized
-from wsss.evaluation.protocol import Protocol
-from wsss.evaluation.tally import LABEL_MAPS, Tally, Truth
+from wsss.evaluation.protocol import LABEL_MAPS, Protocol
+from wsss.evaluation.tally import Tally, Truth
 from wsss.maps.pixels import IGNORE_INDEX
 
 

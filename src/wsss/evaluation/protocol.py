@@ -9,6 +9,15 @@ from wsss.core.schema import check_fields
 from wsss.maps.refine.dense_crf import CRF_PRESETS, CRFPreset
 
 Merge = Literal["sum", "max", "mean"]
+#: kind of label map -> key of its mIoU; abstentions of pseudo labels count as background there
+LABEL_MAPS = {
+    "seed": "seed_miou",
+    "pseudo_label": "pseudo_label_miou_ignored_as_background",
+    "seg": "seg_miou",
+    "seg_crf": "seg_miou_crf",
+    "seg_ms": "seg_miou_ms",
+    "seg_ms_crf": "seg_miou_ms_crf",
+}
 ORACLE_THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(20))
 
 

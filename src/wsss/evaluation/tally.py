@@ -35,7 +35,7 @@ from wsss.evaluation.inference import (
 )
 from wsss.evaluation.label_maps import LabelMapCounts, Regions, label_map_scores
 from wsss.evaluation.metrics import ImageLevelScores, PixelAveragePrecision
-from wsss.evaluation.protocol import Protocol
+from wsss.evaluation.protocol import LABEL_MAPS, Protocol
 from wsss.maps.pixels import IGNORE_INDEX
 from wsss.maps.pseudo_labels import cam_to_label
 
@@ -45,15 +45,6 @@ NO_CLASS_PIXELS = (
     "no mask has a pixel of a class (0 is background, 255 is ignored): only image-level scores"
 )
 Batch = dict[str, Any]
-#: kind of label map -> key of its mIoU; abstentions of pseudo labels count as background there
-LABEL_MAPS = {
-    "seed": "seed_miou",
-    "pseudo_label": "pseudo_label_miou_ignored_as_background",
-    "seg": "seg_miou",
-    "seg_crf": "seg_miou_crf",
-    "seg_ms": "seg_miou_ms",
-    "seg_ms_crf": "seg_miou_ms_crf",
-}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from lightning import LightningModule
@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 import wsss
 from wsss.core.errors import WSSSError
-from wsss.methods.settings import Settings
+from wsss.methods.settings import Settings, StepQuirks
 from wsss.models.backbone import Backbone
 from wsss.models.conv_backbone import ConvBackbone
 
@@ -32,6 +32,9 @@ class Outputs(NamedTuple):
 
     class_logits: Tensor
     seg_logits: Tensor | None
+
+
+Q = TypeVar("Q", bound=StepQuirks)
 
 
 class Step(NamedTuple):
@@ -117,6 +120,12 @@ class WSSSModule(LightningModule):
         self.settings = settings
         #: resolved configuration, saved as a plain dictionary inside every checkpoint
         self.run_config: dict[str, Any] = {}
+
+    def follow(self, quirks: Q) -> Q:
+        """Take a training step as an official code does where its quirks are on; give them back."""
+        self.draws_apart = not quirks.shared_draws
+        self.stops_unless_finite = not quirks.goes_on_after_nan
+        return quirks
 
     @property
     def title(self) -> str:

@@ -126,3 +126,14 @@ class QuirkSwitches:
     def all_on(cls) -> Self:
         """Give every quirk: the numerics of the official code, bugs included."""
         return cls(**{field.name: True for field in fields(cls)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepQuirks(QuirkSwitches):
+    """What every official code does otherwise in a training step."""
+
+    # random numbers of a step are drawn from the process's global generator; here from one of seed,
+    # step and place in the global batch
+    shared_draws: bool = False
+    # a loss that is not finite reaches the weights; here it ends the run
+    goes_on_after_nan: bool = False

@@ -8,8 +8,9 @@ Three things differ from calling timm directly:
   px);
 * the hybrid's convolutions are standardised by (w - mean) / (std + 1e-5), as its weights were
   trained (timm divides by sqrt(var + 1e-8): up to 1.2 % away);
-* the weights come from exactly one stated source (a pinned timm tag, a local file, or random),
-  and :attr:`Backbone.weights_info` records which, with hashes. There is no silent fallback.
+* the weights come from exactly one stated source (a pinned timm tag, a local file, a file of the
+  Hugging Face hub, or random), and :attr:`Backbone.weights_info` records which, with hashes and
+  what they were trained on. There is no silent fallback.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +19,14 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import HybridEmbed
 from torch import Tensor, nn
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256
-from wsss.core.ranges import BelowOne, Layers, Positive, Side, Tokens, Width
+from wsss.core.pretraining import pretraining_of, stated_pretraining
+from wsss.core.ranges import BelowOne, Fraction, Layers, Positive, Side, Tokens, Width
 from wsss.core.schema import check_value, nearest
 from wsss.core.supervision import CLIP, names_clip
 from wsss.models.clip import (
@@ -33,6 +36,7 @@ from wsss.models.clip import (
     is_clip_state,
     projection_width,
 )
+from wsss.models.hub import HUB
 from wsss.models.vit import (
     AttentionParts,
     block_with_attention,
@@ -139,8 +143,8 @@ class WeightsInfo:
 
     Attributes:
         name: timm model name.
-        source: ``timm:<tag>``, ``file:<file name>`` or ``random``.
-        pretraining: the data behind the weights, as the configuration states it.
+        source: ``timm:<tag>``, ``file:<file name>``, ``hf_hub:<repository>`` or ``random``.
+        pretraining: the data behind the weights (:mod:`wsss.core.pretraining`).
         file_sha256: hash of the local file, or None.
         state_sha256: hash over names, shapes and values of the loaded encoder.
     """
@@ -150,6 +154,11 @@ class WeightsInfo:
     pretraining: str
     file_sha256: str | None
     state_sha256: str
+
+    @classmethod
+    def stored(cls, content: Mapping[str, Any]) -> "WeightsInfo":
+        """Read what :meth:`as_dict` gave; the pretraining as it follows from the weights."""
+        return cls(**{**content, "pretraining": stated_pretraining(content)})
 
     def as_dict(self) -> dict[str, str | None]:
         """Give a plain dictionary for ``results.json`` and hyperparameters."""
@@ -163,12 +172,17 @@ class Backbone(nn.Module):
         name: timm model name; with ``weights="timm"`` it must carry its pretrained tag
             (``vit_base_patch16_224.orig_in21k_ft_in1k``), since untagged names change meaning.
         weights: ``"timm"`` (download or cache), ``"random"``, a path to a ``.pth`` /
-            ``.safetensors`` file, or ``package:<path>`` for a file shipped inside ``wsss``.
-        pretraining: the data behind the weights, recorded with every result.
+            ``.safetensors`` file, ``package:<path>`` for a file shipped inside ``wsss``, or
+            ``hf_hub:ORG/NAME`` for the file of a repository of the Hugging Face hub.
+        declared_pretraining: the data behind a file that nobody knows; recorded with every result
+            as declared by the user. What known weights were trained on follows from them.
         overrides: arguments for timm's constructor, those of :data:`ARCHITECTURE` (``patch_size``,
             ``depth``, ``img_size``, ...).
         frozen: the encoder learns nothing (:meth:`freeze`), so an optimiser keeps no state of it. A
             CLIP tower keeps its :attr:`projection`.
+        mean: of the pixels, from 0 to 1, that the weights were trained with; None: ImageNet's, by
+            which images come normalised.
+        std: the same of their deviation.
 
     Raises:
         WSSSError: unknown name, an override that is no part of an architecture, not a plain ViT or
@@ -183,16 +197,23 @@ class Backbone(nn.Module):
     position_mode: Literal["bicubic", "bilinear"] = "bicubic"
     position_offset: float | None = None
 
+    #: From images normalised by ImageNet's colours to those of the weights, each (3, 1, 1); or None
+    scale: Tensor | None
+    shift: Tensor | None
+
     def __init__(
         self,
         *,
         name: str,
         weights: str = "timm",
-        pretraining: str = "unstated",
+        declared_pretraining: str | None = None,
         overrides: Mapping[str, Any] | None = None,
         frozen: bool = False,
+        mean: tuple[Fraction, Fraction, Fraction] | None = None,
+        std: tuple[Positive, Positive, Positive] | None = None,
     ) -> None:
         super().__init__()
+        self._expect(mean or IMAGENET_DEFAULT_MEAN, std or IMAGENET_DEFAULT_STD)
         changed = dict(overrides or {})
         check_overrides(changed)
         width = projection_width(name, changed) if frozen else 0
@@ -207,11 +228,11 @@ class Backbone(nn.Module):
             check_gelu(name, self.vit)
             self.projection = self.vit.head.weight.detach().T.contiguous()
             self.vit.reset_classifier(0)
-        source, file_hash = weights, None
-        if weights == "timm":
-            source = f"timm:{name}"
-        elif weights != "random":
-            path = weights_path(weights)
+        path = None if weights in ("timm", "random") else weights_path(weights)
+        file_hash = file_sha256(path) if path else None
+        pretraining = pretraining_of(name, weights, file_hash, declared_pretraining)
+        source = f"timm:{name}" if weights == "timm" else weights
+        if path is not None:
             state = read_state_dict(path)
             if is_clip_state(state) and not names_clip(name, pretraining):
                 pretraining = f"{pretraining} ({CLIP})"
@@ -219,12 +240,26 @@ class Backbone(nn.Module):
             load_encoder(self.vit, state, str(path))
             if self.projection is not None:
                 self.projection = find_projection(state, self.projection.shape, str(path))
-            source, file_hash = f"file:{path.name}", file_sha256(path)
+            source = weights if weights.startswith(HUB) else f"file:{path.name}"
         if frozen:
             self.freeze()
         self.weights_info = WeightsInfo(
             name, source, pretraining, file_hash, state_sha256(self.vit.state_dict())
         )
+
+    def _expect(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Prepare to give the encoder images of these colours."""
+        scale = shift = None
+        if (tuple(mean), tuple(std)) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+            ours = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+            scale = (ours[1] / torch.tensor(std)).view(3, 1, 1)
+            shift = ((ours[0] - torch.tensor(mean)) / torch.tensor(std)).view(3, 1, 1)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    def take_as_given(self) -> None:
+        """Leave the colours of images as they come: the method has a setting of its own."""
+        self.scale = self.shift = None
 
     def freeze(self) -> None:
         """Learn nothing from now on: no gradient, no activation kept, eval mode for good."""
@@ -276,8 +311,9 @@ class Backbone(nn.Module):
         """Encode a batch; a frozen encoder keeps no gradient.
 
         Args:
-            images: (B, 3, H, W), normalised. Rows and columns beyond the last whole patch are
-                dropped on the right and at the bottom, as a strided convolution does.
+            images: (B, 3, H, W), normalised by ImageNet's colours. Rows and columns beyond the last
+                whole patch are dropped on the right and at the bottom, as a strided convolution
+                does.
             taps: 0-based blocks whose raw tokens are wanted; negative counts from the end.
             attentions: 0-based blocks whose attention maps are wanted. Only these leave fused
                 attention, since a map of N x N is what makes large images expensive.
@@ -346,14 +382,17 @@ class Backbone(nn.Module):
         return (*maps[1:-1], stem.norm(maps[-1]))
 
     def _whole_patches(self, images: Tensor) -> Tensor:
-        """Cut images (B, 3, H, W) after the last whole patch of rows and columns."""
+        """Cut images (B, 3, H, W) after the last whole patch, in the weights' own colours."""
         height, width = (side // self.patch_size * self.patch_size for side in images.shape[-2:])
         if min(height, width) == 0:
             raise WSSSError(
                 f"image of {tuple(images.shape[-2:])} pixels is smaller than one {self.patch_size} "
                 "px patch; use larger images"
             )
-        return images[..., :height, :width]
+        images = images[..., :height, :width]
+        if self.scale is None or self.shift is None:
+            return images
+        return images * self.scale + self.shift
 
     def embed(
         self, images: Tensor, stem_maps: tuple[Tensor, ...] = ()

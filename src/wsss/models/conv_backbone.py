@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256, first_line
+from wsss.core.pretraining import pretraining_of
 from wsss.core.supervision import PIXEL_MASKS
 from wsss.models.backbone import WeightsInfo
 from wsss.models.weights import load_state_dict_strictly, read_state_dict, state_sha256
@@ -30,8 +31,8 @@ class ConvBackbone(nn.Module):
         weights: ``random``; a torchvision name such as ``ResNet101_Weights.IMAGENET1K_V1`` or
             ``DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1`` (downloads once); or a ``.pth``
             or ``.safetensors`` file, of classification or of a segmentation network.
-        pretraining: the data behind the weights, recorded with every result. Weights that were
-            trained to segment are recorded as pixel masks, whatever is stated here.
+        declared_pretraining: the data behind a file that nobody knows, recorded as declared by the
+            user. Weights that were trained to segment are recorded as pixel masks in any case.
 
     Raises:
         WSSSError: unknown name, missing or unfitting weights.
@@ -40,7 +41,7 @@ class ConvBackbone(nn.Module):
     frozen = False
 
     def __init__(
-        self, *, name: str, weights: str = "random", pretraining: str = "unstated"
+        self, *, name: str, weights: str = "random", declared_pretraining: str | None = None
     ) -> None:
         super().__init__()
         if name not in ENCODERS:
@@ -53,6 +54,7 @@ class ConvBackbone(nn.Module):
             # torchvision's segmentation networks call their encoder so, its classifiers do not
             segments = any(key.startswith("backbone.") for key in state)
             load_state_dict_strictly(self.body, self._encoder_state(state), weights)
+        pretraining = pretraining_of(name, weights, file_hash, declared_pretraining)
         if segments:
             pretraining = f"{pretraining} ({PIXEL_MASKS})"
         self.weights_info = WeightsInfo(

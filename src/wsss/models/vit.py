@@ -159,6 +159,27 @@ def _hybrid_embed(**arguments: Any) -> HybridEmbed:
     return HybridEmbed(backbone=stem, **arguments)
 
 
+def check_name(name: str, *, pretrained: bool) -> None:
+    """Raise WSSSError unless timm knows a name, and its tag where it has one or needs one.
+
+    Args:
+        name: timm's.
+        pretrained: timm's weights are wanted, so that a tag is needed.
+    """
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise WSSSError(f"backbone.name={name} is not a timm model{hint}")
+    tagged = timm.list_pretrained(f"{architecture}.*")
+    if (pretrained or "." in name) and name not in tagged:
+        reason = "is not a pretrained tag" if "." in name else "has no pretrained tag"
+        raise WSSSError(
+            f"backbone.name={name} {reason}, and untagged names change meaning; "
+            f"pin one of: {', '.join(tagged) or 'none known to timm'}"
+        )
+
+
 def create_vit(
     name: str, *, pretrained: bool, overrides: dict[str, Any], num_outputs: int = 0
 ) -> VisionTransformer:
@@ -173,18 +194,8 @@ def create_vit(
     Raises:
         WSSSError: a name, a tag or overrides that timm does not know; another kind of network.
     """
+    check_name(name, pretrained=pretrained)
     architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise WSSSError(f"backbone.name={name} is not a timm model{hint}")
-    tagged = timm.list_pretrained(f"{architecture}.*")
-    if (pretrained or "." in name) and name not in tagged:
-        reason = "is not a pretrained tag" if "." in name else "has no pretrained tag"
-        raise WSSSError(
-            f"backbone.name={name} {reason}, and untagged names change meaning; "
-            f"pin one of: {', '.join(tagged) or 'none known to timm'}"
-        )
     if architecture == HYBRID:
         overrides = {"embed_layer": _hybrid_embed, **overrides}
     try:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wsss.core.errors import WSSSError
 from wsss.core.files import cannot_write, first_line, whole_file
 from wsss.core.places import PACKAGE
+from wsss.models.hub import HUB, hub_weights
 
 
 def read_torch_file(path: Path) -> Any:
@@ -196,11 +197,13 @@ def _plain_key(key: str) -> str:
 
 
 def weights_path(weights: str) -> Path:
-    """Find the file that ``backbone.weights`` names.
+    """Find the file that ``backbone.weights`` names; one of the hub is downloaded once.
 
     Raises:
         WSSSError: there is no such file.
     """
+    if weights.startswith(HUB):
+        return hub_weights(weights)
     path = Path(weights).expanduser()
     if weights.startswith("package:"):
         path = PACKAGE / weights.removeprefix("package:")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wsss.core.errors import WSSSError
 from wsss.core.files import first_line
+from wsss.parity import check_method
 from wsss.parity.cases import (
     AbsentError,
     Case,
@@ -24,7 +25,6 @@ from wsss.parity.cases import (
 from wsss.parity.tolerances import Array, Tolerance, deviation
 
 NAMED = 4  # of the arrays that could not be compared
-METHODS = ("toco", "clustercam", "getam", "mctformer", "more", "weclip")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def run_parity(method: str, folder: Path) -> int:
     """Run every case in a folder and print one line each and a total.
 
     Args:
-        method: Method name, one of :data:`METHODS`.
+        method: Method name, one of :data:`wsss.parity.METHODS`.
         folder: Folder of ``*.npz`` files.
 
     Returns:
@@ -160,8 +160,7 @@ def run_parity(method: str, folder: Path) -> int:
     Raises:
         WSSSError: Unknown method or missing folder.
     """
-    if method not in METHODS:
-        raise WSSSError(f"no parity cases for method '{method}'; known: {', '.join(METHODS)}")
+    check_method(method)
     if not folder.is_dir():
         raise WSSSError(f"{folder} is not a folder; pass the folder that holds the *.npz cases")
     files = sorted(folder.glob("*.npz"))

@@ -6,7 +6,7 @@ from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 
 from wsss.core.records import Record
-from wsss.evaluation.tally import LABEL_MAPS
+from wsss.evaluation.protocol import LABEL_MAPS
 
 SCHEMA = 1
 # null where a number does not exist; no count, hour or byte is beyond the bounds
@@ -23,7 +23,7 @@ class _Configuration(Record):
     eval: dict[str, Any] = Field(default_factory=dict)
 
 
-class _Cost(Record):
+class Cost(Record):
     """What training or evaluating cost."""
 
     train_wall_hours: Figure = None
@@ -110,7 +110,7 @@ class _Split(Record):
     per_class: _PerClass | None = None
     confusion: dict[str, list[list[Size]] | list[Size]] = Field(default_factory=dict)
     protocol: _Card | None = None
-    cost: _Cost | None = None
+    cost: Cost | None = None
     notes: list[str] = Field(default_factory=list)
     data_sha256: dict[str, str | None] | None = None
     seed_curve: _Curve | None = None
@@ -155,6 +155,6 @@ class Results(Record):
     status: str | None = None
     run: str | None = None
     config: _Configuration = _Configuration()
-    cost: _Cost | None = None
+    cost: Cost | None = None
     source: _Source | None = None
     splits: dict[str, _Split]

@@ -33,6 +33,7 @@ from wsss.core.files import read_json, write_atomically
 from wsss.core.records import check_record
 from wsss.results.schema import SCHEMA, Results
 
+CONFIG_FILE = "config.yaml"
 RESULTS_FILE = "results.json"
 CELLS_FILE = "images.npz"
 #: methods that older runs wrote by the names of their classes

@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from wsss.core.places import choices, config_root
 from wsss.data.table import read_table
 from wsss.data.table_module import TableDataModule
-from wsss.runs.compose import compose_run, quoted
+from wsss.runs.compose import compose_run
 from wsss.runs.folder import Run
+from wsss.runs.line import quoted
 
 #: data set -> second stages made for it, in ``experiments/``
 SECOND_STAGES = {

@@ -12,6 +12,7 @@ SETTINGS = (
     *("data.train_transform", "budget.warmup_steps"),
     *("eval.cam_threshold", "eval.cam_high", "eval.cam_low"),
 )
+CHANGED = ", then changed"
 #: groups all of whose keys are settings
 GROUPS = ("method.", "backbone.", "data.train_transform.", "second_stage.", "random_walk.")
 
@@ -23,9 +24,10 @@ def choice_of(declared: str | None, overrides: Sequence[str]) -> str | None:
         declared: what the composed configuration says; None: nothing.
         overrides: the line.
     """
-    if declared is None or any(each.startswith("choice=") for each in overrides):
+    said = any(each.startswith("choice=") for each in overrides)
+    if declared is None or said or declared.endswith(CHANGED):
         return declared
-    return f"{declared}, then changed" if any(map(is_setting, overrides)) else declared
+    return f"{declared}{CHANGED}" if any(map(is_setting, overrides)) else declared
 
 
 def is_setting(override: str) -> bool:

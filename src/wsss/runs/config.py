@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from wsss.core.arguments import read_override
 from wsss.core.errors import WSSSError
-from wsss.core.failures import one_line
 from wsss.core.ranges import (
     Count,
     FolderName,
@@ -39,8 +36,8 @@ from wsss.core.schema import (
     check_node,
     check_value,
     nearest,
-    nearest_key,
     parameters_of,
+    plain,
     target_class,
     targets,
 )
@@ -49,6 +46,8 @@ from wsss.maps.refine.random_walk import WalkSettings
 from wsss.models.backbone import Backbone, check_overrides
 from wsss.results.store import NUMBERS
 from wsss.runs.callback_settings import changing, check_callbacks
+from wsss.runs.encoders import check_encoders
+from wsss.runs.keys import with_overrides
 from wsss.runs.stored import check_place
 from wsss.runs.targets import with_former_targets
 from wsss.runs.trainer_settings import (
@@ -156,33 +155,18 @@ class TrainConfig:
     eval: Protocol
     logger: LoggerConfig
     budget: Budget
-    study: FolderName
-    seed: Seed
-    runs_dir: Path
-    gallery: Pictures
+    study: FolderName  # first folder below runs_dir; groups runs that belong together
+    seed: Seed  # of weights, order and augmentation
+    runs_dir: Path  # where runs lie, relative to where the command is run
+    gallery: Pictures  # images on the gallery sheets; 0: none
+    # number of data.val_split that a sweeper such as Optuna works on
     objective: one_of(NUMBERS) = "seed_miou"  # type: ignore[valid-type]
-    choice: Words | None = None
+    choice: Words | None = None  # how the settings were chosen, as `paper`; null: not declared
+    # what is trained on this run's pseudo labels; see experiments/minivoc/second_stage.yaml
     second_stage: Mapping[str, Any] | None = None
     callbacks: Mapping[str, Any] = field(default_factory=dict)
     init_from: Start = None
     ckpt_path: Start = None
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """Give the resolved configuration as plain dictionaries, lists and numbers.
-
-    Raises:
-        WSSSError: a mandatory value (``???``) is missing, or an interpolation does not resolve.
-    """
-    try:
-        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "a key"
-        if type(error).__name__ == "MissingMandatoryValue":
-            raise WSSSError(f"{key} is missing; give it on the command line: {key}=...") from error
-        raise WSSSError(f"{key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -364,6 +348,7 @@ def check_config(config: DictConfig) -> None:
     for path in ("method", "backbone", "data", "trainer"):
         if not isinstance(content[path], dict) or "_target_" not in content[path]:
             raise WSSSError(f"{path}._target_ is missing; choose {path}=NAME")
+    check_encoders(content)
     # the method first: data and eval refer to its settings
     for path, node in sorted(targets(content), key=lambda item: item[0] != "method"):
         target = target_class(node["_target_"], path)
@@ -427,20 +412,7 @@ def override_config(
     Raises:
         WSSSError: unknown key, wrong type.
     """
-    node: Any = OmegaConf.create(config)
-    OmegaConf.set_struct(node, True)
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals:
-            raise WSSSError(f"{one_line(override, 200)!r}: expected KEY=VALUE")
-        if OmegaConf.select(node, key, default=_ABSENT) is _ABSENT:
-            raise WSSSError(f"{one_line(key, 200)}: unknown key{nearest_key(key, node)}")
-        try:
-            node = OmegaConf.merge(node, read_override(override))
-        except OmegaConfBaseException as error:
-            raise WSSSError(
-                f"{one_line(override, 200)}: expected what is there now, a list or a group of keys"
-            ) from error
+    node = with_overrides(config, overrides)
     try:
         check_config(node)
     except MissingKeyError as error:  # no verb takes every key of a configuration
@@ -453,6 +425,3 @@ def override_config(
             raise
         raise WSSSError(f"{origin}: its {error}") from error
     return plain(node)
-
-
-_ABSENT = object()

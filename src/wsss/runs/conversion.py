@@ -1,12 +1,14 @@
 """An official checkpoint becomes a checkpoint of ours."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 import wsss
 from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256
+from wsss.core.pretraining import UNKNOWN, declared, pretraining_of_tag
 from wsss.methods.official import CONVERTERS, load_official
 from wsss.models.backbone import WeightsInfo
 from wsss.models.weights import read_state_dict, save_atomically, state_sha256
@@ -49,7 +51,7 @@ def convert(method: str, official: str, out: str, *, overrides: list[str]) -> No
     module.backbone.weights_info = WeightsInfo(
         info.name,
         f"converted:{source.name}",
-        config["backbone"]["pretraining"],
+        _pretraining(config["backbone"]),
         file_sha256(source),
         state_sha256(module.backbone.vit.state_dict()),
     )
@@ -65,3 +67,11 @@ def convert(method: str, official: str, out: str, *, overrides: list[str]) -> No
     dropped = [name for name in state if CONVERTERS[method](name) is None]
     if dropped:
         print(f"dropped, as the method never uses them: {', '.join(dropped)}")
+
+
+def _pretraining(backbone: dict[str, Any]) -> str:
+    """Say what the official encoder started from: the user says it, by naming weights of timm."""
+    said = backbone.get("declared_pretraining")
+    if said is None and backbone["weights"] == "timm":
+        said = pretraining_of_tag(backbone["name"])
+    return UNKNOWN if said is None else declared(said)

@@ -16,7 +16,8 @@ from wsss.core.errors import WSSSError
 from wsss.core.files import first_line, whole_file
 from wsss.core.modes import evaluating
 from wsss.core.schema import nearest
-from wsss.data.images import find_images, read_rgb, voc_palette
+from wsss.data.image_files import find_images
+from wsss.data.images import read_rgb, voc_palette
 from wsss.evaluation.card import package_versions
 from wsss.evaluation.inference import predicted_labels, resized
 from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise

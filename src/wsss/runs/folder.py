@@ -19,13 +19,13 @@ from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
 from wsss.models.backbone import Backbone, WeightsInfo
 from wsss.models.weights import fit_positions, load_state_dict_strictly, read_torch_file
+from wsss.results.store import CONFIG_FILE
 from wsss.runs.config import config_hash, override_config
 from wsss.runs.costs import CostMeter, training_cost
 from wsss.runs.stored import check_stored
 from wsss.runs.targets import with_current_state_keys, with_current_targets
 from wsss.runs.trainer_settings import ends, limits
 
-CONFIG_FILE = "config.yaml"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
@@ -100,9 +100,10 @@ def build_module(
         with_files: read the files that the method's settings name; False when a checkpoint of ours
             follows, which holds their content (``held_by_checkpoint``).
     """
-    settings = (
-        dict(config["backbone"]) if with_weights else {**config["backbone"], "weights": "random"}
-    )
+    settings = dict(config["backbone"])
+    if not with_weights:
+        settings["weights"] = "random"
+        settings.pop("declared_pretraining", None)
     backbone: Backbone = build(settings)
     method = dict(config["method"])
     if not with_files:
@@ -196,7 +197,7 @@ def load_run(path: Path | str, overrides: Sequence[str] = (), *, trust: Sequence
     data = build_data(config, for_training=False)
     module = build_module(config, data.num_classes, with_weights=False, with_files=False)
     restore_state(module, checkpoint["state_dict"], str(file))
-    module.backbone.weights_info = WeightsInfo(**meta["backbone"])
+    module.backbone.weights_info = WeightsInfo.stored(meta["backbone"])
     module.files_sha256 = meta.get("files_sha256", {})  # an earlier version wrote none
     callbacks = checkpoint.get("callbacks")
     callbacks = callbacks if isinstance(callbacks, dict) else {}

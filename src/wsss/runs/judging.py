@@ -3,7 +3,7 @@
 Trials are runs whose ``data.val_split`` is the holdout as a list (`wsss.data.lists`) and that have
 no test list, so nothing of them opens another mask. Where training sees the ground truth, the
 images it is judged on are left out of the training list; a few-shot run, which has no further
-masks, is judged on a third of its own.
+masks, is judged on ``N // 3`` images a class, at least one, of its ``train:holdout:N``.
 """
 
 from collections.abc import Mapping

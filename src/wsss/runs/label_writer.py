@@ -23,12 +23,12 @@ from wsss.maps.pseudo_labels import cam_probabilities
 from wsss.runs.config import config_hash
 from wsss.runs.folder import Run
 from wsss.runs.label_folder import Labels, digest_of, fill_folder, plain_values
+from wsss.runs.label_sources import check_source
 from wsss.runs.origin import check_origin
 from wsss.runs.random_walk import RandomWalk, supervision_with
 from wsss.runs.supervision import supervision_of_run
 
 FOLDER = "pseudo_labels"  # inside a run folder
-SOURCES = ("cam", "seg")
 
 
 def write_pseudo_labels(
@@ -83,16 +83,6 @@ def write_pseudo_labels(
         crf_jobs=crf_jobs,
     )
     return Path(out) if out else inside
-
-
-def check_source(source: str, refine: str | None = None) -> None:
-    """Raise WSSSError unless labels can be made from ``source``, and so refined."""
-    if source not in SOURCES:
-        raise WSSSError(f"source={source}: expected {' or '.join(SOURCES)}")
-    if refine not in (None, "random_walk"):
-        raise WSSSError(f"refine={refine}: expected random_walk, or null")
-    if refine and source != "cam":
-        raise WSSSError(f"refine={refine} lets localisation maps walk; give source=cam")
 
 
 def _identity(run: Run, split: str, source: str) -> dict[str, Any]:

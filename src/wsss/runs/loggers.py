@@ -47,7 +47,11 @@ def _missing(choice: str, package: str) -> WSSSError:
 
 @contextmanager
 def open_loggers(
-    settings: LoggerConfig, config: Mapping[str, Any], folder: Path, supervision: str
+    settings: LoggerConfig,
+    config: Mapping[str, Any],
+    folder: Path,
+    supervision: str,
+    pretraining: str,
 ) -> Iterator[list[Logger]]:
     """Open every tracker of a run; they are closed on leaving.
 
@@ -56,11 +60,12 @@ def open_loggers(
         config: resolved configuration.
         folder: the run folder, which holds the configuration.
         supervision: what the run learns from.
+        pretraining: what its encoder starts from.
     """
     with ExitStack() as stack:
         loggers: list[Logger] = []
         if settings.wandb:
-            loggers.append(stack.enter_context(wandb_run(config, folder, supervision)))
+            loggers.append(stack.enter_context(wandb_run(config, folder, supervision, pretraining)))
         if settings.tensorboard:
             # resumed sessions write further files into the same folder
             loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
@@ -69,7 +74,8 @@ def open_loggers(
         # W&B's run has the configuration already, and is closed by the stack
         others = [logger for logger in loggers if not isinstance(logger, WandbLogger)]
         for logger in others:
-            logger.log_hyperparams({**config, "supervision": supervision})
+            said = {"supervision": supervision, "pretraining": pretraining}
+            logger.log_hyperparams({**config, **said})
         status = "failed"
         try:
             yield loggers

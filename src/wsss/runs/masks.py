@@ -17,7 +17,8 @@ from wsss.core.files import make_writable, write_atomically
 from wsss.core.modes import evaluating
 from wsss.core.schema import nearest
 from wsss.data.dataset import in_threads
-from wsss.data.images import find_images, image_size, read_rgb, voc_palette, write_mask
+from wsss.data.image_files import find_images
+from wsss.data.images import image_size, read_rgb, voc_palette, write_mask
 from wsss.evaluation.inference import localise, predict, predicted_labels, smoothed_label
 from wsss.maps.pixels import normalise
 from wsss.maps.pseudo_labels import cam_probabilities, cam_to_label
@@ -197,7 +198,7 @@ def write_masks(
 
     Args:
         run: a trained run.
-        images: name -> file, of :func:`wsss.data.images.find_images`.
+        images: name -> file, of :func:`wsss.data.image_files.find_images`.
         out: where masks go; it is made once every image and the device have been looked at.
         cams: form of the localisation maps: ``npy``, ``png`` or ``both``; None: they are not
             written.

@@ -12,7 +12,8 @@ from pydantic import Field
 from wsss.core.errors import WSSSError
 from wsss.core.files import first_line
 from wsss.core.records import Record, check_record
-from wsss.runs.folder import CONFIG_FILE, method_name
+from wsss.results.store import CONFIG_FILE
+from wsss.runs.folder import method_name
 
 #: order in which one of several settings that vary together gives its name to a grouping
 GROUPS = ("method", "backbone", "data", "budget", "trainer", "eval")

@@ -7,7 +7,6 @@ stranger: what it names is checked before anything is imported, and nothing in i
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import entry_points
 from inspect import signature
 from typing import Any
 
@@ -15,6 +14,7 @@ import lightning
 
 import wsss
 from wsss.core.errors import WSSSError
+from wsss.core.places import declared_classes
 from wsss.core.schema import targets
 from wsss.data.datamodule import ImageDataModule
 from wsss.methods.base import WSSSModule
@@ -37,8 +37,6 @@ STORED_CALLBACKS = tuple(
     f"lightning.pytorch.callbacks.{name}"
     for name in ("DeviceStatsMonitor", "EarlyStopping", "EMAWeightAveraging", "LearningRateMonitor")
 )
-#: an installed package declares its methods here, as ``name = "package.module:Class"``
-ENTRY_POINTS = "wsss.methods"
 DEEPEST = 20  # groups within groups
 
 
@@ -145,7 +143,7 @@ def _check_target(name: Any, path: str, origin: str, trusted: Sequence[str]) -> 
         if isinstance(found, type) and found.__module__.startswith(HOMES[place]):
             return
         raise WSSSError(f"{wrong}; there is no such class")
-    declared = {point.value.replace(":", ".") for point in entry_points(group=ENTRY_POINTS)}
+    declared = {point.value.replace(":", ".") for point in declared_classes()}
     if name in declared or name.split(".")[0] in trusted:
         return
     raise WSSSError(

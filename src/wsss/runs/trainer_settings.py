@@ -12,12 +12,10 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from omegaconf import OmegaConf
-from pydantic import AfterValidator
-from pydantic_core import PydanticCustomError
 
 from wsss.core.errors import WSSSError
 from wsss.core.places import config_root
-from wsss.core.ranges import Count, Devices, Fraction, Number, Positive
+from wsss.core.ranges import Count, Devices, Duration, Fraction, Number, Positive
 
 
 @dataclass(frozen=True)
@@ -37,18 +35,6 @@ class Acceleration:
 ACCELERATION = tuple(field.name for field in fields(Acceleration))
 
 
-def _duration(value: str | Mapping[str, int]) -> str | Mapping[str, int]:
-    units = ("weeks", "days", "hours", "minutes", "seconds")
-    if isinstance(value, str):
-        right = re.fullmatch(r"\d{1,4}(:\d{2}){3}", value) is not None
-    else:
-        right = bool(value) and all(k in units and 0 <= n <= 10**9 for k, n in value.items())
-    if not right:
-        raise PydanticCustomError("duration", "written as DD:HH:MM:SS, or as {hours: 2}")
-    return value
-
-
-Duration = Annotated[str | dict[str, int], AfterValidator(_duration)]
 #: a number of batches, or a share of them
 Batches = Annotated[int, Ge(0), Le(10**9)] | Fraction
 

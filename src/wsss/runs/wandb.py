@@ -25,8 +25,9 @@ from wsss.core.files import write_atomically
 from wsss.core.places import PACKAGE
 from wsss.core.supervision import IMAGE_LABELS
 from wsss.results.gallery import Gallery
+from wsss.results.store import CONFIG_FILE
 from wsss.runs.config import LoggerConfig
-from wsss.runs.folder import CONFIG_FILE, LAST_CHECKPOINT, method_name
+from wsss.runs.folder import LAST_CHECKPOINT, method_name
 from wsss.runs.naming import group_name, run_name, settings_of, varied
 
 ID_FILE = "wandb_id.txt"
@@ -80,7 +81,7 @@ def import_wandb(what: str = "logger=wandb", mend: str = ", or give logger=csv")
 
 
 def make_wandb_logger(
-    config: Mapping[str, Any], folder: Path, supervision: str = IMAGE_LABELS
+    config: Mapping[str, Any], folder: Path, supervision: str = IMAGE_LABELS, pretraining: str = ""
 ) -> WandbLogger:
     """Make the W&B logger of a run.
 
@@ -92,6 +93,7 @@ def make_wandb_logger(
             tags (:class:`wsss.runs.config.LoggerConfig`), and all of it is stored with the run.
         folder: the run folder.
         supervision: what the run learns from; a tag, and a key to filter and group by.
+        pretraining: what its encoder starts from; a key too.
 
     Returns:
         A Lightning logger.
@@ -123,13 +125,14 @@ def make_wandb_logger(
             "supervision": supervision,
             "run_folder": folder.name,
             "varied": varied(config, folder),
+            "pretraining": pretraining,
         },
     )
 
 
 @contextlib.contextmanager
 def wandb_run(
-    config: Mapping[str, Any], folder: Path, supervision: str = IMAGE_LABELS
+    config: Mapping[str, Any], folder: Path, supervision: str = IMAGE_LABELS, pretraining: str = ""
 ) -> Iterator[WandbLogger]:
     """Open the W&B run of a run folder: code and configuration go in first, the checkpoint last.
 
@@ -140,8 +143,9 @@ def wandb_run(
         config: resolved configuration, as of :func:`make_wandb_logger`.
         folder: the run folder, which holds the configuration.
         supervision: as of :func:`make_wandb_logger`.
+        pretraining: as of :func:`make_wandb_logger`.
     """
-    logger = make_wandb_logger(config, folder, supervision)
+    logger = make_wandb_logger(config, folder, supervision, pretraining)
     run = logger.experiment  # in further processes of a DDP run something that does nothing
     status = 1
     try:

@@ -26,7 +26,7 @@ class Forecast(Callback):
 
     Args:
         crops: what a step trains on, as ``4 crops of 448 px``.
-        small_start: an overlay that trains within minutes.
+        small_start: an experiment that trains within minutes.
     """
 
     def __init__(self, *, crops: str, small_start: str) -> None:
@@ -95,10 +95,10 @@ def forecast_of(run: Run) -> Forecast:
     """Make the forecast of a run, with the small start of its method where there is one."""
     budget = run.config["budget"]
     name = run.config["method"]["_target_"].split(".")[-2]  # its package
-    overlay = "small" if run.config["data"]["_target_"].endswith(".TableDataModule") else "minivoc"
-    known = (config_root() / "experiments" / name / f"{overlay}.yaml").is_file()
+    start = "small" if run.config["data"]["_target_"].endswith(".TableDataModule") else "minivoc"
+    known = (config_root() / "experiments" / name / f"{start}.yaml").is_file()
     crops = f"{budget['global_batch_size']} crops of {budget['crop_size']} px"
-    return Forecast(crops=crops, small_start=f"{name if known else 'toco'}/{overlay}")
+    return Forecast(crops=crops, small_start=f"{name if known else 'toco'}/{start}")
 
 
 def _duration(seconds: float) -> str:

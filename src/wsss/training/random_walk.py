@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 
@@ -17,10 +17,12 @@ from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256, make_writable, read_json, write_atomically
 from wsss.core.lock import lock
 from wsss.core.ranks import is_first_process
+from wsss.core.records import Record, check_record
 from wsss.maps.refine.random_walk import WalkSettings
 from wsss.methods.affinity_net import AffinityNet
 from wsss.models.backbone import WeightsInfo
 from wsss.models.weights import load_state_dict_strictly, read_torch_file
+from wsss.results.schema import Cost, Size
 from wsss.runs.config import affinity_config, check_walk
 from wsss.runs.folder import (
     LAST_CHECKPOINT,
@@ -33,6 +35,7 @@ from wsss.runs.folder import (
 )
 from wsss.runs.label_folder import digest_of, plain_values
 from wsss.runs.random_walk import FOLDER, RandomWalk, write_confident_labels
+from wsss.runs.targets import with_sentences
 from wsss.training.trainer import accelerate, build_trainer, fit
 
 CARD_FILE = "affinity_network.json"
@@ -41,6 +44,27 @@ DECISIVE = ("method", "seed")
 OF_BUDGET = ("max_steps", "global_batch_size", "crop_size", "scale_range")
 OF_TRAINER = ("precision", "gradient_clip_val")
 ONE_DEVICE = {"devices": 1, "num_nodes": 1, "accumulate_grad_batches": 1}
+
+
+class _Cost(Cost):
+    """What :func:`wsss.runs.costs.training_cost` gives."""
+
+    train_peak_memory_kind: str
+    device: str
+    num_devices: Size
+    sessions: Size
+
+
+class _Card(Record):
+    """What is said of a finished network beside what it was made from."""
+
+    status: Literal["finished"]
+    folder: str
+    backbone: dict[str, str | None]
+    steps: Size
+    parameters: Size
+    cost: _Cost | None
+    checkpoint_sha256: str
 
 
 def trained_walk(
@@ -69,7 +93,8 @@ def trained_walk(
     network = _network(config, encoder, run.data.num_classes)
     labels, made_from = write_confident_labels(run, settings, crf_jobs=crf_jobs)
     config["data"]["train_masks"] = str(labels)
-    identity = _identity(config, made_from, "the run's" if own else config["backbone"])
+    start = "the run's" if own else with_sentences(config["backbone"])
+    identity = _identity(config, made_from, start)
     folder = run.folder / FOLDER / f"network-{digest_of(identity)}"
     card = _read_card(folder, identity)
     if card is None:
@@ -157,6 +182,7 @@ def _read_card(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     card = read_json(path, mend)
     if not isinstance(card, dict) or card.get("made_from") != identity:
         raise WSSSError(f"{path}: is damaged; {mend}")
+    check_record(_Card, card, f"{path}: is damaged", mend)
     checkpoint = folder / LAST_CHECKPOINT
     if not checkpoint.is_file() or file_sha256(checkpoint) != card.get("checkpoint_sha256"):
         raise WSSSError(f"{checkpoint}: is missing, or not what was trained; {mend}")
@@ -170,6 +196,6 @@ def _walk(
     path = folder / LAST_CHECKPOINT
     checkpoint = check_checkpoint(read_torch_file(path), path)
     load_state_dict_strictly(network, checkpoint["state_dict"], str(path))
-    network.backbone.weights_info = WeightsInfo(**checkpoint["wsss"]["backbone"])
+    network.backbone.weights_info = WeightsInfo.stored(checkpoint["wsss"]["backbone"])
     network.to(run.device).eval()
     return RandomWalk(network, settings, card["checkpoint_sha256"], card)

@@ -50,9 +50,9 @@ def train(config: Mapping[str, Any] | Sequence[str]) -> Path:
     if not settings.get("second_stage") or not finished:
         return folder
     second = settings["second_stage"]
-    # the classes that the user's own configuration names
-    trust = [node["_target_"].partition(".")[0] for _, node in targets(settings)]
-    first = load_run(folder, trust=trust).to(_device(settings))
+    # what the line named is not a stranger's
+    trusted = [node["_target_"].split(".")[0] for _, node in targets(settings)]
+    first = load_run(folder, trust=trusted).to(_device(settings))
     walk = trained_walk(first, second["random_walk"]) if second.get("refine") else None
     labels = write_pseudo_labels(first, source=second.get("source", "cam"), walk=walk)
     folder, _ = _train_run(second_stage_config(settings, str(labels)))
@@ -81,7 +81,8 @@ def _train_run(config: dict[str, Any]) -> tuple[Path, bool]:
         # a smoke test logs nothing, as Lightning has it
         smoke = run.config["trainer"].get("fast_dev_run")
         settings = LoggerConfig() if smoke else LoggerConfig(**run.config["logger"])
-        with open_loggers(settings, run.config, run.folder, supervision_of_run(run)) as loggers:
+        kind, started = supervision_of_run(run), run.module.backbone.weights_info.pretraining
+        with open_loggers(settings, run.config, run.folder, kind, started) as loggers:
             trainer.loggers += loggers
             run = fit(run, trainer)
             if run.unfinished:

@@ -34,10 +34,11 @@ from wsss.results.search import (
     write_search,
 )
 from wsss.results.store import RESULTS_FILE, look_up, read_results
-from wsss.runs.compose import choice_in_group, compose_run, quoted
+from wsss.runs.compose import compose_run
 from wsss.runs.config import config_hash
 from wsss.runs.folder import method_name, run_folder
 from wsss.runs.judging import Judging, judging_of
+from wsss.runs.line import choice_in_group, of_jobs, quoted
 from wsss.runs.space import Space, read_space, settings_of
 from wsss.training.chosen import overlay
 from wsss.training.sweeps import STOPPED, Outcome, run_jobs
@@ -98,6 +99,7 @@ class Plan:
     def trial_overrides(self, settings: Mapping[str, Any], number: int) -> list[str]:
         """Give the line of a trial: that of the search, its lists, its settings."""
         kept = [each for each in self.overrides if not _is_not_of_trials(each)]
+        kept += of_jobs(self.overrides)
         own = {
             "runs_dir": quoted(str(self.folder)),
             "study": TRIALS,

@@ -21,7 +21,8 @@ from wsss.core.errors import WSSSError
 from wsss.core.files import write_atomically
 from wsss.core.lock import lock
 from wsss.data.dataset import present
-from wsss.data.images import IMAGE_SUFFIXES, image_size, mask_png, read_mask, read_rgb
+from wsss.data.image_files import IMAGE_SUFFIXES
+from wsss.data.images import image_size, mask_png, read_mask, read_rgb
 from wsss.data.prepare.common import (
     TABLE_FILE,
     TableRow,

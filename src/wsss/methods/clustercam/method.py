@@ -138,9 +138,7 @@ class ClusterCAM(WSSSModule):
         super().__init__(backbone=backbone, num_classes=num_classes, settings=settings)
         s, blocks = settings, list(backbone.vit.blocks)
         require_one_class_token(backbone, "clustercam")
-        self.quirks = quirks
-        self.draws_apart = not quirks.shared_draws
-        self.stops_unless_finite = not quirks.goes_on_after_nan
+        self.quirks = self.follow(quirks)
 
         network.prepare_backbone(backbone, num_classes, s.drop_path, s.token_noise)
         self.branches = nn.ModuleList(

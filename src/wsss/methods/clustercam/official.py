@@ -26,13 +26,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wsss.methods.settings import QuirkSwitches
+from wsss.methods.settings import StepQuirks
 
 RATE_FLOOR = 1e-5  # of the official cosine, absolute
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quirks(QuirkSwitches):
+class Quirks(StepQuirks):
     """One boolean a quirk; True does as the official code."""
 
     # Q6: the cosine ends at 1e-5, above the official base rate of 8.8e-6, so the rate rises; here
@@ -57,10 +57,6 @@ class Quirks(QuirkSwitches):
     # new parts start from the draws of the official constructor; here from PyTorch's, which differ
     # in value alone
     official_start: bool = False
-    # drop paths are drawn from the process's global generator; here from one of seed, step, place
-    shared_draws: bool = False
-    # a loss that is not finite reaches the weights; here it ends the run
-    goes_on_after_nan: bool = False
 
 
 CORRECTED = Quirks()

@@ -135,9 +135,7 @@ class GETAM(WSSSModule):
             raise WSSSError("method=getam reads the class token, and this backbone has none")
         if depth < 4:
             raise WSSSError(f"method=getam taps four blocks, and this backbone has {depth}")
-        self.quirks = quirks
-        self.draws_apart = not quirks.shared_draws
-        self.stops_unless_finite = not quirks.goes_on_after_nan
+        self.quirks = self.follow(quirks)
         if quirks.bilinear_positions:
             backbone.position_mode = "bilinear"
 

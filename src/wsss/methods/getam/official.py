@@ -18,12 +18,12 @@ which drift apart in the first phase, nor to the unseeded generator of its views
 
 from dataclasses import dataclass
 
-from wsss.methods.settings import QuirkSwitches
+from wsss.methods.settings import StepQuirks
 from wsss.models.weights import renamed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quirks(QuirkSwitches):
+class Quirks(StepQuirks):
     """One boolean a quirk; True does as the official code."""
 
     # positions are resized bilinearly; here bicubically, as for all methods
@@ -47,10 +47,6 @@ class Quirks(QuirkSwitches):
     nan_without_pixels: bool = False
     # the pixels for PAMR and energy are cut to integers, often one too low; here they are rounded
     truncated_guide: bool = False
-    # dropout draws from the process's global generator; here from one of seed, step and place
-    shared_draws: bool = False
-    # a loss that is not finite reaches the weights; here it ends the run
-    goes_on_after_nan: bool = False
 
 
 CORRECTED = Quirks()

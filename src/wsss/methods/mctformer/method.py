@@ -127,9 +127,7 @@ class MCTformerPlus(WSSSModule):
     ) -> None:
         super().__init__(backbone=backbone, num_classes=num_classes, settings=settings)
         require_one_class_token(backbone, "mctformer")
-        self.quirks = quirks
-        self.draws_apart = not quirks.shared_draws
-        self.stops_unless_finite = not quirks.goes_on_after_nan
+        self.quirks = self.follow(quirks)
 
         network.prepare_backbone(
             backbone,

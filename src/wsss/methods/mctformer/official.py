@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from wsss.core.errors import WSSSError
-from wsss.methods.settings import QuirkSwitches
+from wsss.methods.settings import StepQuirks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quirks(QuirkSwitches):
+class Quirks(StepQuirks):
     """One boolean a quirk; True does as the official code."""
 
     # Q1: positions are decayed, as the list of exceptions names an unused parameter; here neither
@@ -47,10 +47,6 @@ class Quirks(QuirkSwitches):
     dropped_remainder: bool = False
     # Q9: scales are merged at the size of the first one; here at the image's
     size_of_first_scale: bool = False
-    # drop paths are drawn from the process's global generator; here from one of seed, step, place
-    shared_draws: bool = False
-    # a loss that is not finite reaches the weights; here it ends the run
-    goes_on_after_nan: bool = False
 
 
 CORRECTED = Quirks()

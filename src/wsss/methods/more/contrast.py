@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsss.core.errors import WSSSError
-from wsss.maps.pixels import IGNORE_INDEX
+from wsss.maps.pixels import IGNORE_INDEX, numbers_beside
 from wsss.maps.pseudo_labels import inside_boxes
 from wsss.methods.losses import full_precision, widened
 
@@ -110,7 +110,7 @@ def cle_loss(
         share = torch.where(total == 0, 1 / (1 + EPS), weights / (total + EPS))
         each = -share.log()
     else:
-        floor = logits.new_tensor(EPS).log()
+        floor = numbers_beside(logits, [EPS]).log()
         each = torch.logaddexp(logits.logsumexp(dim=1, keepdim=True), floor) - logits
     own = (mask.flatten(1)[image] == label[:, None] + 1).to(each.dtype)  # (M, N)
     return ((each * own).sum(dim=1) / (own.sum(dim=1) + EPS)).sum() / len(labels)
@@ -224,8 +224,10 @@ def une_loss(tokens: Tensor, patches: Tensor, selected: Sequence[Tensor], labels
     if not sum(map(len, selected)):
         return patches.new_zeros(())
     counts = torch.tensor([len(one) for one in selected])
-    image = torch.arange(len(selected)).repeat_interleave(counts).to(patches.device)
-    row, column = torch.cat(list(selected)).to(patches.device).unbind(1)
+    # copied without waiting for what a GPU has still to compute
+    image = torch.arange(len(selected)).repeat_interleave(counts)
+    image = image.to(patches.device, non_blocking=True)
+    row, column = torch.cat(list(selected)).to(patches.device, non_blocking=True).unbind(1)
     with full_precision(patches):
         chosen = unit_tokens(patches[image, :, row, column], dim=1)  # (n, D)
         unit = unit_tokens(tokens.detach(), dim=2)[image]  # (n, K, D)

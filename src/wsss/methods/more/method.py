@@ -90,9 +90,7 @@ class MoRe(WSSSModule):
         require_one_class_token(backbone, "more")
         if not -depth <= s.aux_layer < depth:
             raise WSSSError(f"method.aux_layer={s.aux_layer}: the backbone has {depth} blocks")
-        self.quirks = quirks
-        self.draws_apart = not quirks.shared_draws
-        self.stops_unless_finite = not quirks.goes_on_after_nan
+        self.quirks = self.follow(quirks)
         self.aux_block = s.aux_layer % depth
 
         backbone.position_offset = 0.1
@@ -202,8 +200,7 @@ class MoRe(WSSSModule):
                     losses["seg_loss"] = balanced_segmentation_loss(full, label, eps=1e-6)
             if "reg_loss" in wanted:
                 with self.phase("energy"):
-                    energy = imagenet_energy_loss(images, full, label, boxes, s.energy_kernel)
-                    losses["reg_loss"] = energy
+                    losses["reg_loss"] = self.energy(images, full, label, boxes)
         total = losses["cls_loss"] + losses["cls_aux_loss"]
         total = sum((w * losses[name] for name, w in weights.items() if name in losses), total)
         return Step(losses, total, Outputs(class_logits, seg_logits), seen)
@@ -319,6 +316,10 @@ class MoRe(WSSSModule):
         s, guide = self.settings, self.guide(images)
         high, low = s.high_threshold, s.low_threshold
         return refine_cam_to_label(self.par, guide, cam, labels, boxes=boxes, high=high, low=low)
+
+    def energy(self, images: Tensor, logits: Tensor, label: Tensor, boxes: Tensor) -> Tensor:
+        """Compute the gated dense-CRF energy of the prediction, ToCo's."""
+        return imagenet_energy_loss(images, logits, label, boxes, self.settings.energy_kernel)
 
     def guide(self, images: Tensor) -> Tensor:
         """Give the images (B, 3, H, W) as PAR sees them: truncated grey levels over 255."""

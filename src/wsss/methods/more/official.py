@@ -17,12 +17,12 @@ a number says whether it does).
 
 from dataclasses import dataclass
 
-from wsss.methods.settings import QuirkSwitches
+from wsss.methods.settings import StepQuirks
 from wsss.models.weights import renamed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quirks(QuirkSwitches):
+class Quirks(StepQuirks):
     """One boolean a quirk; True does as the official code."""
 
     # Q1: class tokens start equal and stay equal until CLE parts them; here noise parts them
@@ -42,10 +42,6 @@ class Quirks(QuirkSwitches):
     no_neighbour_of_one: bool = False
     # Q10: a grid that is not larger than UNE's windows stops the run; here UNE is 0 then
     fails_on_small_grids: bool = False
-    # UNE draws from the process's global generator; here from one of seed, step and image
-    shared_draws: bool = False
-    # a loss that is not finite reaches the weights; here it ends the run
-    goes_on_after_nan: bool = False
 
 
 CORRECTED = Quirks()

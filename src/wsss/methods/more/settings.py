@@ -54,16 +54,16 @@ class MoReSettings(ThresholdSettings):
     low_threshold: Fraction = 0.25  # of the same and CLE
     cle_high_threshold: Fraction = 0.5  # of CLE
     late_high_threshold: Fraction = 0.6  # of CLE and UNE when their masks come from the final CAM
-    late_low_threshold: Fraction = 0.35
+    late_low_threshold: Fraction = 0.35  # background up to it, in CLE then
 
     # losses and when they are in force; shares are of the run
     temperature: Positive = 0.5  # of CLE; COCO 0.1
     mean_logit_share: Fraction = 0.0  # of the soft margin in the distinctness loss; COCO's log 0.5
-    distinct_weight: NotNegative = 1.0
-    ptc_weight: NotNegative = 0.3
+    distinct_weight: NotNegative = 1.0  # of the distinctness of class tokens
+    ptc_weight: NotNegative = 0.3  # of patch token contrast
     cle_weight: NotNegative = 0.2  # COCO 0.1
     une_weight: NotNegative = 0.1  # COCO 0.01
-    seg_weight: NotNegative = 0.12
+    seg_weight: NotNegative = 0.12  # of the segmentation loss
     reg_weight: NotNegative = 0.05  # of the dense energy
     ptc_after: Fraction | None = None  # share before PTC; None: none; COCO 0.1
     tokens_after: Fraction | None = None  # share before CLE and UNE; None: none; COCO 0.15

@@ -136,6 +136,7 @@ class TKPPCL(WSSSModule):
     def __init__(self, *, backbone: Backbone, num_classes: int, settings: TKPPCLSettings) -> None:
         super().__init__(backbone=backbone, num_classes=num_classes, settings=settings)
         backbone.requires_grad_(False)
+        backbone.take_as_given()  # input_scaling
         blocks = list(backbone.vit.blocks)
         trained = blocks[max(0, len(blocks) - settings.trained_blocks) :]
         for module in (*trained, backbone.vit.norm):

@@ -87,9 +87,9 @@ class ToCoSettings(ThresholdSettings):
     # losses and when they are in force; shares are of the run
     temperature: Positive = 0.5  # of CTC; COCO 1.0
     momentum: Fraction = 0.9  # of the teacher head's moving average
-    ptc_weight: NotNegative = 0.2
-    ctc_weight: NotNegative = 0.5
-    seg_weight: NotNegative = 0.1
+    ptc_weight: NotNegative = 0.2  # of patch token contrast
+    ctc_weight: NotNegative = 0.5  # of class token contrast
+    seg_weight: NotNegative = 0.1  # of the segmentation loss
     reg_weight: NotNegative = 0.05  # of the dense energy
     contrast_after: Fraction | None = None  # share before PTC and CTC; None: none; COCO 0.15
     seg_after: Fraction = 0.1  # share before segmentation and energy
@@ -138,9 +138,7 @@ class ToCo(WSSSModule):
             raise WSSSError(
                 f"method.local_size={s.local_size}: smaller than one patch of {patch} px"
             )
-        self.quirks = quirks
-        self.draws_apart = not quirks.shared_draws
-        self.stops_unless_finite = not quirks.goes_on_after_nan
+        self.quirks = self.follow(quirks)
         self.aux_block = s.aux_layer % depth
 
         dim = backbone.dim

@@ -14,12 +14,12 @@ GPUs' shared augmentation streams: every place in the global batch has random dr
 
 from dataclasses import dataclass
 
-from wsss.methods.settings import QuirkSwitches
+from wsss.methods.settings import StepQuirks
 from wsss.models.weights import renamed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quirks(QuirkSwitches):
+class Quirks(StepQuirks):
     """One boolean a quirk; True does as the official code."""
 
     # Q1: pixel coordinates of the crop box mask the 28 x 28 token grid; here it is scaled to it
@@ -35,10 +35,6 @@ class Quirks(QuirkSwitches):
     half_without_pairs: bool = False
     # the image for PAR is truncated to integers, most often one too low; here it is rounded
     truncated_guide: bool = False
-    # crops are drawn from the process's global generator; here from one of seed, step and place
-    shared_draws: bool = False
-    # a loss that is not finite reaches the weights; here it ends the run
-    goes_on_after_nan: bool = False
 
 
 CORRECTED = Quirks()

@@ -240,7 +240,8 @@ def score_gradients(
     logits, texts, own = logits[image], texts[image], slot[:, None]
     others = logits if scale is not None else logits.scatter(1, own, -torch.inf)
     mean = (others.softmax(1)[..., None] * texts).sum(1)
-    direction = texts[torch.arange(len(slot)), slot] - mean
+    place = own[..., None].expand(-1, 1, texts.shape[2])
+    direction = texts.gather(1, place)[:, 0] - mean
     unit = F.normalize(embedding, dim=1)[image]
     gradient = direction - unit * (unit * direction).sum(1, keepdim=True)
     if scale is None:

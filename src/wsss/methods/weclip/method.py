@@ -73,12 +73,12 @@ class WeCLIPSettings(Settings):
     # decoder
     decoder_channels: Width = 256  # d
     decoder_layers: Layers = 3  # blocks of its transformer
-    decoder_heads: Layers = 8
+    decoder_heads: Layers = 8  # of attention in each block
     dropout: Fraction = 0.1  # of channels of the fused features
 
     # losses
     radius: Width = 8  # patches between which affinity is learned
-    aff_weight: NotNegative = 0.1
+    aff_weight: NotNegative = 0.1  # of the affinity loss
 
 
 class WeCLIP(WSSSModule):
@@ -120,9 +120,7 @@ class WeCLIP(WSSSModule):
         s = settings
         tower.freeze(backbone, s.text, "weclip")
         tower.check_layers(backbone, static_layers=s.static_layers, rfm_layers=s.rfm_layers)
-        self.quirks = quirks
-        self.draws_apart = not quirks.shared_draws
-        self.stops_unless_finite = not quirks.goes_on_after_nan
+        self.quirks = self.follow(quirks)
 
         self.texts = ClassTexts(s.text, num_classes, backbone)
         self.files_sha256 = self.texts.files_sha256

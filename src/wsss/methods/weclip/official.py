@@ -29,12 +29,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from wsss.core.errors import WSSSError
-from wsss.methods.settings import QuirkSwitches
+from wsss.methods.settings import StepQuirks
 from wsss.models.weights import renamed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quirks(QuirkSwitches):
+class Quirks(StepQuirks):
     """One boolean a quirk; True does as the official code."""
 
     # Q2: padding is labelled and trained on like anything else; here it is 255
@@ -51,10 +51,6 @@ class Quirks(QuirkSwitches):
     # the gradient is that of p_c, which vanishes where a class is sure; here that of its direction
     # alone, as every map is divided by its maximum (section 9, item 8)
     vanishing_gradient: bool = False
-    # dropout is drawn from the process's global generator; here from one of seed, step and place
-    shared_draws: bool = False
-    # a loss that is not finite reaches the weights; here it ends the run
-    goes_on_after_nan: bool = False
 
 
 CORRECTED = Quirks()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsss.core.errors import WSSSError
-from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD
+from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD, numbers_beside
 from wsss.methods.losses import full_precision, widened
 from wsss.methods.weclip.gradcam import LastBlock
 from wsss.methods.weclip.texts import RANDOM, STORED
@@ -70,6 +70,7 @@ def freeze(backbone: Backbone, text: str, method: str) -> None:
         )
     backbone.requires_grad_(False)
     backbone.position_mode = "bilinear"
+    backbone.take_as_given()  # method.normalisation
 
 
 def check_layers(backbone: Backbone, **layers: int) -> None:
@@ -116,7 +117,7 @@ def renormalised(images: Tensor, how: Normalisation) -> Tensor:
     if how == "imagenet":  # Q1: the published numbers have it
         return images
     mean, std, own_mean, own_std = (
-        images.new_tensor(v).view(3, 1, 1)
+        numbers_beside(images, v).view(3, 1, 1)
         for v in (IMAGENET_MEAN, IMAGENET_STD, CLIP_MEAN, CLIP_STD)
     )
     return (images * std + mean - own_mean) / own_std

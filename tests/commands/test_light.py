@@ -74,6 +74,7 @@ WRONG = [
     (["data", "prepare", "voc", "root=no/VOC"], "data folder no/VOC is missing"),
     (["data", "prepare", "coco", "root=x", "crowd=drop"], "crowd=drop: expected"),
     (["tune", "data=minivoc", "method=tocco"], "did you mean toco?"),
+    (["tune", "-m", "data=minivoc"], "-m: wsss tune takes no such flag"),
     (["tune", "data=minivoc", "trial=3"], "trial: unknown key"),
     (["tune", "data=minivoc", "trials=0"], "trials=0: expected a number"),
     (["tune", "data=minivoc", "space=nothing"], "space=nothing: no such search space"),

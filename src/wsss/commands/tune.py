@@ -53,8 +53,14 @@ OWN = tuple(field.name for field in fields(TuneArguments))
 
 
 def parse(arguments: Sequence[str]) -> tuple[TuneArguments, list[list[str]]]:
-    """Split the verb's own arguments from the lines that its searches begin from."""
+    """Split the verb's own arguments from the lines that its searches begin from.
+
+    Raises:
+        WSSSError: a flag, or an argument that cannot be read.
+    """
     rest, folders = take_folders(arguments)
+    for flag in (each for each in rest if each.startswith("-")):
+        raise WSSSError(f"{flag}: wsss tune takes no such flag; a,b are searches of their own")
     own = [each for each in rest if each.partition("=")[0] in OWN]
     line = with_folders([each for each in rest if each not in own], folders)
     return parse_arguments(TuneArguments, own)[0], sweep_jobs(canonical(line)).samples

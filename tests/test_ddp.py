@@ -15,16 +15,18 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from small_runs import FORKED, SMALL, Command, processes_of
 from small_runs import METHODS as SMALL_METHODS
-from torch import Tensor
+from torch import Tensor, nn
 
 from wsss.cli import main
 from wsss.data.datamodule import ImageDataModule
 from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.protocol import Protocol
 from wsss.methods.base import WSSSModule
+from wsss.methods.more.contrast import une_loss
 from wsss.models.weights import state_sha256
 from wsss.runs.compose import compose_run
 from wsss.runs.folder import Run, build_data, build_module
+from wsss.training.parallel import average_gradients
 from wsss.training.trainer import accelerate, build_trainer
 
 STEPS = 6  # of which 0 to 3 are the first phase
@@ -43,6 +45,10 @@ METHODS = {
     "weclip": SMALL_METHODS["weclip"],
     "more": SMALL_METHODS["more"],
 }
+# under which two processes are two passes of one
+COUNTED_APART = {"more": ["+method.quirks.rank_denominators=true"]}
+# in float64, or rounding moves a pixel's pseudo label
+WHOLE = "trainer.precision=64-true"
 TINY = [
     *SMALL,
     f"budget.max_steps={STEPS}",
@@ -59,13 +65,27 @@ TINY = [
 
 
 class States(Callback):
-    """Hashes of parameters and buffers after every optimiser step; at the phases' ends they too."""
+    """Hashes of parameters and buffers after every optimiser step; at the phases' ends they too.
+
+    Beside them the gradients of these steps, and what was logged of every pass.
+    """
 
     def __init__(self) -> None:
         self.hashes: dict[int, str] = {}
         self.kept: dict[int, dict[str, Tensor]] = {}
+        self.gradients: dict[int, dict[str, Tensor]] = {}
+        self.logged: list[dict[str, float]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step + 1 in (4, STEPS):
+            found = {
+                n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None
+            }
+            self.gradients[trainer.global_step + 1] = found
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        metrics = trainer.callback_metrics.items()
+        self.logged.append({k: v.item() for k, v in metrics if k.startswith("train/")})
         if trainer.global_step in (0, *self.hashes):  # between two passes of a step
             return
         state = pl_module.state_dict()
@@ -108,6 +128,28 @@ def counts(result: dict[str, Any]) -> dict[str, Any]:
     return {"confusion": result["confusion"], "cells": cells, "curve": result["seed_curve"]}
 
 
+# tokens that UNE takes in each of four images, two a process
+SELECTED = ((8, 3, 2, 5), (8, 3, 0, 0), (0, 0, 0, 0))
+
+
+def une_gradient(counts: tuple[int, ...], own: slice = slice(4)) -> Tensor | None:
+    """Give the gradient of UNE for a factor on the patches, of four images or a process's own."""
+    torch.manual_seed(0)
+    tokens, patches = torch.randn(4, 3, 5).double(), torch.randn(4, 5, 8, 8).double()
+    labels = torch.eye(3)[[0, 1, 2, 0]]
+    selected = [torch.randint(8, (count, 2)) for count in counts]
+    factor = nn.Conv2d(5, 5, kernel_size=1, bias=False).double()
+    several = own != slice(4)
+    loss = une_loss(
+        tokens[own], factor(patches[own]), selected[own], labels[own], over_ranks=several
+    )
+    if loss.requires_grad:
+        loss.backward()
+    if several:
+        average_gradients(factor, torch.device("cpu"))
+    return factor.weight.grad
+
+
 def train_rank(rank: int, port: int, out: str) -> None:
     """One of two processes that train every method in turn, as those of torchrun would."""
     os.environ |= {
@@ -120,8 +162,19 @@ def train_rank(rank: int, port: int, out: str) -> None:
     torch.set_num_threads(1)
     seen = {}
     for method in METHODS:
-        states, evaluation = train(method, Path(out) / method, "trainer=ddp_cpu")
+        apart = COUNTED_APART.get(method, [])
+        states, evaluation = train(method, Path(out) / method, "trainer=ddp_cpu", *apart)
         seen[method] = {"hashes": states.hashes, "states": states.kept, "counts": evaluation()}
+    for method in COUNTED_APART:
+        states, _ = train(method, Path(out) / f"{method} whole", "trainer=ddp_cpu", WHOLE)
+        seen[f"{method} whole"] = {
+            "hashes": states.hashes,
+            "states": states.kept,
+            "gradients": states.gradients,
+            "logged": states.logged,
+        }
+    own = slice(2 * rank, 2 * rank + 2)
+    seen["une"] = {counts: une_gradient(counts, own) for counts in SELECTED}
     torch.save(seen, Path(out) / f"rank{rank}.pt")
 
 
@@ -169,9 +222,11 @@ def test_two_processes_learn_as_one_that_accumulates(
 ) -> None:
     """To the bit: images, random draws and normalisers are those of a place in the global batch.
 
-    But the statistics of batch norms, which one process moves pass by pass, two both at once.
+    MoRe's normalisers are so under a quirk. Not compared are the statistics of batch norms, which
+    one process moves pass by pass, two both at once.
     """
-    one, evaluation = train(method, tmp_path, "trainer=cpu", "trainer.accumulate_grad_batches=2")
+    passes = ["trainer.accumulate_grad_batches=2", *COUNTED_APART.get(method, [])]
+    one, evaluation = train(method, tmp_path, "trainer=cpu", *passes)
     for step, state in ranks[0][method]["states"].items():
         for name, value in state.items():
             if "running" not in name and "num_batches" not in name:
@@ -179,6 +234,32 @@ def test_two_processes_learn_as_one_that_accumulates(
     alone = evaluation(ranks[0][method]["states"][STEPS])
     assert alone == ranks[0][method]["counts"] == ranks[1][method]["counts"]
     assert sum(map(sum, alone["confusion"]["seed"])) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("method", COUNTED_APART)
+def test_two_processes_that_count_together_are_one(
+    method: str, ranks: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Gradients, weights and what is logged are those of one process with the undivided batch."""
+    one, _ = train(method, tmp_path, "trainer=cpu", WHOLE)
+    for rank in ranks:
+        found = rank[f"{method} whole"]
+        assert found["hashes"] == ranks[0][f"{method} whole"]["hashes"]
+        torch.testing.assert_close(found["gradients"], one.gradients, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found["states"], one.kept, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found["logged"], one.logged, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", SELECTED)
+def test_uncertain_tokens_of_both_processes_count(
+    counts: tuple[int, ...], ranks: list[dict[str, Any]]
+) -> None:
+    """Also where one has none, or neither."""
+    for rank in ranks:
+        torch.testing.assert_close(rank["une"][counts], une_gradient(counts))
 
 
 # what the docstrings say below "Several processes"

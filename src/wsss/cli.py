@@ -84,7 +84,9 @@ def overview() -> str:
         "usage: wsss VERB [ARGUMENTS]     wsss VERB --help     wsss VERB --keys     wsss --version",
         "",
     ]
-    lines += [f"  {verb:10} {help_of(verb).splitlines()[2]}" for verb in VERBS]
+    # a usage may take several lines; the summary comes after it
+    summaries = {verb: help_of(verb).split("\n\n")[1].splitlines()[0] for verb in VERBS}
+    lines += [f"  {verb:10} {summary}" for verb, summary in summaries.items()]
     return "\n".join([*lines, "", "WSSS_DEBUG=1 shows tracebacks."])
 
 

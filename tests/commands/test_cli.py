@@ -39,10 +39,11 @@ def test_help_answers_in_a_second() -> None:
     assert min(once() for _ in range(3)) < 1.0
 
 
-def test_overview_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+def test_overview_says_what_every_verb_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(verb in text for verb in VERBS)
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[4:]]
+    summaries = {row[0]: row[1] for row in rows if len(row) == 2}
+    assert VERBS.keys() <= summaries.keys()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from wsss.core.places import choices, config_root
 from wsss.runs.keys import keys_of_class, keys_of_run
 from wsss.runs.line import canonical, compose_line, compose_open, of_jobs, sweep_jobs
 
-OURS = f"hydra.searchpath=['file://{config_root()}']"
+OURS = f"hydra.searchpath=['file://{config_root()}','encoders://']"
 
 
 @pytest.mark.parametrize("method", choices("method"))

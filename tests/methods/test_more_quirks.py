@@ -112,6 +112,12 @@ def test_q7_no_label_at_all(quirks: Quirks, on: bool) -> None:
     assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
 
 
+@each_way("rank_denominators")
+def test_losses_count_in_one_process_alone(quirks: Quirks, on: bool) -> None:
+    """``tests/test_ddp.py`` trains both ways in two processes."""
+    assert tiny(quirks).over_ranks is not on
+
+
 @each_way("zero_weight_terms")
 def test_q8_terms_without_weight_are_computed(quirks: Quirks, on: bool) -> None:
     module = tiny(quirks)

@@ -119,7 +119,7 @@ def stored() -> dict[str, Any]:
 def of_runs(schema: type, *passed_on: str) -> Callable[[list[str], dict[str, Any]], None]:
     def take(arguments: list[str], stored: dict[str, Any]) -> None:
         chosen, overrides = parse_arguments(schema, arguments, passed_on=passed_on)
-        if getattr(chosen, "cams", None) or getattr(chosen, "masks", None):
+        if isinstance(chosen, evaluate.EvalArguments) and (chosen.cams or chosen.masks):
             compose_config(overrides)
         else:
             override_config(stored, overrides)

@@ -194,6 +194,20 @@ def test_figures_of_the_contrast_are_those_measured() -> None:
     assert f"patches^{first:.2f} and patches^{second:.2f}" in said
 
 
+def test_waits_of_a_step_are_those_counted() -> None:
+    counted = json.loads((ROOT / "tests" / "device_figures.json").read_text())
+    found = {
+        method: [sum(figures[p]["waits"].values()) for p in ("first phase", "second phase")]
+        for method, figures in counted.items()
+        if "first phase" in figures and not method.startswith("segmenter")
+    }
+    page = (DOCS / "speed.md").read_text(encoding="utf-8")
+    (table,) = (rows for rows in tables(page) if any("finite loss" in row[-1] for row in rows))
+    names = {"MCTformer+": "mctformer", "TKP-PCL": "tkp_pcl"}
+    listed = {names.get(row[0], row[0].lower()): [int(n) for n in row[1:3]] for row in table}
+    assert listed == found
+
+
 # ---- the hook ------------------------------------------------------------------------------------
 
 

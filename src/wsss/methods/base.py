@@ -14,6 +14,7 @@ from torch.profiler import record_function
 
 import wsss
 from wsss.core.errors import WSSSError
+from wsss.core.ranks import mean_over_ranks
 from wsss.methods.settings import Settings, StepQuirks
 from wsss.models.backbone import Backbone
 from wsss.models.conv_backbone import ConvBackbone
@@ -65,7 +66,8 @@ class WSSSModule(LightningModule):
     batch norm sees the batch of one forward pass: ``global_batch_size`` over processes times
     ``accumulate_grad_batches``. A run is the same on any number of processes for which that
     quotient is the same, random draws included (:meth:`own_draws`). Each method says below
-    *Several processes* which of its losses are the same for any quotient.
+    *Several processes* which of its losses are the same for any quotient. Where ``over_ranks`` is
+    set, losses divide by what the forward passes of all processes hold together.
 
     Args:
         backbone: the shared encoder.
@@ -79,6 +81,9 @@ class WSSSModule(LightningModule):
     draws_apart = True
     #: False: a loss that is not finite does not stop the run (a quirk of official codes)
     stops_unless_finite = True
+    #: True: losses divide by counts of all processes, so those of one are its part of a mean; every
+    #: process has the same terms at a step
+    over_ranks = False
     #: False: nothing is trained, a run only evaluates
     trains = True
     #: True: the map of a class depends on which others are asked for
@@ -340,11 +345,14 @@ class WSSSModule(LightningModule):
     def log_step(self, step: Step, batch_size: int) -> None:
         """Log losses, their total, scalars and every learning rate under ``train/``.
 
-        ``lr`` is the first parameter group's rate, ``lr_NAME`` that of each further one.
+        Losses are the first process's, or means over processes where ``over_ranks`` is set. ``lr``
+        is the first parameter group's rate, ``lr_NAME`` that of each further one.
         """
-        for name, loss in step.losses.items():
+        losses = {**step.losses, "loss": step.total}
+        if self.over_ranks:
+            losses = mean_over_ranks(losses)
+        for name, loss in losses.items():
             self.log(f"train/{name}", loss.detach(), prog_bar=True, batch_size=batch_size)
-        self.log("train/loss", step.total.detach(), prog_bar=True, batch_size=batch_size)
         for name, scalar in step.scalars.items():
             self.log(f"train/{name}", scalar.detach(), batch_size=batch_size)
         first, *further = self.trainer.optimizers[0].param_groups

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsss.core.errors import WSSSError
+from wsss.core.ranks import sum_over_ranks
 from wsss.maps.permutohedral import PermutohedralLattice
 from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD, numbers_beside
 from wsss.maps.pseudo_labels import inside_boxes
@@ -38,6 +39,7 @@ def balanced_segmentation_loss(
     ignore_index: int = 255,
     guard: bool = True,
     eps: float = 0.0,
+    over_ranks: bool = False,
 ) -> Tensor:
     """Take half the mean cross-entropy over background pixels, half that over foreground.
 
@@ -48,9 +50,10 @@ def balanced_segmentation_loss(
         guard: A half without pixels counts as 0. Without the guard the value is NaN then, as in
             the official code; the gradients are finite and the same either way (toco.md Q4).
         eps: Added to the pixels of a half before its sum is divided by them (more.md section 2).
+        over_ranks: Count the pixels of all processes, see :func:`~wsss.core.ranks.sum_over_ranks`.
 
     Returns:
-        Scalar loss.
+        Scalar loss; over ranks, this process's part of their mean.
     """
     label = label.long()
     loss = F.cross_entropy(logits, label, ignore_index=ignore_index, reduction="none")
@@ -58,9 +61,9 @@ def balanced_segmentation_loss(
     foreground = ~background & (label != ignore_index)
     total = loss.new_zeros(())
     for mask in (background, foreground):
-        count = mask.sum()
+        count, ranks = sum_over_ranks(mask.sum(), enabled=over_ranks)
         pixels = count.to(loss.dtype) + eps if eps else count.clamp_min(1)
-        total = total + 0.5 * (loss * mask).sum() / pixels
+        total = total + 0.5 * ranks * (loss * mask).sum() / pixels
         if not guard:
             # Added as a constant: dividing by zero would spoil the gradients as well.
             total = total + torch.where(count == 0, torch.nan, 0.0)
@@ -87,7 +90,9 @@ def pair_masks(label: Tensor, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
     return usable & equal, torch.logical_and(usable, ~equal)
 
 
-def ptc_loss(tokens: Tensor, same: Tensor, different: Tensor) -> Tensor:
+def ptc_loss(
+    tokens: Tensor, same: Tensor, different: Tensor, *, over_ranks: bool = False
+) -> Tensor:
     """Contrast patch tokens: those of one class alike, of different classes orthogonal.
 
     L = 1/2 (1 - sum A[same] / (#same + 1)) + 1/2 sum A[different] / (#different + 1), with
@@ -97,16 +102,21 @@ def ptc_loss(tokens: Tensor, same: Tensor, different: Tensor) -> Tensor:
         tokens: final patch tokens as a map, (B, D, h, w).
         same: pairs of one class, (B, N, N), boolean.
         different: pairs of different classes, (B, N, N), boolean.
+        over_ranks: count the pairs of all processes, see :func:`~wsss.core.ranks.sum_over_ranks`.
 
     Returns:
-        A scalar; 0.5 with zero gradient when both masks are empty (Q5).
+        A scalar; 0.5 with zero gradient when both masks are empty (Q5). Over ranks, this process's
+        part of their mean.
     """
     with full_precision(tokens):
         unit = F.normalize(widened(tokens).flatten(2), dim=1, eps=1e-8)  # (B, D, N)
         similarity = (unit.transpose(1, 2) @ unit).abs()  # (B, N, N)
-    alike = (similarity * same).sum() / (same.sum() + 1)
-    unlike = (similarity * different).sum() / (different.sum() + 1)
-    return 0.5 * (1 - alike) + 0.5 * unlike
+    same_pairs, ranks = sum_over_ranks(same.sum(), enabled=over_ranks)
+    different_pairs, _ = sum_over_ranks(different.sum(), enabled=over_ranks)
+    alike = (similarity * same).sum() / (same_pairs + 1)
+    unlike = (similarity * different).sum() / (different_pairs + 1)
+    half = 0.5 * ranks
+    return 0.5 - half * alike + half * unlike
 
 
 def energy_features(images: Tensor, *, sigma_rgb: float, sigma_xy: float) -> Tensor:

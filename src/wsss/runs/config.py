@@ -164,9 +164,9 @@ class TrainConfig:
     choice: Words | None = None  # how the settings were chosen, as `paper`; null: not declared
     # what is trained on this run's pseudo labels; see experiments/minivoc/second_stage.yaml
     second_stage: Mapping[str, Any] | None = None
-    callbacks: Mapping[str, Any] = field(default_factory=dict)
-    init_from: Start = None
-    ckpt_path: Start = None
+    callbacks: Mapping[str, Any] = field(default_factory=dict)  # Lightning's, beside a run's own
+    init_from: Start = None  # run or checkpoint whose weights the training starts from
+    ckpt_path: Start = None  # checkpoint from which a training goes on
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

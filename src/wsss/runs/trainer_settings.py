@@ -57,6 +57,8 @@ class TrainerSettings(Acceleration):
         overfit_batches: train and validate on these batches alone; 0: on all.
         max_time: a run's longest duration.
         profiler: what measures the parts of a step.
+        min_steps: steps before which nothing stops a run early.
+        num_sanity_val_steps: validation batches before training; -1: all.
     """
 
     max_steps: Count = 1

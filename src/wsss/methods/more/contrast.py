@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsss.core.errors import WSSSError
+from wsss.core.ranks import sum_over_ranks
 from wsss.maps.pixels import IGNORE_INDEX, numbers_beside
 from wsss.maps.pseudo_labels import inside_boxes
 from wsss.methods.losses import full_precision, widened
@@ -206,7 +207,14 @@ def select_tokens(
     return selected
 
 
-def une_loss(tokens: Tensor, patches: Tensor, selected: Sequence[Tensor], labels: Tensor) -> Tensor:
+def une_loss(
+    tokens: Tensor,
+    patches: Tensor,
+    selected: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    over_ranks: bool = False,
+) -> Tensor:
     """Pull uncertain tokens towards the image's class tokens, and push them from the others (UNE).
 
     With g_c = |cos(F_x, C_c)|, class tokens without gradient, y the image's labels:
@@ -217,13 +225,17 @@ def une_loss(tokens: Tensor, patches: Tensor, selected: Sequence[Tensor], labels
         patches: (B, D, h, w).
         selected: rows and columns of the tokens of each image, (n, 2).
         labels: (B, K) in {0, 1}.
+        over_ranks: count the tokens of all processes, see :func:`~wsss.core.ranks.sum_over_ranks`.
 
     Returns:
-        The mean over all selected tokens of the batch, a scalar; 0 where there is none.
+        The mean over all selected tokens of the batch, a scalar; 0 where there is none. Over ranks,
+        this process's part of their mean.
     """
+    counts = torch.tensor([len(one) for one in selected])
+    # before anything else: the other processes wait for this one's count, also for none
+    total, ranks = sum_over_ranks(counts.sum(), enabled=over_ranks, device=patches.device)
     if not sum(map(len, selected)):
         return patches.new_zeros(())
-    counts = torch.tensor([len(one) for one in selected])
     # copied without waiting for what a GPU has still to compute
     image = torch.arange(len(selected)).repeat_interleave(counts)
     image = image.to(patches.device, non_blocking=True)
@@ -236,4 +248,5 @@ def une_loss(tokens: Tensor, patches: Tensor, selected: Sequence[Tensor], labels
     absent = 1 - present
     towards = (present * similarity).sum(dim=1) / (present.sum(dim=1) + 1)
     away = (absent * similarity).sum(dim=1) / (absent.sum(dim=1) + 1)
-    return (0.5 * (1 - towards) + 0.5 * away).mean()
+    half = 0.5 * ranks
+    return (half * (1 - towards) + half * away).sum() / total

@@ -12,9 +12,10 @@ Paper: Yang et al., "MoRe: Class Patch Attention Needs Regularization for Weakly
 Segmentation", arXiv 2412.11076. Official code (read by the authors of our specification, more.md,
 not by us): zwyang6/MoRe ``d733d34``. Departures: official.py, one switch each.
 Several processes: the losses of classification, distinctness, CLE and the energy are means over
-images. PTC divides by pairs, UNE by selected tokens and the segmentation loss by pixels of one
-forward pass, here as on the official code's GPUs. Which tokens UNE selects in an image depends on
-seed, step and image alone.
+images. PTC divides by pairs, UNE by selected tokens and the segmentation loss by pixels, of one
+forward pass of all processes. So a run is the same on any number of processes for which
+``accumulate_grad_batches`` is the same. Which tokens UNE selects in an image depends on seed, step
+and image alone.
 """
 
 from collections.abc import Sequence
@@ -91,6 +92,7 @@ class MoRe(WSSSModule):
         if not -depth <= s.aux_layer < depth:
             raise WSSSError(f"method.aux_layer={s.aux_layer}: the backbone has {depth} blocks")
         self.quirks = self.follow(quirks)
+        self.over_ranks = not quirks.rank_denominators
         self.aux_block = s.aux_layer % depth
 
         backbone.position_offset = 0.1
@@ -181,13 +183,16 @@ class MoRe(WSSSModule):
             seen |= self.token_masks(seen, labels, boxes, step)
         with self.phase("forward"):
             if "ptc_loss" in wanted:
-                losses["ptc_loss"] = ptc_loss(tokens, *pair_masks(seen["ptc_mask"]))
+                pairs = pair_masks(seen["ptc_mask"])
+                losses["ptc_loss"] = ptc_loss(tokens, *pairs, over_ranks=self.over_ranks)
             if "cle_loss" in wanted:
                 losses["cle_loss"] = self.certain_tokens(seen, labels)
             if "une_loss" in wanted:
                 seen["selected"] = self.select_tokens(seen["une_mask"], boxes, batch, step)
                 own, selected = seen["class_tokens"], seen["selected"]
-                losses["une_loss"] = contrast.une_loss(own, tokens, selected, labels)
+                losses["une_loss"] = contrast.une_loss(
+                    own, tokens, selected, labels, over_ranks=self.over_ranks
+                )
         seg_logits = None
         if wanted & LABELS:
             with self.phase("pseudo_labels"):
@@ -197,7 +202,9 @@ class MoRe(WSSSModule):
                 seg_logits = self.decoder(tokens)  # (B, K+1, h, w)
                 full = F.interpolate(seg_logits, images.shape[-2:], mode="bilinear")
                 if "seg_loss" in wanted:
-                    losses["seg_loss"] = balanced_segmentation_loss(full, label, eps=1e-6)
+                    losses["seg_loss"] = balanced_segmentation_loss(
+                        full, label, eps=1e-6, over_ranks=self.over_ranks
+                    )
             if "reg_loss" in wanted:
                 with self.phase("energy"):
                     losses["reg_loss"] = self.energy(images, full, label, boxes)

@@ -35,6 +35,9 @@ class Quirks(StepQuirks):
     padding_counts: bool = False
     # Q7: a batch without any image label stops the run; here CLE is 0 then
     fails_without_labels: bool = False
+    # PTC, UNE and the segmentation loss divide by the pairs, tokens and pixels of one process; here
+    # by those of all
+    rank_denominators: bool = False
     # Q8: terms of zero weight are computed, so the decoder's zero gradient lets AdamW decay it
     # before it is trained; here they are not
     zero_weight_terms: bool = False

@@ -327,11 +327,14 @@ def test_settings_that_vary_are_named_once_and_seeds_never() -> None:
     assert varying([configs[0], other]) == []
 
 
-def test_dashboard_of_a_study_without_logged_runs(
+def test_dashboard_of_a_study_without_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["dashboard", "study=none", f"runs_dir={tmp_path}"]) == 2
-    assert "logger=wandb" in capsys.readouterr().err
+    assert "none: no such folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["dashboard", "study=empty", f"runs_dir={tmp_path}"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_sync_without_a_key_is_one_line(

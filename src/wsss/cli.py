@@ -20,6 +20,7 @@ HELP = Path(__file__).with_name("commands") / "help"
 VERBS = {
     "data": "data",
     "train": "train",
+    "tune": "tune",
     "eval": "evaluate",
     "compare": "compare",
     "report": "report",

@@ -39,6 +39,10 @@ def test_a_word_narrows_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert ["method.ptc_weight", "float >= 0", "0.3", "of patch token contrast"] in lines
     assert all("ptc" in f"{line[0]}{line[3]}".lower() for line in lines)
+    assert main(["tune", "method=toco", "trials=4", "--keys", "search_seed"]) == 0
+    assert capsys.readouterr().out.startswith("search_seed\tint >= 0")
+    assert main(["tune", "method=toco", "trials=4", "--keys", "ptc_weight"]) == 0
+    assert "method.ptc_weight\t" in capsys.readouterr().out
     assert main(["pseudo", "--keys", "crf_jobs"]) == 0
     expected = "crf_jobs\tint >= 1 and <= 1000000000 or null\tnull\tprocesses of the dense CRF"
     assert capsys.readouterr().out.startswith(expected)

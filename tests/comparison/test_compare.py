@@ -65,6 +65,24 @@ def test_mean_deviation_and_a_clear_winner_in_bold(three_seeds: list[Path]) -> N
     assert len(classes.rows) == 3
 
 
+def test_unequal_choices_of_settings_are_shown_not_ranked(tmp_path: Path) -> None:
+    """A run of an earlier version declares nothing."""
+    tuned = "tuned: 16 trials on a holdout of 24 masks"
+    runs = [
+        make_run(tmp_path / "a", method="A", choice=tuned),
+        make_run(tmp_path / "b", method="B"),
+        make_run(tmp_path / "c", method="C", choice=None),
+    ]
+    said = rf"differ in choice \(choice: \"{tuned}\" of A / \"not declared\" of B, C\)"
+    with pytest.raises(WSSSError, match=rf"{said}.*allow=\[choice\]"):
+        grid_of(runs)
+    numbers, *_ = grid_of(runs, allow=["choice"])
+    chosen = [cell.text for cell in row(numbers, "settings chosen")]
+    assert chosen == [tuned, "not declared", "not declared"]
+    assert any("differs: choice" in note for note in numbers.notes)
+    grid_of(runs[1:])
+
+
 def test_ties_are_not_bold_and_one_seed_is_said(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "a", method="A", quality=0.7, draw=0),

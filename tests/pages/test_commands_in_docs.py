@@ -21,6 +21,7 @@ from wsss.commands import (
     report,
     submit,
     text,
+    tune,
 )
 from wsss.commands.train import read_line
 from wsss.comparison import compare as comparison
@@ -29,9 +30,10 @@ from wsss.core.errors import WSSSError
 from wsss.core.schema import plain
 from wsss.methods.official import CONVERTERS
 from wsss.parity import METHODS
-from wsss.runs.compose import compose_config
+from wsss.runs.compose import compose_config, compose_run
 from wsss.runs.config import check_walk, override_config
-from wsss.runs.line import compose_walk, sweep_jobs
+from wsss.runs.line import choice_in_group, compose_walk, sweep_jobs
+from wsss.runs.space import read_space, settings_of
 
 PROJECT = Path(__file__).parents[2]
 PAGES = [PROJECT / "README.md"]
@@ -68,6 +70,16 @@ def take_train(arguments: list[str]) -> None:
     if "--multirun" in flags:
         overrides = sweep_jobs(overrides).samples[0]
     compose_config(overrides)
+
+
+def take_tune(arguments: list[str]) -> None:
+    if arguments[0] == "--show":
+        assert len(arguments) > 1
+        return
+    chosen, lines = tune.parse(arguments)
+    assert chosen.trials >= chosen.startup
+    for line in lines:
+        assert settings_of(compose_run(line), read_space(choice_in_group(line, "method")), "")
 
 
 def take_data(arguments: list[str]) -> None:
@@ -136,6 +148,7 @@ def check_names(known: Sequence[str], count: int) -> Callable[[list[str]], None]
 
 ALONE: dict[str, Callable[[list[str]], None]] = {
     "train": take_train,
+    "tune": take_tune,
     "data": take_data,
     "benchmark": take_benchmark,
     "text": take_text,

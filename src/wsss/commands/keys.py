@@ -29,7 +29,9 @@ ARGUMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "part=pce": ("wsss.benchmark.arguments.PCEArguments", ()),
 }
 #: verbs whose line composes a run
-COMPOSED = ("train", "data", "convert")
+COMPOSED = ("train", "tune", "data", "convert")
+#: verb whose line composes a run -> the dataclass of the arguments that it takes besides
+BESIDES = {"tune": "wsss.commands.tune.TuneArguments"}
 
 
 def main(verb: str, arguments: Sequence[str]) -> int:
@@ -74,12 +76,19 @@ def _keys(verb: str, arguments: Sequence[str]) -> list[Key]:
     if name not in ARGUMENTS and verb not in COMPOSED:
         raise WSSSError(f"wsss {verb} takes no keys; see wsss {verb} --help")
     if name not in ARGUMENTS:
-        return keys_of_run(compose_open(given))
+        besides = _of_class(BESIDES[verb]) if verb in BESIDES else []
+        own = {key.name for key in besides}
+        line = [one for one in given if one.partition("=")[0] not in own]
+        return [*besides, *keys_of_run(compose_open(line))]
     target, groups = ARGUMENTS[name]
+    return [*_of_class(target), *_of_runs(groups)]
+
+
+def _of_class(target: str) -> list[Key]:
+    """List the keys of a verb's own arguments."""
     cls = declared(target)
     assert cls is not None, target
-    keys = keys_of_class(cls)
-    return [*keys, *_of_runs(groups)]
+    return keys_of_class(cls)
 
 
 def _of_runs(groups: Sequence[str]) -> Iterable[Key]:

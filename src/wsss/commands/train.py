@@ -16,6 +16,7 @@ from wsss.core.errors import WSSSError
 from wsss.core.failures import JOB_STEM, exit_status_of
 from wsss.core.places import config_root
 from wsss.core.schema import plain
+from wsss.runs.choice import choice_of
 from wsss.runs.line import (
     canonical,
     check_paths,
@@ -57,10 +58,10 @@ def main(arguments: list[str]) -> int:
     if "--multirun" in flags:
         return _sweep(overrides, flags)
     end_with_sweep()
-    overrides = with_dependents(overrides)
-    _check([overrides])
-    job = Job()
-    _run_hydra(job, overrides, flags)
+    extended = with_dependents(overrides)
+    _check([extended])
+    job = Job(extended[len(overrides) :])
+    _run_hydra(job, extended, flags)
     return max(job.statuses, default=0)
 
 
@@ -124,14 +125,21 @@ def _nothing(config: DictConfig) -> None:
 
 
 class Job:
-    """Take Hydra's call with a composed configuration: here, or where submitit has sent it."""
+    """Take Hydra's call with a composed configuration: here, or where submitit has sent it.
 
-    def __init__(self) -> None:
+    Args:
+        dependents: overrides of the line that follow from the others.
+    """
+
+    def __init__(self, dependents: Sequence[str] = ()) -> None:
         self.statuses: list[int] = []
+        self.dependents = dependents
 
     def __call__(self, config: DictConfig) -> float:
         """Train one run; give its objective, NaN where there is none."""
         hydra = HydraConfig.get()
+        given = [one for one in hydra.overrides.task if one not in self.dependents]
+        config.choice = choice_of(config.choice, given)
         own_files = hydra.mode == RunMode.MULTIRUN
         if own_files:  # of a sweep whose launcher is not ours
             stem = job_stem(Path(hydra.sweep.dir), hydra.job.num)

@@ -31,7 +31,8 @@ class CompareArguments:
         metrics: keys of ``results.json`` to show; null: all that some run has.
         metric: mIoU of the per-class table; null: the most final one that all runs have.
         allow: training conditions (backbone, crop_size, iterations, global_batch_size, selection,
-            train_list_sha256, init_from) that may differ among ranked runs.
+            train_list_sha256, init_from) that may differ among ranked runs, or how their settings
+            were chosen (choice).
         unranked: list runs of different protocols without ranking them.
         out: file to write, .md, .csv, .tex or .html.
         resamples: draws of the bootstrap.

@@ -16,6 +16,7 @@ from wsss.core.files import first_line
 from wsss.core.pretraining import stated_pretraining
 from wsss.core.supervision import supervision_on
 from wsss.evaluation.per_image import mean_iou, per_image_counts
+from wsss.results.search import SEARCHES
 from wsss.results.store import (
     CELLS_FILE,
     CONFIG_FILE,
@@ -39,6 +40,7 @@ MIOUS = {
 #: thresholds belong to a method, as its losses do: they differ between groups, never within one
 THRESHOLDS = ("cam_threshold", "cam_high", "cam_low")
 ROUNDING = 1e-6  # by which a number may differ from the same number of another sum
+NOT_DECLARED = "not declared"  # how settings were chosen
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Entry:
             # cards of an earlier version have a sentence of the configuration
             **({"backbone": {**known, "pretraining": stated_pretraining(known)}} if known else {}),
             "supervision": supervision_on(str(protocol.get("supervision")), known),
+            "choice": protocol.get("choice") or NOT_DECLARED,
             "labels_sha256": hashes.get("labels"),
             "masks_sha256": hashes.get("masks"),
             "holdout_list_sha256": look_up(protocol, ("holdout", "list_sha256")),
@@ -198,6 +201,8 @@ def unfinished_runs(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         files = [*path.rglob(CONFIG_FILE), *path.rglob(RESULTS_FILE)]
         for folder in sorted({file.parent for file in files}):
+            if SEARCHES in folder.relative_to(path).parts:
+                continue
             inside = any((above / CONFIG_FILE).is_file() for above in folder.parents)
             if not inside and not is_finished(folder):
                 found.append(folder)
@@ -219,7 +224,8 @@ def is_finished(folder: Path) -> bool:
 def find_results(paths: Iterable[Path]) -> list[Path]:
     """Find folders with results of finished runs: those given, or all below a given one.
 
-    Other evaluations of a run (its ``eval/``) are only taken where they are named themselves.
+    Other evaluations of a run (its ``eval/``) and trials of searches are only taken where they are
+    named themselves.
 
     Raises:
         WSSSError: a folder is missing or holds none.
@@ -234,7 +240,8 @@ def find_results(paths: Iterable[Path]) -> list[Path]:
         below = sorted(
             file.parent
             for file in folder.rglob(RESULTS_FILE)
-            if "eval" not in file.relative_to(folder).parts and is_finished(file.parent)
+            if not {"eval", SEARCHES} & {*file.relative_to(folder).parts}
+            and is_finished(file.parent)
         )
         if not below and not unfinished_runs([folder]):
             raise WSSSError(f"{path}: no {RESULTS_FILE} there or below; train or `wsss eval` first")

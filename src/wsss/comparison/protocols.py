@@ -44,7 +44,7 @@ MEASURING: dict[str, tuple[str, ...]] = {
 BEFORE = {"scale_by": "size", "scale_from": "resized", "merge_at": "mask"}
 #: what a fair comparison of methods holds fixed; a study of one of them says so with allow=
 TRAINING = ("backbone", "crop_size", "iterations", "global_batch_size", "selection",
-            "train_list_sha256", "init_from")  # fmt: skip
+            "train_list_sha256", "init_from", "choice")  # fmt: skip
 
 
 def relevant_fields(entries: Sequence[Entry], metrics: Sequence[str]) -> list[str]:

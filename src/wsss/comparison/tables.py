@@ -38,6 +38,8 @@ def _numbers(c: Comparison) -> Grid:
     title = f"{any_entry.results['data']} {any_entry.split}, supervision: {c.supervision} (%)"
     headings = [f"{name} (n={len(es)})" for name, es in c.groups.items()]
     grid = Grid(title, ["metric", *headings], notes=c.notes)
+    chosen = [dict.fromkeys(entry.card["choice"] for entry in es) for es in c.groups.values()]
+    grid.rows.append(("settings chosen", [Cell("; ".join(ways)) for ways in chosen]))
     for heading, key, percent in ROWS:
         if key not in c.metrics:
             continue

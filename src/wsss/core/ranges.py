@@ -55,6 +55,15 @@ def folder_name(text: str) -> str:
 FolderName = Annotated[str, AfterValidator(folder_name)]
 
 
+def _words(text: str) -> str:
+    if not text.isprintable() or text != text.strip():
+        raise PydanticCustomError("words", "1 to 200 characters on one line, no blank at its ends")
+    return text
+
+
+Words = Annotated[str, MinLen(1), MaxLen(200), AfterValidator(_words)]  # shown in tables
+
+
 def one_of(names: Sequence[str]) -> Any:
     """Make the type of a text that is one of some names."""
 

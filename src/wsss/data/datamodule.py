@@ -29,6 +29,7 @@ from wsss.data.dataset import (
     saliency_guide,
 )
 from wsss.data.images import read_mask
+from wsss.data.lists import cut_of, is_few_shot
 from wsss.data.loader import OneLineErrorLoader, make_loader
 from wsss.data.samplers import SizeBuckets, TrainSampler, UnpaddedDistributedSampler
 from wsss.data.train_masks import GROUND_TRUTH, check_train_masks, supervision_of
@@ -46,7 +47,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
     """Splits of one data set: one to train on, others to evaluate. A layout is a subclass.
 
     A subclass is a dataclass too: it adds fields of its own, and gives defaults to those below.
-    Fields are keyword arguments and the keys of ``data:`` in a configuration.
+    Fields are keyword arguments and the keys of ``data:`` in a configuration. A split may be cut
+    from another one (`wsss.data.lists`): ``train:holdout:3`` is a declared holdout as a list.
 
     Training batches hold the tensors of `train_transform` plus ``labels`` (B, K) float32, ``name``
     (list of B) and ``index`` (B,) int64. Evaluation batches are images at native size: ``image``
@@ -102,21 +104,44 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self._eval_datasets: dict[str, ImageDataset] = {}
         self._train_dataset: ImageDataset | None = None
         self._sizes: dict[str, list[tuple[int, int]]] = {}
+        self._kept: dict[str, NDArray[np.int64]] = {}  # indices of splits cut from others
         self._resume: dict[str, Any] = {}
 
     @abstractmethod
+    def _listed(self, split: str) -> list[Sample]:
+        """Give the files of a list of its own, limited; only the list is read."""
+
     def samples(self, split: str) -> list[Sample]:
-        """Give the files of a split, limited; only the list is read."""
+        """Give the files of a split, limited; of one that is cut from another, labels are read."""
+        cut = cut_of(split)
+        if cut is None:
+            return self._listed(split)
+        samples = self.samples(cut.source)
+        if split not in self._kept:
+            read = self.label_reader()
+            labels = np.stack([read(sample) for sample in samples])
+            self._kept[split] = cut.indices([sample.name for sample in samples], labels)
+        return [samples[index] for index in self._kept[split]]
 
     @abstractmethod
     def label_reader(self) -> Callable[[Sample], NDArray[np.float32]]:
         """Give the function that reads the labels (K,) of a sample or raises WSSSError."""
 
     @abstractmethod
+    def _listed_dataset(
+        self, split: str, *, transform: TrainTransform | None, with_mask: bool
+    ) -> ImageDataset:
+        """Give a list of its own whose files have been looked for and whose labels are read."""
+
     def _dataset(
         self, split: str, *, transform: TrainTransform | None, with_mask: bool
     ) -> ImageDataset:
         """Give a split whose files have been looked for and whose labels are read."""
+        cut = cut_of(split)
+        if cut is None:
+            return self._listed_dataset(split, transform=transform, with_mask=with_mask)
+        dataset = self._dataset(cut.source, transform=transform, with_mask=with_mask)
+        return dataset.reduced_to(cut.indices(dataset.names, dataset.labels))
 
     def left_out(self) -> str:
         """Say which images no split in use has, if that may be a mistake; else an empty text."""
@@ -137,7 +162,10 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Kind of the training signal; runs are compared under equal supervision only."""
         if self.train_masks is None and self.saliency_folder:
             return f"{IMAGE_LABELS} and saliency maps (above {self.saliency_threshold})"
-        return supervision_of(self.train_masks)
+        kind = supervision_of(self.train_masks)
+        if self.train_masks == GROUND_TRUTH and is_few_shot(self.train_split):
+            return f"{len(self.samples(self.train_split))} {kind}"
+        return kind
 
     def list_hash(self, split: str) -> str:
         """Give the sha256 of the split's names in use, one a line, in their order."""

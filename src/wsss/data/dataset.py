@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -160,6 +160,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if sample.mask is None:
             return np.full(size, IGNORE_INDEX, np.uint8)
         return read_mask(sample.mask, num_classes=self.num_classes, size=size, image=sample.image)
+
+    def reduced_to(self, indices: NDArray[np.int64]) -> Self:
+        """Keep some of the images, before anything else is asked of them; give itself back."""
+        self.samples = [self.samples[index] for index in indices]
+        self.labels = self.labels[indices]
+        return self
 
     def check_contents(self) -> None:
         """Look into every file before training starts: headers of images, all of each mask.

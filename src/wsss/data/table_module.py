@@ -14,6 +14,7 @@ from wsss.core.errors import WSSSError
 from wsss.core.ranges import Part
 from wsss.data.datamodule import ImageDataModule
 from wsss.data.dataset import ImageDataset, Sample, TrainTransform, check_files, multi_hot
+from wsss.data.lists import own_list
 from wsss.data.table import FOLDER, Table, holdout, read_table
 
 #: split of every row that has a mask, in a table without the column ``split``
@@ -74,7 +75,7 @@ class TableDataModule(ImageDataModule):
         """The validation split; every row with a mask where the table has no column ``split``."""
         return self.val_split if self.has_splits else MASKED
 
-    def samples(self, split: str) -> list[Sample]:
+    def _listed(self, split: str) -> list[Sample]:
         """Give the rows of a split, or the holdout and the rest where there is no column."""
         rows = self.table.rows
         if self.has_splits:
@@ -88,12 +89,13 @@ class TableDataModule(ImageDataModule):
                     "column mask"
                 )
         else:
-            have = f"{self.train_split}, {self.val_split} (a holdout)"
+            train = own_list(self.train_split)
+            have = f"{train}, {self.val_split} (a holdout)"
             held = holdout(rows, self.holdout)
             chosen = [
                 row.sample
                 for row in rows
-                if split == (self.val_split if row.sample.name in held else self.train_split)
+                if split == (self.val_split if row.sample.name in held else train)
             ]
         if not chosen:
             raise WSSSError(
@@ -104,7 +106,8 @@ class TableDataModule(ImageDataModule):
 
     def left_out(self) -> str:
         """Count the rows of splits that are not in use."""
-        used = [self.train_split, self.val_split, *self.test_splits]
+        splits = (self.train_split, self.val_split, *self.test_splits)
+        used = list(dict.fromkeys(map(own_list, splits)))
         others = Counter(row.split for row in self.table.rows if row.split not in (None, *used))
         if not others:
             return ""
@@ -121,10 +124,10 @@ class TableDataModule(ImageDataModule):
         labels = {row.sample.name: row.labels for row in self.table.rows}
         return lambda sample: multi_hot(labels[sample.name], self.table.class_names)
 
-    def _dataset(
+    def _listed_dataset(
         self, split: str, *, transform: TrainTransform | None, with_mask: bool
     ) -> ImageDataset:
-        samples = self.samples(split)
+        samples = self._listed(split)
         check_files("image", [sample.image for sample in samples], self.csv)
         if with_mask:
             check_files("mask", [sample.mask for sample in samples if sample.mask], self.csv)

@@ -35,7 +35,7 @@ class VOCDataModule(ImageDataModule):
             return self.train_mask_folder
         return self.mask_folder
 
-    def samples(self, split: str) -> list[Sample]:
+    def _listed(self, split: str) -> list[Sample]:
         """Give the files that a list names."""
         return voc_samples(self.data_root(), split, self._mask_folder(split))[: self.limit]
 
@@ -43,7 +43,7 @@ class VOCDataModule(ImageDataModule):
         """Give labels from the prepared table, else from annotations or masks."""
         return VOCLabels(self.data_root(), self.class_names, self.label_source)
 
-    def _dataset(
+    def _listed_dataset(
         self, split: str, *, transform: TrainTransform | None, with_mask: bool
     ) -> VOCDataset:
         return VOCDataset(

@@ -7,14 +7,10 @@ a budget that everybody can have (field.md D).
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -22,41 +18,13 @@ from wsss.core.errors import WSSSError
 from wsss.core.modes import evaluating
 from wsss.data.datamodule import ImageDataModule
 from wsss.data.dataset import hash_names
+from wsss.data.lists import choose_names
 from wsss.evaluation.confusion import ThresholdConfusion, scores
 from wsss.evaluation.inference import localise, predict, predicted_labels
 from wsss.evaluation.protocol import Protocol
 
 #: name under which the holdout is evaluated like a split: ``wsss eval splits=[holdout]``
 HOLDOUT = "holdout"
-
-
-def choose_names(
-    names: Sequence[str], labels: NDArray[np.float32], per_class: int
-) -> NDArray[np.int64]:
-    """Choose a holdout's indices, which depend on names and labels alone, not on a run's seed.
-
-    Names are ordered by their hash; each class in turn takes images until it has ``per_class``,
-    counting those that other classes took (fewer where a class has fewer).
-
-    Args:
-        names: the M image names.
-        labels: (M, K) image-level labels.
-        per_class: images a class.
-
-    Returns:
-        Ascending indices.
-    """
-    order = np.array(sorted(range(len(names)), key=lambda i: _digest(names[i])))
-    chosen = np.zeros(len(names), bool)
-    for k in range(labels.shape[1]):
-        missing = per_class - int((labels[chosen, k] > 0).sum())
-        free = order[(labels[order, k] > 0) & ~chosen[order]]
-        chosen[free[: max(missing, 0)]] = True
-    return np.flatnonzero(chosen)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Holdout(Dataset[dict[str, Any]]):

@@ -24,6 +24,7 @@ from wsss.core.ranges import (
     Scale,
     Seed,
     Side,
+    Words,
     one_of,
 )
 from wsss.core.schema import (
@@ -160,6 +161,7 @@ class TrainConfig:
     gallery: Pictures  # images on the gallery sheets; 0: none
     # number of data.val_split that a sweeper such as Optuna works on
     objective: one_of(NUMBERS) = "seed_miou"  # type: ignore[valid-type]
+    choice: Words | None = None  # how the settings were chosen, as `paper`; null: not declared
     # what is trained on this run's pseudo labels; see experiments/minivoc/second_stage.yaml
     second_stage: Mapping[str, Any] | None = None
     callbacks: Mapping[str, Any] = field(default_factory=dict)  # Lightning's, beside a run's own
@@ -170,11 +172,11 @@ class TrainConfig:
 def config_hash(config: Mapping[str, Any]) -> str:
     """Hash, to eight hex digits, what makes a run another run.
 
-    Left out are where things lie and how they are watched, so that moved data does not orphan an
-    interrupted run; a second stage is a run of its own. The evaluation protocol is in: ``wsss
-    eval`` takes other ones without training.
+    Left out are where things lie, how they are watched and how settings were chosen, so that moved
+    data does not orphan an interrupted run; a second stage is a run of its own. The evaluation
+    protocol is in: ``wsss eval`` takes other ones without training.
     """
-    elsewhere = ("runs_dir", "logger", "gallery", "objective", "second_stage", *LATER)
+    elsewhere = ("runs_dir", "logger", "gallery", "objective", "choice", "second_stage", *LATER)
     relevant = {key: value for key, value in config.items() if key not in elsewhere}
     relevant |= _later(config)
     relevant["data"] = {

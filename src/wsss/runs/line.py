@@ -24,6 +24,7 @@ from wsss.core.errors import WSSSError
 from wsss.core.failures import one_line
 from wsss.core.places import config_root, declared_folders
 from wsss.core.schema import nearest, nearest_key, plain, targets
+from wsss.runs.choice import choice_of
 from wsss.runs.encoders import DERIVED, SOURCE, check_encoders, dependents
 from wsss.runs.keys import check_keys, with_overrides
 from wsss.runs.targets import with_current_targets
@@ -36,7 +37,7 @@ EXPERIMENT = re.compile(r"^\+?experiments?=")
 SEARCH_PATH = "hydra.searchpath"
 OF_JOBS = (f"{SEARCH_PATH}=", "hydra/job_logging=", "hydra.job_logging.", "hydra.verbose=")
 # choices of Hydra's own groups that further packages bring -> the extra that installs them
-HYDRA_PLUGINS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "optuna": "optuna"}
+HYDRA_PLUGINS = {"submitit_slurm": "slurm", "submitit_local": "slurm"}
 #: settings of Hydra's that a run sets itself -> what it has, and what is to be set instead
 OF_RUNS = {
     "run.dir": (".", "a run's folder is runs_dir/study/METHOD-DATA-sSEED-HASH: set runs_dir="),
@@ -57,6 +58,7 @@ def compose_line(overrides: Sequence[str]) -> DictConfig:
     overrides = canonical(overrides)
     _refuse_bare_sweeps(overrides)
     config = _compose(overrides, "train")
+    config.choice = choice_of(config.choice, overrides)
     content = plain(config)
     check_encoders(content)
     check_keys(content)
@@ -293,6 +295,13 @@ def _check_hydra(settings: DictConfig) -> None:
         value = OmegaConf.select(settings, key)
         if value != usual:
             raise WSSSError(f"hydra.{key}={one_line(str(value), 200)}: {instead}")
+
+
+def choice_in_group(overrides: Sequence[str], group: str) -> str:
+    """Say which file of a group of ``conf/`` a composed configuration has, such as ``method``."""
+    composed = _compose(overrides, "train", return_hydra_config=True)
+    name: str = composed.hydra.runtime.choices[group]
+    return name
 
 
 @dataclass(frozen=True)

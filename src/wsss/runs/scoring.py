@@ -21,6 +21,7 @@ from wsss.evaluation.ledger import check_ledger, record_reading
 from wsss.results.gallery import Gallery, write_gallery
 from wsss.results.store import CELLS_FILE, RESULTS_FILE, print_table, write_cells, write_results
 from wsss.runs.callback_settings import selection
+from wsss.runs.choice import choice_of
 from wsss.runs.config import config_hash
 from wsss.runs.folder import Run
 from wsss.runs.loggers import log_results
@@ -206,6 +207,8 @@ def _measure(run: Run, split: _Split) -> dict[str, Any]:
         "label_source": run.data.label_source,
         "train_list_sha256": run.train_list,
         "train_masks": read_card(run.data.train_masks),
+        # a run of an earlier version declares none
+        "choice": choice_of(run.config.get("choice"), run.overrides),
     }
     if start := start_of(run.config):
         metrics["protocol"]["init_from"] = start

@@ -229,6 +229,7 @@ def run_jobs(
     limit: int,
     folder: Path,
     first: int = 0,
+    quiet: bool = False,
 ) -> list[Outcome]:
     """Run every job as ``wsss train`` in processes of its own; a failed one stops no other.
 
@@ -241,6 +242,7 @@ def run_jobs(
         limit: jobs at a time. More than one print into log files, and share GPUs and cores.
         folder: of the sweep.
         first: number of the first job.
+        quiet: print into log files in any case.
 
     Returns:
         What became of each, in their order.
@@ -268,7 +270,7 @@ def run_jobs(
                         hidden=hidden,
                         stem=job_stem(folder, first + number),
                         environment=environments[slot],
-                        quiet=slots > 1,
+                        quiet=quiet or slots > 1,
                     )
                     running[slot] = (number, process)
                     if signals:  # while it was being started

@@ -1,0 +1,70 @@
+"""What a search varies of a method: ``conf/space/METHOD.yaml``, a key and its range a line."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wsss.core.errors import WSSSError
+from wsss.core.places import choices, config_root
+from wsss.core.records import check_record
+from wsss.core.schema import nearest
+from wsss.results.search import Range
+
+#: more keys than this no short search can tell apart
+MOST_KEYS = 8
+Space = dict[str, Range]
+
+
+def read_space(name: str) -> Space:
+    """Read a declared space, which a method's choice of ``conf/method`` names.
+
+    Raises:
+        WSSSError: there is none, or a key has no range.
+    """
+    path = config_root() / "conf" / "space" / f"{name}.yaml"
+    if not path.is_file():
+        raise WSSSError(
+            f"space={name}: no such search space is declared (there are "
+            f"{', '.join(choices('space'))}); write {path}"
+        )
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except OmegaConfBaseException as error:
+        raise WSSSError(f"{path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or not 0 < len(content) <= MOST_KEYS:
+        raise WSSSError(f"{path}: expected 1 to {MOST_KEYS} keys, each with its range")
+    space = {}
+    for name_of_key, node in content.items():
+        key = str(name_of_key)
+        check_record(Range, node, f"{path}: {key}", "give low and high, or choices")
+        unknown = [each for each in node if each not in Range.model_fields]
+        if unknown:
+            near = nearest(str(unknown[0]), list(Range.model_fields))
+            raise WSSSError(f"{path}: {key}.{unknown[0]}: unknown key{near}")
+        space[key] = Range.model_validate(node)
+    return space
+
+
+def settings_of(config: Mapping[str, Any], space: Space, origin: str) -> dict[str, Any]:
+    """Give the values that a configuration has for the keys of a space.
+
+    Raises:
+        WSSSError: it lacks a key, or its value is outside of the range, where the search would
+            begin outside of what it searches.
+    """
+    node = OmegaConf.create(dict(config))
+    found = {key: OmegaConf.select(node, key, default=...) for key in space}
+    for key, value in found.items():
+        if value is ...:
+            raise WSSSError(f"conf/space/{origin}.yaml: {key}: the method has no such setting")
+    for key, choice in space.items():
+        value = found[key]
+        if not choice.contains(value):
+            said = choice.choices or f"{choice.low:g} to {choice.high:g}"
+            raise WSSSError(
+                f"{key}={value}: outside of {said}, which conf/space/{origin}.yaml searches; "
+                "widen it there, or begin elsewhere"
+            )
+    return found

@@ -1,0 +1,61 @@
+"""The overlay that a search leaves: what ``+experiments=`` takes to have the chosen settings."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from omegaconf import OmegaConf
+
+from wsss.core.places import choices, config_root
+from wsss.runs.choice import is_setting
+
+#: what a line says of where things lie, which an overlay leaves to the next line
+PLACES = ("runs_dir", "study", "logger", "gallery", "hydra")
+
+
+def overlay(
+    overrides: Sequence[str],
+    config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    choice: str,
+    record: Path,
+) -> str:
+    """Write the overlay of a search: its base, groups and settings of its line, the chosen ones.
+
+    What the line says beside settings (steps, devices, places) belonged to the search and is only
+    named in a comment.
+
+    Args:
+        overrides: the line that the search began from.
+        config: its resolved configuration.
+        settings: the chosen values by dotted key.
+        choice: how they were chosen, as it is declared.
+        record: of the search.
+    """
+    groups = {path.name for path in (config_root() / "conf").iterdir() if path.is_dir()}
+    bases, replaced, fixed, others = [], [], {}, []
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key in ("experiments", "experiments@_global_"):
+            bases.append(value)
+        elif key in groups and value in choices(key):
+            replaced.append({f"override /{key}": value})
+        elif is_setting(override) and key not in settings:
+            fixed[key] = OmegaConf.select(OmegaConf.create(dict(config)), key)
+        elif key.partition(".")[0] not in PLACES and key != "data.root":
+            others.append(override)
+    study = config["study"] if config["study"] != "default" else config["data"]["name"]
+    node = OmegaConf.create({"study": f"{study}-tuned", "choice": choice})
+    for key, value in {**fixed, **settings}.items():
+        OmegaConf.update(node, key, value, force_add=True)
+    defaults = {"defaults": [*bases, "_self_", *replaced]}
+    head = [
+        "# @package _global_",
+        f"# {choice}; the whole record: {record.parent.name}/{record.name}",
+        "# Copied into experiments/, it is an overlay as any other.",
+    ]
+    if others:
+        head.append(f"# Of the search alone: {' '.join(others)}")
+    body = yaml.safe_dump(defaults) + yaml.safe_dump(OmegaConf.to_container(node), sort_keys=False)
+    return "\n".join(head) + "\n" + body

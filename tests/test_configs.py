@@ -41,7 +41,7 @@ ON_PICO = {
 # a table names its classes itself, where there is one
 CLASSES = {"table": ["data.class_names=[apple,leaf,sky]"]}
 # a study of a method under another name; what all methods share goes with the default one
-STUDIES = {"vit_pcm": "tkp_pcl", "minivoc": "toco", "leagues": "toco"}
+STUDIES = {"vit_pcm": "tkp_pcl", "minivoc": "toco", "leagues": "toco", "few_shot": "segmenter"}
 SWEEPS = [
     name
     for name in EXPERIMENTS

@@ -80,7 +80,9 @@ def test_unequal_choices_of_settings_are_shown_not_ranked(tmp_path: Path) -> Non
     chosen = [cell.text for cell in row(numbers, "settings chosen")]
     assert chosen == [tuned, "not declared", "not declared"]
     assert any("differs: choice" in note for note in numbers.notes)
-    grid_of(runs[1:])
+    equal, *_ = grid_of(runs[1:])
+    assert "settings of all chosen: not declared" in equal.notes
+    assert "settings chosen" not in [name for name, _ in equal.rows]
 
 
 def test_ties_are_not_bold_and_one_seed_is_said(tmp_path: Path) -> None:

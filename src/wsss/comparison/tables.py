@@ -39,7 +39,11 @@ def _numbers(c: Comparison) -> Grid:
     headings = [f"{name} (n={len(es)})" for name, es in c.groups.items()]
     grid = Grid(title, ["metric", *headings], notes=c.notes)
     chosen = [dict.fromkeys(entry.card["choice"] for entry in es) for es in c.groups.values()]
-    grid.rows.append(("settings chosen", [Cell("; ".join(ways)) for ways in chosen]))
+    texts = ["; ".join(ways) for ways in chosen]
+    if len(set(texts)) == 1:  # one line, since a row of long texts makes every column wide
+        grid.notes = [f"settings of all chosen: {texts[0]}", *grid.notes]
+    else:
+        grid.rows.append(("settings chosen", [Cell(text) for text in texts]))
     for heading, key, percent in ROWS:
         if key not in c.metrics:
             continue

@@ -91,11 +91,16 @@ class OptunaSweeper(Sweeper):
             begun += len(trials)
             for trial, returned in zip(trials, returns, strict=True):
                 value = returned.return_value
+                state = optuna.trial.TrialState.COMPLETE
                 if value != value:  # NaN
                     failed += 1
-                    study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                else:
-                    study.tell(trial, value)
+                    value, state = None, optuna.trial.TrialState.FAIL
+                try:
+                    study.tell(trial, value, state=state)
+                except RuntimeError:
+                    # a grid that is complete stops a study that Optuna itself would drive
+                    if not isinstance(study.sampler, optuna.samplers.GridSampler):
+                        raise
             if failed > self.max_failure_rate * begun:
                 print(
                     f"wsss train: {failed} of {begun} jobs failed; the sweep ends", file=sys.stderr

@@ -245,7 +245,7 @@ def _pretraining(groups: Mapping[str, Sequence[Entry]]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, members in groups.items():
         cards = [entry.card.get("backbone") or {} for entry in members]
-        for said in dict.fromkeys(str(card["pretraining"]) for card in cards if card):
+        for said in dict.fromkeys(str(card.get("pretraining")) for card in cards if card):
             found.setdefault(said, []).append(name)
     return found
 

@@ -96,6 +96,7 @@ class _Card(Record):
 
     list_sha256: str | None = None
     supervision: str | None = None
+    backbone: dict[str, Any] | None = None
     choice: str | None = None
     num_images: Size | None = None
     holdout: _Holdout | None = None

@@ -400,13 +400,14 @@ def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
             hint = f"; it comes with pip install 'wsss[{extra}]'" if extra else ""
             return f"{group}={choice}: no such choice{hint}"
         roots = (path.parent, path.parents[1], *declared_folders(), *search_folders(overrides))
-        options = sorted(
+        options = {
             str(file.relative_to(root / group).with_suffix(""))
             for root in roots
             for file in (root / group).rglob("*.yaml")
-        )
+        }
         plus = "+" if group == "experiments" else ""
-        return f"{plus}{group}={choice}: no such choice{nearest(choice, options)}"
+        found = f"{plus}{group}={choice}: no such choice{nearest(choice, sorted(options))}"
+        return one_line(found, 600)
     return " ".join(text.split())[:300] or f"{path} does not compose"
 
 

@@ -79,6 +79,18 @@ def test_the_local_page_has_the_keys_of_the_workspace(
     assert "no W&B key" in capsys.readouterr().out
 
 
+def test_costs_are_in_the_units_of_their_titles(tmp_path: Path) -> None:
+    run = add_run(tmp_path / "s", 0.2, 0)
+    results = json.loads((run / RESULTS_FILE).read_text())
+    results["cost"] = {"train_wall_hours": 0.25, "train_peak_memory_bytes": 3 * 2**30}
+    (run / RESULTS_FILE).write_text(json.dumps(results))
+    assert main(["dashboard", "study=s", f"runs_dir={tmp_path}"]) == 0
+    page = (tmp_path / "s" / "dashboard.html").read_text()
+    assert "training, peak memory (GiB)" in page
+    assert "toco: 3, toco" in page
+    assert "toco: 0.25, toco" in page
+
+
 def test_csv_logs_are_enough_and_names_stay_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

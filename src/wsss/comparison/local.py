@@ -225,7 +225,7 @@ def _costs(groups: Groups, splits: Sequence[str]) -> list[Chart]:
     charts = []
     for title, key, scale, _ in COSTS:
         points = [
-            Point(group, value / scale, group)
+            Point(group, scale * value, group)
             for group, runs in groups.items()
             for run in runs
             if isinstance(value := run.cost.get(key), int | float)

@@ -7,8 +7,7 @@ from omegaconf import MISSING
 
 from wsss.core.arguments import parse_arguments
 from wsss.core.ranges import Positive
-from wsss.runs.export import export
-from wsss.runs.folder import load_run
+from wsss.runs.line import check_run_line
 
 
 @dataclass
@@ -41,6 +40,10 @@ class ExportArguments:
 def main(arguments: list[str]) -> int:
     """Run the verb."""
     chosen, overrides = parse_arguments(ExportArguments, arguments, passed_on=("eval", "data"))
+    check_run_line(chosen.run, overrides)
+    from wsss.runs.export import export
+    from wsss.runs.folder import load_run
+
     export(
         load_run(chosen.run, overrides, trust=chosen.trust),
         Path(chosen.out),

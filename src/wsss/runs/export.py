@@ -275,9 +275,8 @@ def source_of(network: Network) -> str:
 
 def _metadata(run: Run, network: Network, shape: Size) -> str:
     """Write as JSON what a reader needs to use the file: sizes, normalisation, classes, colours."""
-    names = ["background", *run.data.class_names] if source_of(network) == "seg" else []
-    names = names or list(run.data.class_names)
-    first = 0 if source_of(network) == "seg" else 1
+    first = 0 if source_of(network) == "seg" else 1  # maps have no background
+    names = ["background", *run.data.class_names][first:]
     colours = np.array(voc_palette()).reshape(-1, 3)[first : first + len(names)]
     return json.dumps(
         {

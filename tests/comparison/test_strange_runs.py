@@ -15,7 +15,7 @@ from runs_on_disk import make_run
 
 from wsss.cli import main
 from wsss.comparison.compare import CompareArguments, compare
-from wsss.comparison.dashboard import read_study
+from wsss.comparison.dashboard import read_runs
 from wsss.comparison.entries import logged_series
 from wsss.comparison.grids import (
     FORMATS,
@@ -292,7 +292,7 @@ def test_a_configuration_that_is_none_is_one_line(text: str, tmp_path: Path) -> 
     (run / "config.yaml").write_text(text)
     (run / "wandb_id.txt").write_text("abc")
     with pytest.raises(WSSSError, match=r"run/config\.yaml: .*; restore it") as caught:
-        read_study(tmp_path)
+        read_runs(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -308,4 +308,4 @@ def test_a_secret_in_a_configuration_is_not_read(
     logs = run / "logs" / "version_0"
     logs.mkdir(parents=True)
     (logs / "metrics.csv").write_text("step,train/loss\n1,2\n")
-    assert "swordfish" not in str(read_study(tmp_path))
+    assert "swordfish" not in str(read_runs(tmp_path))

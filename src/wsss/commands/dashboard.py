@@ -39,20 +39,20 @@ def main(arguments: list[str]) -> int:
         SPECIFICATION_FILE,
         build_workspace,
         read_runs,
-        read_study,
+        runs_of_wandb,
     )
     from wsss.comparison.local import PAGE_FILE, local_dashboard
     from wsss.runs.config import LoggerConfig
-    from wsss.runs.wandb import ID_FILE, has_key
+    from wsss.runs.wandb import has_key
 
     everything = read_runs(folder)
     page = folder / PAGE_FILE
     write_atomically(page, local_dashboard(chosen.study, everything).encode())
     print(page)
-    if not any((run.folder / ID_FILE).is_file() for run in everything):
+    runs = runs_of_wandb(everything)
+    if not runs:
         print("no run was logged to W&B (logger=wandb), so there is no workspace beside the page")
         return 0
-    runs = read_study(folder)
     settings = runs[0].config["logger"]
     workspace = build_workspace(
         runs,

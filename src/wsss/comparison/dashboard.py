@@ -5,14 +5,14 @@ their numbers: nothing in a workspace points to a key that no run has. Runs are 
 and by the settings that vary in the study, so a line or bar is the mean over seeds.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsss.comparison.compare import CompareArguments, compare
 from wsss.comparison.entries import is_finished, logged_series
-from wsss.comparison.grids import FORMATS
+from wsss.comparison.grids import FORMATS, Grid
 from wsss.comparison.tables import tables
 from wsss.core.errors import WSSSError
 from wsss.results.store import CONFIG_FILE, MAP_NAMES, RESULTS_FILE, read_results
@@ -28,9 +28,17 @@ SPECIFICATION_FILE = "dashboard.json"
 OVER_SEEDS = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
 SEGMENTATIONS = ("seg_miou", "seg_miou_crf", "seg_miou_ms", "seg_miou_ms_crf")
 SEEDS = ("seed_miou", "seed_miou_holdout", "seed_miou_oracle", "seed_miou_predicted_labels")
-PSEUDO_LABELS = ("pseudo_label_miou_ignored_as_background", "pseudo_label_miou_excluded",
-                 "pseudo_label_coverage")  # fmt: skip
-IMAGE_LEVEL = ("image_map", "image_f1")
+#: title of a panel -> final numbers in it
+FINALS = {
+    "segmentation mIoU": SEGMENTATIONS,
+    "CAM seed mIoU": SEEDS,
+    "pseudo labels": (
+        "pseudo_label_miou_ignored_as_background",
+        "pseudo_label_miou_excluded",
+        "pseudo_label_coverage",
+    ),
+    "image level": ("image_map", "image_f1"),
+}
 ERRORS = ("precision", "recall", "over", "under")
 COSTS = ("train_wall_hours", "train_gpu_hours", "train_peak_memory_bytes")
 
@@ -73,23 +81,19 @@ def read_runs(folder: Path) -> list[LoggedRun]:
     return runs
 
 
-def read_study(folder: Path) -> list[LoggedRun]:
-    """Read the runs of a study that were logged to W&B.
+def runs_of_wandb(runs: Iterable[LoggedRun]) -> list[LoggedRun]:
+    """Give the runs of a study that were logged to W&B.
 
     Raises:
-        WSSSError: there is none.
+        WSSSError: they have logged nothing.
     """
-    runs = [
-        _read_run(path.parent)
-        for path in sorted(folder.glob(f"*/{CONFIG_FILE}"))
-        if (path.parent / ID_FILE).is_file()
-    ]
-    if not any(run.logged or run.final for run in runs):
+    known = [run for run in runs if (run.folder / ID_FILE).is_file()]
+    if known and not any(run.logged or run.final for run in known):
         raise WSSSError(
-            f"{folder}: no run there has logged anything to W&B; run the study with logger=wandb "
-            "first, and give study=NAME and runs_dir=FOLDER as it was run"
+            f"{known[0].folder.parent}: no run there has logged anything to W&B; run the study "
+            "with logger=wandb first, and give study=NAME and runs_dir=FOLDER as it was run"
         )
-    return runs
+    return known
 
 
 def _read_run(folder: Path) -> LoggedRun:
@@ -209,26 +213,44 @@ def _bars(title: str, keys: Sequence[str]) -> Any:
     return panels.BarPlot(title=title, metrics=list(keys), **OVER_SEEDS) if keys else None
 
 
+def compared(
+    runs: Sequence[LoggedRun], varied: Sequence[str]
+) -> Iterator[tuple[list[str], list[Grid] | WSSSError]]:
+    """Compare the finished runs as ``wsss compare`` does, one method at a time where keys vary.
+
+    Args:
+        runs: of a study.
+        varied: keys by which they differ.
+
+    Yields:
+        Methods, and their numbers and differences or why there are none.
+    """
+    finished = [run for run in runs if run.splits]
+    methods = _methods(finished)
+    for chosen in ([[one] for one in methods] if varied else [methods]) if finished else []:
+        members = [run for run in finished if run.method in chosen]
+        by = ",".join(["method", *varying([run.config for run in members])])
+        try:
+            found = compare([run.folder for run in members], CompareArguments(by=by))
+        except WSSSError as error:
+            yield chosen, error
+        else:
+            yield chosen, [grid for one in found for grid in tables(one)[:2]]
+
+
 def _tables(runs: Sequence[LoggedRun], varied: Sequence[str]) -> list[Any]:
     """Write the tables of ``wsss compare`` over the finished runs, one a method where keys vary."""
     _, panels = _import_workspaces()
-    finished = [run for run in runs if run.splits]
-    groups = [[run for run in finished if run.method == method] for method in _methods(finished)]
-    found: list[Any] = []
-    for members in groups if varied else [finished]:
-        if not members:
-            continue
-        own = varying([run.config for run in members])
-        try:
-            compared = compare(
-                [run.folder for run in members], CompareArguments(by=",".join(["method", *own]))
-            )
-            text = FORMATS[".md"]([grid for one in compared for grid in tables(one)[:2]])
-        except WSSSError as error:
-            text = f"no table: {error}"
-        layout = panels.Layout(w=24, h=12)
-        found.append(panels.MarkdownPanel(markdown=text, layout=layout))
-    return found
+    layout = panels.Layout(w=24, h=12)
+    return [
+        panels.MarkdownPanel(
+            markdown=f"no table: {found}"
+            if isinstance(found, WSSSError)
+            else FORMATS[".md"](found),
+            layout=layout,
+        )
+        for _, found in compared(runs, varied)
+    ]
 
 
 def _validation(runs: Sequence[LoggedRun]) -> list[Any]:
@@ -237,16 +259,10 @@ def _validation(runs: Sequence[LoggedRun]) -> list[Any]:
 
 
 def _finals(runs: Sequence[LoggedRun]) -> list[Any]:
-    kinds = {
-        "segmentation mIoU": SEGMENTATIONS,
-        "CAM seed mIoU": SEEDS,
-        "pseudo labels": PSEUDO_LABELS,
-        "image level": IMAGE_LEVEL,
-    }
     return [
         _bars(f"{split}: {title}", _final(runs, split, names))
         for split in _splits(runs)
-        for title, names in kinds.items()
+        for title, names in FINALS.items()
     ]
 
 

@@ -11,21 +11,20 @@ from urllib.parse import quote
 import numpy as np
 
 from wsss.comparison.charts import Chart, Point, draw
-from wsss.comparison.compare import CompareArguments, compare
 from wsss.comparison.dashboard import (
     ERRORS,
-    IMAGE_LEVEL,
-    PSEUDO_LABELS,
+    FINALS,
     SEEDS,
     SEGMENTATIONS,
     LoggedRun,
+    compared,
     varying,
 )
 from wsss.comparison.entries import logged_series
 from wsss.comparison.grids import Cell, Grid
 from wsss.comparison.page import Part, is_loss, legend, mean_lines, training_charts
 from wsss.comparison.render import render
-from wsss.comparison.tables import COSTS, EVALUATION, heading_of, mean_and_deviation, tables
+from wsss.comparison.tables import COSTS, EVALUATION, heading_of, mean_and_deviation
 from wsss.core.errors import WSSSError
 from wsss.results.store import MAP_NAMES, look_up
 
@@ -56,7 +55,7 @@ def local_dashboard(name: str, runs: Sequence[LoggedRun]) -> str:
     done = {group: found for group, es in groups.items() if (found := [e for e in es if e.splits])}
     parts = [
         Part("final", "Final numbers", _finals(done, splits), [_summary(done, splits, varied)]),
-        Part("compared", "Compared", grids=_compared([run for run in runs if run.splits], varied)),
+        Part("compared", "Compared", grids=_compared(runs, varied)),
         Part("training", "Training", training_charts(logged)),
         Part(
             "logged", "Rates and scalars", [c for key in rest for c in mean_lines(key, logged, key)]
@@ -118,20 +117,13 @@ def _summary(groups: Groups, splits: Sequence[str], varied: Sequence[str]) -> Gr
 
 
 def _compared(runs: Sequence[LoggedRun], varied: Sequence[str]) -> list[Grid]:
-    """Give means and intervals as ``wsss compare`` does, one method at a time where keys vary."""
-    methods = sorted({run.method for run in runs})
+    """Give means and intervals as ``wsss compare`` does; where it refuses, say why."""
     grids = []
-    for chosen in [[method] for method in methods] if varied else [methods]:
-        members = [run for run in runs if run.method in chosen]
-        by = ",".join(["method", *varying([run.config for run in members])])
-        try:
-            found = (
-                compare([run.folder for run in members], CompareArguments(by=by)) if runs else []
-            )
-        except WSSSError as error:
-            grids.append(Grid(f"not compared: {', '.join(chosen)}", ["group"], notes=[str(error)]))
+    for methods, found in compared(runs, varied):
+        if isinstance(found, WSSSError):
+            grids.append(Grid(f"not compared: {', '.join(methods)}", ["group"], notes=[str(found)]))
         else:
-            grids += [grid for one in found for grid in tables(one)[:2]]
+            grids += found
     return grids
 
 
@@ -155,16 +147,10 @@ def _means(
 
 
 def _finals(groups: Groups, splits: Sequence[str]) -> list[Chart]:
-    kinds = {
-        "segmentation mIoU": SEGMENTATIONS,
-        "CAM seed mIoU": SEEDS,
-        "pseudo labels": PSEUDO_LABELS,
-        "image level": IMAGE_LEVEL,
-    }
     return [
         chart
         for split in splits
-        for title, keys in kinds.items()
+        for title, keys in FINALS.items()
         for chart in _means(title, groups, split, {key: [key] for key in keys})
     ]
 

@@ -8,8 +8,9 @@ import pytest
 from series import GOLDEN
 
 from wsss.core.errors import WSSSError
+from wsss.parity import METHODS
 from wsss.parity.cases import Case, Kind, read_case
-from wsss.parity.run import METHODS, compare, run_parity
+from wsss.parity.run import compare, run_parity
 from wsss.parity.tolerances import EXACT, LOSS, Tolerance, default_tolerance, deviation
 
 

@@ -13,9 +13,10 @@ from wsss.core.errors import WSSSError
 from wsss.core.pretraining import pretraining_of
 from wsss.models.backbone import Backbone
 from wsss.models.named import encoder_named
-from wsss.runs.compose import compose_run, sweep_jobs, with_dependents
+from wsss.runs.compose import compose_run
 from wsss.runs.config import config_hash
 from wsss.runs.folder import build, build_module
+from wsss.runs.line import composed_line, sweep_jobs
 from wsss.runs.targets import with_current_targets
 
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
@@ -77,9 +78,7 @@ def test_a_preset_under_its_own_name_stays() -> None:
     node = composed("backbone.name=vit_tiny_patch16_224")["backbone"]
     assert node["weights"] == "package:weights/vit_pico.safetensors"
     assert node["overrides"] == {"patch_size": 8, "depth": 5, "img_size": 96}
-    assert with_dependents(["data=minivoc", "backbone.overrides.depth=4"]) == [
-        "data=minivoc", "backbone.overrides.depth=4"
-    ]  # fmt: skip
+    assert composed_line(["data=minivoc", "backbone.overrides.depth=4"]).further == []
 
 
 def test_convolutional_weights_follow_too() -> None:

@@ -18,15 +18,15 @@ from wsss.core.places import config_root
 from wsss.core.schema import plain
 from wsss.runs.choice import choice_of
 from wsss.runs.line import (
+    Composed,
     canonical,
     check_paths,
-    compose_line,
     compose_open,
+    composed_line,
     of_jobs,
     quoted,
     sweep_jobs,
     take_folders,
-    with_dependents,
     with_folders,
 )
 from wsss.training.sweeps import (
@@ -58,29 +58,28 @@ def main(arguments: list[str]) -> int:
     if "--multirun" in flags:
         return _sweep(overrides, flags)
     end_with_sweep()
-    extended = with_dependents(overrides)
-    _check([extended])
-    job = Job(extended[len(overrides) :])
-    _run_hydra(job, extended, flags)
+    (found,) = _check([overrides])
+    job = Job(found.further)
+    _run_hydra(job, [*overrides, *found.further], flags)
     return max(job.statuses, default=0)
 
 
-def _check(lines: list[list[str]]) -> list[dict[str, Any]]:
+def _check(lines: list[list[str]]) -> list[Composed]:
     """Compose and check every job: first what needs no torch, of all of them."""
-    configs = [compose_line(overrides) for overrides in lines]
-    if len(configs) == 1:  # of a sweep each job says it, and the others go on
-        check_paths(plain(configs[0]))
+    found = [composed_line(overrides) for overrides in lines]
+    if len(found) == 1:  # of a sweep each job says it, and the others go on
+        check_paths(plain(found[0].config))
     from wsss.runs.config import check_config
 
-    for config in configs:
-        check_config(config)
-    return [plain(config) for config in configs]
+    for each in found:
+        check_config(each.config)
+    return found
 
 
 def _sweep(overrides: list[str], flags: list[str]) -> int:
     """Run many jobs, and print at the end what failed."""
     jobs = sweep_jobs(overrides)
-    configs = _check(jobs.samples)
+    configs = [plain(each.config) for each in _check(jobs.samples)]
     folder = new_folder(Path(configs[0]["runs_dir"]))
     overrides = [*overrides, *_said_to_trackers(configs)]
     try:

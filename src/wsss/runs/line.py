@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlparse
 
 from hydra import compose, initialize_config_dir
@@ -48,7 +48,26 @@ OF_RUNS = {
 }
 
 
+class Composed(NamedTuple):
+    """A configuration that Hydra has composed.
+
+    Attributes:
+        config: it.
+        hydra: Hydra's own settings.
+        further: overrides that follow from the name of an encoder, and are in it.
+    """
+
+    config: DictConfig
+    hydra: DictConfig
+    further: list[str]
+
+
 def compose_line(overrides: Sequence[str]) -> DictConfig:
+    """Give the configuration of :func:`composed_line`."""
+    return composed_line(overrides).config
+
+
+def composed_line(overrides: Sequence[str]) -> Composed:
     """Compose the configuration of ``wsss train`` and check its keys and values.
 
     Raises:
@@ -57,25 +76,15 @@ def compose_line(overrides: Sequence[str]) -> DictConfig:
     """
     overrides = canonical(overrides)
     _refuse_bare_sweeps(overrides)
-    config = _compose(overrides, "train")
+    composed = _compose(overrides, "train")
+    config = composed.config
     config.choice = choice_of(config.choice, overrides)
     content = plain(config)
     check_encoders(content)
     check_keys(content)
     check_trainer(content["trainer"])
     check_budget_decides(content)
-    return config
-
-
-def with_dependents(overrides: Sequence[str]) -> list[str]:
-    """Give overrides of ``wsss train`` with those that follow from the name of an encoder.
-
-    Raises:
-        WSSSError: as of :func:`compose_line`.
-    """
-    further: list[str] = []
-    _compose(overrides, "train", further=further)
-    return [*overrides, *further]
+    return composed
 
 
 def check_paths(content: Mapping[str, Any]) -> None:
@@ -149,11 +158,11 @@ def compose_open(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         WSSSError: an unknown group or key.
     """
-    composed = _compose(overrides, "train")
+    config = _compose(overrides, "train").config
     try:
-        content = OmegaConf.to_container(composed, resolve=True)
+        content = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException:  # one that refers to a missing value
-        content = OmegaConf.to_container(composed)
+        content = OmegaConf.to_container(config)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 
@@ -261,32 +270,23 @@ def _refuse_bare_sweeps(overrides: Sequence[str]) -> None:
             raise WSSSError(f"{override} sweeps over other experiments; begin it with -m")
 
 
-def _compose(
-    overrides: Sequence[str],
-    config_name: str,
-    *,
-    return_hydra_config: bool = False,
-    further: list[str] | None = None,
-) -> DictConfig:
-    """Compose; what follows from an encoder's name is added to ``further`` where that is given."""
+def _compose(overrides: Sequence[str], config_name: str) -> Composed:
     GlobalHydra.instance().clear()
     root, overrides = config_root(), canonical(overrides)
     try:
         with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            composed = compose(config_name, overrides, return_hydra_config=True)
-            if found := dependents(composed, overrides):
-                composed = compose(config_name, [*overrides, *found], return_hydra_config=True)
-                if further is not None:
-                    further += found
+            config = compose(config_name, overrides, return_hydra_config=True)
+            if further := dependents(config, overrides):
+                config = compose(config_name, [*overrides, *further], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
         path = root / "conf" / f"{config_name}.yaml"
         raise WSSSError(_one_line(error, path, overrides)) from error
+    hydra = config.hydra
     if config_name == "train":
-        _check_hydra(composed.hydra)
-    if not return_hydra_config:
-        with open_dict(composed):
-            del composed["hydra"]
-    return composed
+        _check_hydra(hydra)
+    with open_dict(config):
+        del config["hydra"]
+    return Composed(config, hydra, further)
 
 
 def _check_hydra(settings: DictConfig) -> None:
@@ -299,8 +299,7 @@ def _check_hydra(settings: DictConfig) -> None:
 
 def choice_in_group(overrides: Sequence[str], group: str) -> str:
     """Say which file of a group of ``conf/`` a composed configuration has, such as ``method``."""
-    composed = _compose(overrides, "train", return_hydra_config=True)
-    name: str = composed.hydra.runtime.choices[group]
+    name: str = _compose(overrides, "train").hydra.runtime.choices[group]
     return name
 
 
@@ -324,7 +323,7 @@ def sweep_jobs(overrides: Sequence[str]) -> SweepJobs:
         WSSSError: an override that does not parse, or no such sweeper.
     """
     fixed = [str(o.input_line) for o in _parse(overrides) if not o.is_sweep_override()]
-    sweeper = _compose(fixed, "train", return_hydra_config=True).hydra.sweeper
+    sweeper = _compose(fixed, "train").hydra.sweeper
     params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
     # what the line says takes the place of what a file says
     choices = {o.get_key_element(): _choices(o) for o in _parse([*params, *overrides])}
@@ -389,7 +388,7 @@ def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
             return f"{match[1].removesuffix('pretraining')}{DERIVED}"
         # what the others give: another method has other keys; the defaults where an experiment errs
         rest = [override for override in overrides if override.split("=")[0] != match[1]]
-        config = _compose(rest if len(rest) < len(overrides) else [], path.stem)
+        config = _compose(rest if len(rest) < len(overrides) else [], path.stem).config
         return f"{match[1]}: unknown key{nearest_key(match[1], config)}"
     # "find" of one choice, "load" of one in a list
     if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
@@ -420,5 +419,5 @@ def compose_walk(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         WSSSError: no such choice or key.
     """
-    walk: dict[str, Any] = plain(_compose(overrides, "pseudo"))["random_walk"]
+    walk: dict[str, Any] = plain(_compose(overrides, "pseudo").config)["random_walk"]
     return walk

@@ -63,12 +63,9 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run all jobs, and write the best values to ``optimization_results.yaml``."""
-        from wsss.core.errors import WSSSError  # Hydra imports this file in every run
+        from wsss.core.extras import import_optuna  # Hydra imports this file in every run
 
-        try:
-            import optuna
-        except ImportError as error:
-            raise WSSSError("hydra/sweeper=optuna: pip install 'wsss[optuna]'") from error
+        optuna = import_optuna("hydra/sweeper=optuna")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         lines = [f"{key!s}={value}" for key, value in (self.params or {}).items()]
         parsed = OverridesParser.create(config_loader=None).parse_overrides([*lines, *arguments])

@@ -13,6 +13,7 @@ from wsss.comparison.grids import print_grids
 from wsss.comparison.searches import search_grids
 from wsss.core.arguments import parse_arguments
 from wsss.core.errors import WSSSError
+from wsss.core.extras import import_optuna
 from wsss.core.failures import exit_status_of
 from wsss.core.ranges import Count, Seed
 from wsss.core.schema import plain
@@ -72,9 +73,9 @@ def main(arguments: list[str]) -> int:
         return _show(arguments[1:])
     chosen, jobs = parse(arguments)
     _check(jobs, chosen.space)
-    from wsss.training.search import import_optuna, plan_search
+    from wsss.training.search import NEED, plan_search
 
-    import_optuna()
+    import_optuna(NEED)
     plans = [
         plan_search(
             job,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from wsss.core.errors import WSSSError
+from wsss.core.extras import import_optuna
 from wsss.results.search import Range, Search, Setting
 
 if TYPE_CHECKING:
@@ -112,11 +112,7 @@ def importances(search: Search) -> dict[str, float]:
     """
     if len(set(search.values)) < 4:
         return {}
-    try:
-        import optuna
-    except ImportError as error:
-        raise WSSSError("importances need Optuna: pip install 'wsss[optuna]'") from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    optuna = import_optuna("importances need Optuna")
     distributions = {key: _distribution(choice) for key, choice in search.space.items()}
     study = optuna.create_study(direction="maximize")
     for trial in search.trials:

@@ -11,18 +11,14 @@ SHOWN = (1, 2, 4, 8, 16, 32, 64)
 
 def search_grids(search: Search) -> list[Grid]:
     """Make the tables of trials, of the expected best and of importances."""
-    scale = 100 if search.objective in {key for key, _, percent in _rows() if percent} else 1
-    return [_trials(search, scale), _expected(search, scale), _importances(search)]
+    known = {key: (heading, 100 if percent else 1) for heading, key, percent in ROWS}
+    heading, scale = known.get(search.objective, (search.objective, 1))
+    return [_trials(search, heading, scale), _expected(search, scale), _importances(search)]
 
 
-def _rows() -> list[tuple[str, str, bool]]:
-    return [(key, heading, percent) for heading, key, percent in ROWS]
-
-
-def _trials(search: Search, scale: int) -> Grid:
+def _trials(search: Search, heading: str, scale: int) -> Grid:
     """List every trial, the best one bold."""
     best = dict(best_so_far(search))
-    heading = next((h for key, h, _ in _rows() if key == search.objective), search.objective)
     title = (
         f"{search.method} on {search.data}: {heading}, {search.steps} steps, "
         f"{search.masks} masks of {search.split}"

@@ -26,7 +26,7 @@ SETTLED = ("voc", "minivoc")
 #: what a second stage has in another way, or derives
 OF_FIRST_STAGE = re.compile(
     r"data\.(_target_|class_names|train_transform.*|train_masks|saliency_\w+|global_batch_size|seed)"
-    r"|backbone\.(_target_|pretraining)"
+    r"|backbone\._target_"
 )
 #: a text that Hydra reads as the text that it is, without quotes
 PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_/.][\w/.-]*", re.IGNORECASE | re.ASCII)
@@ -136,8 +136,4 @@ def _value(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{','.join(map(_value, value))}]"
     text = str(value)
-    if isinstance(value, str) and not re.fullmatch(
-        r"(?!null$|true$|false$)[A-Za-z_/.][\w/.-]*", text
-    ):
-        return quoted(text)
-    return text
+    return quoted(text) if isinstance(value, str) and not PLAIN.fullmatch(text) else text

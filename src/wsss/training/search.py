@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from wsss.core.errors import WSSSError
+from wsss.core.extras import import_optuna
 from wsss.core.files import first_line, make_writable, write_atomically
 from wsss.core.lock import lock
 from wsss.results.search import (
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     import optuna
 
 JOURNAL = "journal.log"
+NEED = "wsss tune needs Optuna"
 TRIALS = "trials"  # study of the trials, and their folder
 SECONDS_OF_ORPHANS = 120  # in which the run of a killed search has saved and ended
 #: keys of the line that a trial has otherwise, and that change nothing of what is searched
@@ -210,7 +212,7 @@ def _open_study(plan: Plan) -> "optuna.Study":
     Raises:
         WSSSError: Optuna is missing, or the journal is damaged.
     """
-    optuna = import_optuna()
+    optuna = import_optuna(NEED)
     path = plan.folder / JOURNAL
     try:
         backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=_InTurn())
@@ -221,26 +223,12 @@ def _open_study(plan: Plan) -> "optuna.Study":
             load_if_exists=True,
         )
         if not study.trials:
-            study.enqueue_trial({key: _stored(value) for key, value in plan.start.items()})
+            study.enqueue_trial(dict(plan.start))
     except (ValueError, KeyError, TypeError) as error:  # of lines that are not Optuna's
         raise WSSSError(
             f"{path}: damaged ({first_line(error)}); remove its last line, or {plan.folder}"
         ) from error
     return study
-
-
-def import_optuna() -> Any:
-    """Give the package, silent but for warnings.
-
-    Raises:
-        WSSSError: it is not installed.
-    """
-    try:
-        import optuna
-    except ImportError as error:
-        raise WSSSError("wsss tune needs Optuna: pip install 'wsss[optuna]'") from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
 
 
 class _InTurn:
@@ -281,7 +269,7 @@ def _claim(path: Path, held: ExitStack) -> bool:
 
 def _next_trial(study: "optuna.Study", plan: Plan, held: ExitStack) -> "optuna.Trial | None":
     """Take a trial that nobody runs any more, else the next one; None where all are taken."""
-    optuna = import_optuna()
+    optuna = import_optuna(NEED)
     running = optuna.trial.TrialState.RUNNING
     study.sampler = _sampler(plan, 0, "")  # until the keys are asked for
     every = study.get_trials(deepcopy=False)
@@ -308,7 +296,9 @@ def _lock_file(plan: Plan, number: int) -> Path:
 def _sampler(plan: Plan, number: int, key: str) -> Any:
     """Make the sampler of one key of one trial, whose draws depend on nothing else."""
     digest = hashlib.sha256(f"{plan.seed} {number} {key}".encode()).digest()
-    return import_optuna().samplers.TPESampler(
+    return import_optuna(
+        NEED
+    ).samplers.TPESampler(
         n_startup_trials=plan.startup,
         multivariate=False,  # a key at a time, so that a half-asked trial can be asked on
         seed=int.from_bytes(digest[:4], "big"),
@@ -319,7 +309,7 @@ def _suggest(trial: "optuna.Trial", space: Space, key: str) -> None:
     """Ask for a key's value; one that the trial has already stays."""
     choice = space[key]
     if choice.choices is not None:
-        trial.suggest_categorical(key, [_stored(value) for value in choice.choices])
+        trial.suggest_categorical(key, choice.choices)
         return
     assert choice.low is not None
     assert choice.high is not None
@@ -327,11 +317,6 @@ def _suggest(trial: "optuna.Trial", space: Space, key: str) -> None:
         trial.suggest_int(key, int(choice.low), int(choice.high), log=choice.log)
     else:
         trial.suggest_float(key, choice.low, choice.high, log=choice.log)
-
-
-def _stored(value: Any) -> Any:
-    """Give a value as Optuna keeps it: a list as text."""
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def settings_of_trial(plan: Plan, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -346,7 +331,7 @@ def settings_of_trial(plan: Plan, number: int, values: Mapping[str, Any]) -> dic
 
 def _run_trial(study: "optuna.Study", plan: Plan, trial: "optuna.Trial", run: Runner) -> None:
     """Train and judge one trial, and tell the journal."""
-    optuna = import_optuna()
+    optuna = import_optuna(NEED)
     settings = settings_of_trial(plan, trial.number, {k: trial.params[k] for k in plan.space})
     overrides = plan.trial_overrides(settings, trial.number)
     folder, details = None, {}
@@ -412,7 +397,7 @@ def _numbers_of(folder: Path | None, plan: Plan) -> str:
 
 def _write_record(study: "optuna.Study", plan: Plan) -> None:
     """Write ``search.json``, and the overlay once every trial has ended."""
-    optuna = import_optuna()
+    optuna = import_optuna(NEED)
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
     ended = study.get_trials(deepcopy=False, states=states)
     trials = [_recorded(plan, frozen, frozen.state == states[0]) for frozen in ended]
@@ -456,7 +441,7 @@ def _recorded(plan: Plan, frozen: "optuna.trial.FrozenTrial", finished: bool) ->
         number=frozen.number,
         state="finished" if finished else "failed",
         by=_by(plan, frozen.number),
-        settings={key: _stored(value) for key, value in settings.items()},
+        settings=settings,
         value=frozen.value if finished else None,
         **known,
     )

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
+
 from wsss.cli import main
 
 #: of every method: a network and pictures small enough for a tenth of a second a step
@@ -173,3 +175,18 @@ def _run(
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def printer(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Give a function that runs ``wsss ARGUMENTS`` here, checks its status, gives what it prints."""
+
+    def printed(*arguments: str, status: int = 0) -> str:
+        try:
+            found = main(list(arguments))
+        except SystemExit as leave:
+            found = int(leave.code or 0)
+        output = capsys.readouterr()
+        assert found == status, output.err
+        return " ".join((output.out + output.err).split())
+
+    return printed

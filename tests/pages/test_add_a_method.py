@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import test_docs_methods
-from small_runs import PLAIN, SMALL
+from small_runs import PLAIN, SMALL, printer
 
 import wsss.methods
 from wsss.benchmark import steps
 from wsss.benchmark.arguments import BenchmarkConfig
 from wsss.benchmark.runner import Side, TimedSide
-from wsss.cli import main
 from wsss.core import places
 from wsss.data.builtin import minivoc_root
 
@@ -135,15 +134,7 @@ def test_the_page_adds_a_method_to_every_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def printed(*arguments: str, status: int = 0) -> str:
-        try:
-            found = main(list(arguments))
-        except SystemExit as leave:
-            found = int(leave.code or 0)
-        output = capsys.readouterr()
-        assert found == status, output.err
-        return " ".join((output.out + output.err).split())
-
+    printed = printer(capsys)
     monkeypatch.chdir(tmp_path)
     test = tree / "tests" / "methods" / "test_toy.py"
     tests: dict[str, object] = {}

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import PLAIN, SMALL
+from small_runs import PLAIN, SMALL, printer
 from test_add_a_method import files_of_the_page
 
 from wsss.benchmark import steps
 from wsss.benchmark.arguments import BenchmarkConfig
 from wsss.benchmark.runner import Side, TimedSide
-from wsss.cli import main
 from wsss.core.places import choices
 from wsss.data.builtin import minivoc_root
 from wsss.runs.line import compose_line
@@ -71,16 +70,7 @@ def declare(site: Path) -> None:
 
 @pytest.fixture
 def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def run(*arguments: str, status: int = 0) -> str:
-        try:
-            found = main(list(arguments))
-        except SystemExit as leave:
-            found = int(leave.code or 0)
-        output = capsys.readouterr()
-        assert found == status, output.err
-        return " ".join((output.out + output.err).split())
-
-    return run
+    return printer(capsys)
 
 
 def one_step(config: BenchmarkConfig, group: list[Side]) -> list[dict[str, Any]]:

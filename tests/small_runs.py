@@ -178,7 +178,7 @@ def _run(
 
 
 def printer(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Give a function that runs ``wsss ARGUMENTS`` here, checks its status, gives what it prints."""
+    """Give a function that runs a command here, checks its status and gives what it prints."""
 
     def printed(*arguments: str, status: int = 0) -> str:
         try:

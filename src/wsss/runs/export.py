@@ -22,7 +22,7 @@ from wsss.evaluation.card import package_versions
 from wsss.evaluation.inference import predicted_labels, resized
 from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from wsss.methods.base import WSSSModule
-from wsss.runs.export_formats import WRITERS, Outputs, import_onnx, quiet
+from wsss.runs.export_formats import WRITERS, Graph, Outputs, import_onnx, quiet
 from wsss.runs.folder import Run
 
 IMAGES = 4  # on which outputs are compared, where none are named
@@ -142,7 +142,8 @@ def export(
         with whole_file(out) as temporary:
             with quiet():
                 metadata = _metadata(run, network, shape)
-                loaded = WRITERS[kind](program, network.names, given[0], temporary, metadata)
+                graph = Graph(program, network.names, given[0], metadata)
+                loaded = WRITERS[kind](graph, temporary)
             found = [loaded(each) for each in given]
             difference = largest_difference(expected, found)
             if not difference <= tolerance:  # NaN too

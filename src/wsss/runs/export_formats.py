@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,56 +19,54 @@ Loaded = Callable[[Outputs], Outputs]
 METADATA = "wsss.json"  # file inside TorchScript and PT2; in ONNX the metadata property ``wsss``
 
 
-def write_onnx(
-    program: torch.export.ExportedProgram,
-    outputs: Sequence[str],
-    given: Outputs,
-    path: Path,
-    metadata: str,
-) -> Loaded:
+class Graph(NamedTuple):
+    """What is written.
+
+    Attributes:
+        program: the traced network.
+        outputs: names of what it gives.
+        example: inputs that it takes.
+        metadata: what a reader needs to use it, as JSON.
+    """
+
+    program: torch.export.ExportedProgram
+    outputs: Sequence[str]
+    example: Outputs
+    metadata: str
+
+
+def write_onnx(graph: Graph, path: Path) -> Loaded:
     """Write ONNX, weights inside; ONNX Runtime reads it."""
     import onnxruntime
 
-    names = list(program.graph_signature.user_inputs)
+    names, outputs = list(graph.program.graph_signature.user_inputs), list(graph.outputs)
     written = torch.onnx.export(
-        program, dynamo=True, input_names=names, output_names=list(outputs), verbose=False
+        graph.program, dynamo=True, input_names=names, output_names=outputs, verbose=False
     )
     assert written is not None
-    written.model.metadata_props["wsss"] = metadata
+    written.model.metadata_props["wsss"] = graph.metadata
     written.save(path, external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(inputs: Outputs) -> Outputs:
         arrays = dict(zip(names, (each.numpy() for each in inputs), strict=True))
-        return tuple(map(torch.from_numpy, session.run(list(outputs), arrays)))
+        return tuple(map(torch.from_numpy, session.run(outputs, arrays)))
 
     return run
 
 
-def write_torchscript(
-    program: torch.export.ExportedProgram,
-    outputs: Sequence[str],
-    given: Outputs,
-    path: Path,
-    metadata: str,
-) -> Loaded:
+def write_torchscript(graph: Graph, path: Path) -> Loaded:
     """Write TorchScript, traced at one size."""
-    traced = torch.jit.trace(program.module(), given, check_trace=False)
-    torch.jit.save(traced, path, _extra_files={METADATA: metadata})
+    traced = torch.jit.trace(graph.program.module(), graph.example, check_trace=False)
+    torch.jit.save(traced, path, _extra_files={METADATA: graph.metadata})
     loaded = torch.jit.load(path)
     return lambda inputs: tuple(loaded(*inputs))
 
 
-def write_pt2(
-    program: torch.export.ExportedProgram,
-    outputs: Sequence[str],
-    given: Outputs,
-    path: Path,
-    metadata: str,
-) -> Loaded:
+def write_pt2(graph: Graph, path: Path) -> Loaded:
     """Write the archive of ``torch.export.save``."""
     content = io.BytesIO()
-    torch.export.save(program, content, extra_files={METADATA: metadata})
+    torch.export.save(graph.program, content, extra_files={METADATA: graph.metadata})
     path.write_bytes(content.getvalue())
     module = torch.export.load(io.BytesIO(path.read_bytes())).module()
     return lambda inputs: tuple(module(*inputs))

@@ -90,8 +90,8 @@ def target_class(name: str, path: str) -> type:
     try:
         return get_class(name)
     except (ImportError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise WSSSError(f"{path}._target_={name}: no such class ({reason})") from error
+        told = f"{path}._target_={name}: no such class ({error})"
+        raise WSSSError(" ".join(told.split())) from error  # one line, whatever the name holds
 
 
 def parameters_of(target: type) -> dict[str, inspect.Parameter]:

@@ -320,6 +320,6 @@ def nearest_key(key: str, config: DictConfig) -> str:
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
     if not isinstance(node, DictConfig):
-        return f"; there is no group {parent}"
+        return f"; there is no group {' '.join(parent.split())}"
     names = [str(other) for other in node if other != "_target_"]
     return nearest(name, names, f"{parent}." if parent else "")

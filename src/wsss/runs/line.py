@@ -78,10 +78,10 @@ def composed_line(overrides: Sequence[str]) -> Composed:
     _refuse_bare_sweeps(overrides)
     composed = _compose(overrides, "train")
     config = composed.config
-    config.choice = choice_of(config.choice, overrides)
     content = plain(config)
     check_encoders(content)
     check_keys(content)
+    config.choice = choice_of(content["choice"], overrides)
     check_trainer(content["trainer"])
     check_budget_decides(content)
     return composed

@@ -44,6 +44,26 @@ def test_3_background_is_a_category_of_a_classifier_without_bias() -> None:
     assert sum(p.numel() for p in module.classifier.parameters()) == 24 * (CLASSES + 1)
 
 
+# ---- what the classifier reads -------------------------------------------------------------------
+
+
+def test_classifier_reads_bilstm_tokens_or_their_sum() -> None:
+    alone, both, none = (tiny(bilstm=kind).eval() for kind in ("alone", "residual", "none"))
+    both.load_state_dict(alone.state_dict())
+    image = make_batch()["image"]
+    context, total = alone.score(image), both.score(image)
+    torch.testing.assert_close(total.embeddings, context.embeddings + context.tokens)
+    torch.testing.assert_close(total.logits, both.classifier(total.embeddings))
+    tokens = none.score(image)
+    assert torch.equal(tokens.embeddings, tokens.tokens)
+    assert not any("bilstm" in name for name, _ in none.named_parameters())
+    heads = none.param_groups()[0]["params"]
+    assert [p.shape for p in heads] == [(CLASSES + 1, 24)], "the classifier alone"
+    none.train().losses(make_batch(), 5).total.backward()
+    with pytest.raises(WSSSError, match=r"adds 20 values to tokens of 24: set method.lstm_hidden"):
+        tiny(bilstm="residual", lstm_hidden=5)
+
+
 # ---- 7: missing sets -----------------------------------------------------------------------------
 
 

@@ -189,7 +189,11 @@ def config_hash(config: Mapping[str, Any]) -> str:
     # a quirk that is as official_compat has it changes nothing, and none is as without the key
     compat, quirks = config["method"].get("official_compat"), config["method"].get("quirks") or {}
     quirks = {name: on for name, on in quirks.items() if on is not compat}
-    relevant["method"] = {k: v for k, v in config["method"].items() if k != "quirks"}
+    relevant["method"] = {
+        key: value
+        for key, value in config["method"].items()
+        if key != "quirks" and (key, value) not in LATER_SETTINGS
+    }
     relevant["method"] |= {"quirks": quirks} if quirks else {}
     relevant["trainer"] = {
         key: value
@@ -202,6 +206,8 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 #: keys that earlier versions lacked: unset they change nothing
 LATER = ("callbacks", "init_from", "ckpt_path")
+#: a method's settings that came later, with the value that all earlier runs had
+LATER_SETTINGS = (("bilstm", "alone"),)
 
 
 def _later(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,6 +99,8 @@ class TKPPCLSettings(Settings):
     # network
     input_scaling: Literal["symmetric", "imagenet"] = "symmetric"  # see TKPPCL.score
     lstm_hidden: Width = 192  # width of each LSTM direction; e is four times that
+    # what the classifier reads: the BiLSTMs' output, that added to the tokens, or the tokens
+    bilstm: Literal["alone", "residual", "none"] = "alone"
     dropout: BelowOne = 0.2  # before the LSTMs, of their inputs, and before the classifier
     top_k: Count = 6  # patches that are pooled; 1 is ViT-PCM's max pooling
     top_k_fraction: Share | None = None  # of the patches, rounded up; None: top_k of them
@@ -141,9 +143,18 @@ class TKPPCL(WSSSModule):
         trained = blocks[max(0, len(blocks) - settings.trained_blocks) :]
         for module in (*trained, backbone.vit.norm):
             module.requires_grad_(True)
-        self.bilstm = HVBiLSTM(backbone.dim, settings.lstm_hidden, settings.dropout)
+        width = 4 * settings.lstm_hidden
+        if settings.bilstm == "residual" and width != backbone.dim:
+            raise WSSSError(
+                f"method.bilstm=residual adds {width} values to tokens of {backbone.dim}: set "
+                "method.lstm_hidden to a quarter of the encoder's width"
+            )
+        if settings.bilstm == "none":
+            width = backbone.dim
+        else:
+            self.bilstm = HVBiLSTM(backbone.dim, settings.lstm_hidden, settings.dropout)
         self.dropout = nn.Dropout(settings.dropout)
-        self.classifier = nn.Linear(4 * settings.lstm_hidden, num_classes + 1, bias=False)
+        self.classifier = nn.Linear(width, num_classes + 1, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.05)
 
     @property
@@ -190,9 +201,16 @@ class TKPPCL(WSSSModule):
             images = denormalise(images) / 127.5 - 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             features = self.backbone(images)
-        embeddings = self.bilstm(features.patch_tokens, features.grid)  # (B, N, e)
+        embeddings = self.embed(features.patch_tokens, features.grid)  # (B, N, e)
         logits = self.classifier(self.dropout(embeddings))  # (B, N, C)
         return PatchScores(logits, embeddings, features.patch_tokens, features.grid)
+
+    def embed(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Give what the classifier reads (B, N, e) of tokens (B, N, D): ``settings.bilstm``."""
+        if self.settings.bilstm == "none":
+            return tokens
+        context = self.bilstm(tokens, grid)
+        return tokens + context if self.settings.bilstm == "residual" else context
 
     def pool(self, probabilities: Tensor) -> Tensor:
         """Give image-level probabilities y (B, C) of patch probabilities Z (B, N, C)."""
@@ -257,7 +275,8 @@ class TKPPCL(WSSSModule):
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Give BiLSTMs with classifier, and what of the encoder learns after the warm-up."""
-        heads = [*self.bilstm.parameters(), *self.classifier.parameters()]
+        bilstm = [] if self.settings.bilstm == "none" else self.bilstm.parameters()
+        heads = [*bilstm, *self.classifier.parameters()]
         encoder = [p for p in self.backbone.parameters() if p.requires_grad]
         groups = [{"name": "heads", "params": [p for p in heads if p.requires_grad]}]
         if encoder:

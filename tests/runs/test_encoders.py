@@ -115,6 +115,14 @@ def test_a_name_on_a_preset_is_checked_too() -> None:
         composed("backbone.name=vit_small_patch16_224")
 
 
+def test_an_argument_that_a_name_does_not_set_is_added() -> None:
+    line = ["method=toco", "data=minivoc", "backbone=vit_small_patch16_224.augreg_in1k"]
+    with pytest.raises(WSSSError, match=r"add it as \+backbone.overrides.img_size=VALUE"):
+        compose_run([*line, "backbone.overrides.img_size=96"])
+    composed = compose_run([*line, "+backbone.overrides.img_size=96"])
+    assert composed["backbone"]["overrides"]["img_size"] == 96
+
+
 def test_a_mistyped_preset_names_the_nearest() -> None:
     with pytest.raises(WSSSError, match=r"backbone=deit_smal: no such choice; did you mean deit_s"):
         composed("backbone=deit_smal")

@@ -252,7 +252,7 @@ NONSENSE = [
     (["budget.scale_range=[0,1]"], "budget.scale_range=[0, 1]"),
     (["budget.cam_size=-3"], "budget.cam_size=-3"),
     (["budget.warmup_steps=-1"], "budget.warmup_steps=-1"),
-    (["budget.warmup_steps=3"], "method.warmup_steps=3: longer than the run, max_steps=2"),
+    (["budget.warmup_steps=3"], "longer than the run, max_steps=2; set budget.warmup_steps or"),
     (["method.scales=[1,0.05]"], "method.scales: scale 0.05 of a 64 px crop leaves 3 px"),
     (["eval.seg_scales=[1,0.001]"], "eval.seg_scales=[1, 0.001]"),
     (["eval.holdout_per_class=-1"], "eval.holdout_per_class=-1"),

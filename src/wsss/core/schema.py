@@ -90,8 +90,8 @@ def target_class(name: str, path: str) -> type:
     try:
         return get_class(name)
     except (ImportError, ValueError, AttributeError) as error:
-        told = f"{path}._target_={name}: no such class ({error})"
-        raise WSSSError(" ".join(told.split())) from error  # one line, whatever the name holds
+        reason = " ".join(str(error).split())
+        raise WSSSError(f"{path}._target_={one_line(name)}: no such class ({reason})") from error
 
 
 def parameters_of(target: type) -> dict[str, inspect.Parameter]:
@@ -320,6 +320,6 @@ def nearest_key(key: str, config: DictConfig) -> str:
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
     if not isinstance(node, DictConfig):
-        return f"; there is no group {' '.join(parent.split())}"
+        return f"; there is no group {one_line(parent)}"
     names = [str(other) for other in node if other != "_target_"]
     return nearest(name, names, f"{parent}." if parent else "")

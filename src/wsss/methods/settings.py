@@ -76,10 +76,15 @@ class Settings:
 
     def check_schedule(self) -> None:
         """Raise WSSSError where a warm-up is longer than the run; an old run can still be read."""
-        for part, whole in (("warmup_steps", "max_steps"), ("warmup_epochs", "epochs")):
+        steps = "; set budget.warmup_steps or budget.max_steps"  # which a line has both from
+        for part, whole, mend in (
+            ("warmup_steps", "max_steps", steps),
+            ("warmup_epochs", "epochs", ""),
+        ):
             length, most = getattr(self, part, 0), getattr(self, whole, 0)
             if length > most:
-                raise WSSSError(f"method.{part}={length:g}: longer than the run, {whole}={most:g}")
+                longer = f"method.{part}={length:g}: longer than the run, {whole}={most:g}"
+                raise WSSSError(f"{longer}{mend}")
 
     def check_crop(self, crop_size: int, patch_size: int) -> None:
         """Raise WSSSError where a scale makes a training crop smaller than a patch, in pixels."""

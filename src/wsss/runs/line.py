@@ -386,6 +386,8 @@ def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         if match[1].endswith("backbone.pretraining"):
             return f"{match[1].removesuffix('pretraining')}{DERIVED}"
+        if "backbone.overrides." in match[1]:  # arguments of timm: any, of which a preset sets some
+            return f"{match[1]} is not set by this encoder; add it as +{match[1]}=VALUE"
         # what the others give: another method has other keys; the defaults where an experiment errs
         rest = [override for override in overrides if override.split("=")[0] != match[1]]
         config = _compose(rest if len(rest) < len(overrides) else [], path.stem).config

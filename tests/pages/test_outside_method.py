@@ -17,6 +17,7 @@ from wsss.benchmark.runner import Side, TimedSide
 from wsss.core.places import choices
 from wsss.data.builtin import minivoc_root
 from wsss.runs.line import compose_line
+from wsss.training.search import Plan, plan_search
 
 TINY = [*SMALL, *PLAIN, "budget.max_steps=2", "budget.warmup_steps=1", "data.limit=4"]
 METADATA = "Metadata-Version: 2.1\nName: labtoy\nVersion: 1.0\n"
@@ -50,6 +51,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "method.py": code.replace("Toy CAM", "Lab CAM"),
         "views.py": VIEW,
         "conf/method/labtoy.yaml": settings,
+        "conf/space/labtoy.yaml": "method.lr: {low: 1e-6, high: 1e-2, log: true}\n",
     }.items():
         (site / "labtoy" / path).parent.mkdir(parents=True, exist_ok=True)
         (site / "labtoy" / path).write_text(text)
@@ -73,6 +75,11 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return printer(capsys)
 
 
+def planned(line: list[str]) -> Plan:
+    """Plan a search that begins at a line."""
+    return plan_search(line, trials=2, startup=1, seed=0)
+
+
 def one_step(config: BenchmarkConfig, group: list[Side]) -> list[dict[str, Any]]:
     """Time a side here: another process would not have the package on its path."""
     (timed,) = (TimedSide(vars(config), side) for side in group)
@@ -93,6 +100,7 @@ def test_an_undeclared_package_is_neither_found_nor_run(
     )
     assert "labtoy.method" not in sys.modules
     assert "method.lr float > 0" in printed("train", "method=labtoy", "--keys", "method.lr")
+    assert set(planned(["method=labtoy", "data=minivoc"]).space) == {"method.lr"}
 
 
 @pytest.mark.slow
@@ -138,3 +146,6 @@ def test_a_folder_of_settings_is_enough_with_the_word_trust(
     assert "ours alone" in printed("benchmark", *folder, "method=labtoy", *tiny, "device=cpu")
     lines = ["method=labtoy", f"hydra.searchpath=[file://{folder[1]}]", "data=minivoc"]
     assert compose_line(lines).method["_target_"] == "labtoy.method.LabCAM"
+    assert set(planned(lines).space) == {"method.lr"}
+    outside = ["tune", *folder, "method=labtoy", "data=minivoc", "method.lr=0.1"]
+    assert "method.lr=0.1: outside of 1e-06 to 0.01" in printed(*outside, status=2)

@@ -23,6 +23,7 @@ from wsss.runs.line import (
     check_paths,
     choice_in_group,
     compose_line,
+    search_folders,
     sweep_jobs,
     take_folders,
     with_folders,
@@ -99,7 +100,8 @@ def _check(jobs: Sequence[list[str]], space: str | None) -> None:
     for job in jobs:
         config, method = plain(compose_line(job)), choice_in_group(job, "method")
         check_paths(config)
-        settings_of(config, read_space(space or method), space or method)
+        declared = read_space(space or method, search_folders(job))
+        settings_of(config, declared, space or method)
         configs.append((config, method))
     _check_equal(configs)
 

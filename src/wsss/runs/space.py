@@ -1,13 +1,14 @@
 """What a search varies of a method: ``conf/space/METHOD.yaml``, a key and its range a line."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wsss.core.errors import WSSSError
-from wsss.core.places import choices, config_root
+from wsss.core.places import choices, config_root, declared_folders
 from wsss.core.records import check_record
 from wsss.core.schema import nearest
 from wsss.results.search import Range
@@ -17,17 +18,24 @@ MOST_KEYS = 8
 Space = dict[str, Range]
 
 
-def read_space(name: str) -> Space:
+def read_space(name: str, further: Sequence[Path] = ()) -> Space:
     """Read a declared space, which a method's choice of ``conf/method`` names.
+
+    Args:
+        name: of its file, in ``space/`` of our ``conf/``, of an installed package's or of a folder
+            of the user's.
+        further: folders of the user's.
 
     Raises:
         WSSSError: there is none, or a key has no range.
     """
-    path = config_root() / "conf" / "space" / f"{name}.yaml"
-    if not path.is_file():
+    folders = (config_root() / "conf", *declared_folders(), *further)
+    places = [folder / "space" / f"{name}.yaml" for folder in folders]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
         raise WSSSError(
             f"space={name}: no such search space is declared (there are "
-            f"{', '.join(choices('space'))}); write {path}"
+            f"{', '.join(choices('space', *further))}); write {places[-1]}"
         )
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)

@@ -39,7 +39,7 @@ from wsss.runs.compose import compose_run
 from wsss.runs.config import config_hash
 from wsss.runs.folder import method_name, run_folder
 from wsss.runs.judging import Judging, judging_of
-from wsss.runs.line import choice_in_group, of_jobs, quoted
+from wsss.runs.line import choice_in_group, of_jobs, quoted, search_folders
 from wsss.runs.space import Space, read_space, settings_of
 from wsss.training.chosen import overlay
 from wsss.training.sweeps import STOPPED, Outcome, run_jobs
@@ -138,7 +138,7 @@ def plan_search(
     config = compose_run(list(overrides))
     method = choice_in_group(overrides, "method")
     name = space or method
-    keys = read_space(name)
+    keys = read_space(name, search_folders(overrides))
     return Plan(
         tuple(overrides),
         config,

@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from wsss.core.failures import one_line
+
 WIDTH, HEIGHT = 320, 190  # of the frame, in pixels; labels come beside it
 NUM_COLOURS = 8
+LONGEST_TEXT = 100_000  # in characters
 DASHES = ([1, 0], [6, 3], [3, 2], [8, 2, 2, 2], [12, 3], [8, 2, 2, 2, 2, 2])
 SYMBOLS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "cross": "✚",
            "triangle-down": "▼"}  # fmt: skip
@@ -170,7 +173,7 @@ def draw(
         resolve = {"scale": {"y": "independent"}, "axis": {"x": "independent"}}
         frame = {"facet": facet, "columns": 2, "spacing": 14, "resolve": resolve, "spec": frame}
     specification = {"data": {"values": records}, "config": THEME, **frame}
-    return [Chart(title, Markup(_svg(json.dumps(specification))))]
+    return [Chart(title, Markup(_svg(json.dumps(_printable(specification)))))]
 
 
 def draw_parallel(title: str, axes: Sequence[Axis], strands: Sequence[Strand]) -> list[Chart]:
@@ -187,7 +190,7 @@ def draw_parallel(title: str, axes: Sequence[Axis], strands: Sequence[Strand]) -
     if not strands:
         return []
     place = {"field": "x", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1]}}
-    titles = [axis.title for axis in axes]
+    titles = [one_line(axis.title, 100) for axis in axes]
     row = {"field": "axis", "type": "nominal", "title": None, "sort": None,
            "scale": {"domain": list(range(len(axes))), "type": "point", "padding": 0.6},
            "axis": {"labelExpr": f"{json.dumps(titles)}[datum.value]", "grid": True,
@@ -227,7 +230,7 @@ def draw_parallel(title: str, axes: Sequence[Axis], strands: Sequence[Strand]) -
         "encoding": {"x": place, "y": row},
         "layer": layers,
     }
-    return [Chart(title, Markup(_svg(json.dumps(specification))))]
+    return [Chart(title, Markup(_svg(json.dumps(_printable(specification)))))]
 
 
 def _texts(values: Sequence[Mapping[str, Any]], **look: Any) -> list[dict[str, Any]]:
@@ -292,6 +295,15 @@ def _scale(key: str, names: Sequence[str]) -> dict[str, Any]:
     looks = [look_of(number)[key] for number in range(len(names))]
     scale = {"domain": list(names), "range": looks}
     return {"field": "name", "type": "nominal", "scale": scale, "legend": None}
+
+
+def _printable(node: Any) -> Any:
+    """Write out in every text what is no character of an SVG, which the renderer dies of."""
+    if isinstance(node, Mapping):
+        return {key: _printable(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_printable(value) for value in node]
+    return one_line(node, LONGEST_TEXT) if isinstance(node, str) else node
 
 
 @lru_cache(maxsize=64)  # a page is often drawn again with most of its charts unchanged

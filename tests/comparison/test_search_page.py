@@ -1,5 +1,6 @@
 """Searches in the report: curves, axes, tables, terms, and what a stranger's record may say."""
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -43,6 +44,11 @@ def strands_of(svg: str) -> dict[str, dict[str, str]]:
     return found
 
 
+def places_of(path: str) -> list[tuple[float, float]]:
+    """The corners of a line."""
+    return [(float(x), float(y)) for x, _, y in (at.partition(",") for at in path.split("L"))]
+
+
 def test_curves_of_searches_have_the_looks_of_the_legend() -> None:
     best, expected = part(A=VALUES, B=[0.1, 0.1, 0.2]).charts
     assert best.title == "best so far: CAM seed mIoU, image labels given, minivoc train:holdout:3"
@@ -58,7 +64,13 @@ def test_curves_of_searches_have_the_looks_of_the_legend() -> None:
         lines = re.findall(r'"line mark" [^>]* stroke="([^"]*)"[^>]*dasharray="([^"]*)"',
                            str(chart.svg))  # fmt: skip
         assert lines == [("var(--c0)", "1,0"), ("var(--c1)", "6,3")]
-        assert not re.search(r">0\.5<", str(chart.svg)), "trials are whole"
+    stairs = places_of(re.findall(r'"line mark" d="M([^"]*)"', str(best.svg))[0])
+    steps = [(x1 - x0, y0 - y1) for (x0, y0), (x1, y1) in itertools.pairwise(stairs)]
+    assert [(dx > 0, dy > 0) for dx, dy in steps] == [
+        (True, False), (True, False), (True, False), (False, True), (True, False), (True, False)
+    ]  # fmt: skip
+    for chart in part(A=[0.1, 0.2, 0.3]).charts:
+        assert not re.search(r">[12]\.[05]<", str(chart.svg)), "trials are whole"
 
 
 def test_every_trial_with_a_value_is_a_line_through_all_keys() -> None:
@@ -70,11 +82,10 @@ def test_every_trial_with_a_value_is_a_line_through_all_keys() -> None:
     assert strands["trial 0"]["stroke-dasharray"] == "4,3"
     assert strands["trial 1"]["stroke"] == "var(--v0)", "the lowest value"
     assert strands["trial 4"]["stroke"] == "var(--v4)"
-    points = [point.split(",") for point in strands["trial 3"]["d"][1:].split("L")]
-    width = float(points[-1][0])
-    places = [float(x) / width for x, _ in points]
+    points = places_of(strands["trial 3"]["d"][1:])
+    places = [x / points[-1][0] for x, _ in points]
     assert places == pytest.approx([0.5, 3 / 15, 1, 1], abs=1e-3), "lr lies in the middle: log"
-    heights = [float(y) for _, y in points]
+    heights = [y for _, y in points]
     assert heights == sorted(heights)
     for text in ("lr (log)", "top_k", "pce_sets", "seed_miou (%)", "1e-05", "0.001", "no_dropout",
                  "10.0", "40.0", "0.0001"):  # fmt: skip
@@ -114,12 +125,14 @@ def test_runs_and_searches_share_a_page(tmp_path: Path) -> None:
     tuned = runs / "searches" / "tkp_pcl-minivoc-s0-1a2b3c4d"
     make_run(runs / "other", method="Other", choice=content["choice"])
     make_run(tuned / "trials" / "one", method="Trial")
+    make_run(runs / "searches" / "killed_early" / "trials" / "one", method="Killed")
     write_search(tuned, content)
     assert part_searches([runs]) == ([runs], [tuned])
     assert part_searches([runs / "searches", tuned, tuned / "search.json"]) == ([], [tuned])
     page = page_of([runs], tmp_path / "both")
     assert "<h1>tiny val</h1>" in page
     assert "Trial (n=1)" not in page
+    assert "Killed (n=1)" not in page
     assert '<a href="#search-0">Search: tkp_pcl</a>' in page
     assert "<dt>taken by</dt>" not in page, "its choice is the same, its settings are not"
     for kind in ("md", "csv", "tex"):
@@ -133,9 +146,12 @@ def test_the_runs_that_took_the_chosen_settings_are_named(tmp_path: Path) -> Non
     content = record(VALUES)
     chosen = content["trials"][3]["settings"]
     method = {key.removeprefix("method."): value for key, value in chosen.items()}
-    for name, settings in (("a", method), ("b", method | {"lr": 1e-5})):
-        config = {"method": settings}
-        make_run(tmp_path / name, method=name, choice=content["choice"], config=config)
+    for name, settings, choice in (
+        ("a", method, content["choice"]),
+        ("b", method | {"lr": 1e-5}, content["choice"]),
+        ("c", method, f"{content['choice']}, then changed"),
+    ):
+        make_run(tmp_path / name, method=name, choice=choice, config={"method": settings})
     entries = load([tmp_path], by="method", split=None)
     (found,) = searches_part({"A": search(VALUES)}, entries).searches
     assert dict(found.facts)["taken by"] == "a (n=1)"

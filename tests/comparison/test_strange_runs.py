@@ -265,7 +265,7 @@ def test_class_names_of_strangers_reach_no_format_as_code(tmp_path: Path) -> Non
     assert set(FORMATS) == {".md", ".csv", ".tex", ".html"}
 
 
-def test_names_that_no_picture_and_no_file_can_hold_are_written_out(tmp_path: Path) -> None:
+def test_names_that_no_picture_can_hold_are_written_out(tmp_path: Path) -> None:
     """The renderer of charts would end the process."""
     names = {
         "method": "M\x00\x1b[31m",

@@ -214,7 +214,7 @@ def draw_parallel(title: str, axes: Sequence[Axis], strands: Sequence[Strand]) -
     raw = {"type": "nominal", "scale": None}
     layers = [
         {"data": {"values": lines}, "mark": {"type": "line"},
-         "encoding": {"order": {"field": "axis"}, "detail": {"field": "strand"},
+         "encoding": {"detail": {"field": "strand"},
                       "color": {"field": "colour", **raw}, "strokeDash": {"field": "dash", **raw},
                       "strokeWidth": {"field": "size", **raw},
                       "description": {"field": "text"}}},
@@ -279,12 +279,13 @@ def _axis(
     ticks: int,
 ) -> dict[str, Any]:
     """Encode an axis of numbers, or of names in the order in which they come."""
-    axis: dict[str, Any] = {"tickCount": ticks, "labelAngle": 0, "grid": True}
+    values = [record[key] for record in records]
+    if all(isinstance(value, int) for value in values):  # no half ones
+        ticks = max(1, min(ticks, max(values) - min(values)))
+    axis = {"tickCount": ticks, "labelAngle": 0, "grid": True}
     found: dict[str, Any] = {"field": key, "title": title or None, "axis": axis}
-    if all(isinstance(record[key], int) for record in records):
-        axis["tickMinStep"] = 1  # numbers of things
-    if isinstance(records[0][key], str):
-        names = list(dict.fromkeys(record[key] for record in records))
+    if isinstance(values[0], str):
+        names = list(dict.fromkeys(values))
         return found | {"type": "nominal", "sort": names}
     scale = {"zero": zero, "padding": padding} if padding else {"zero": zero, "nice": True}
     return found | {"type": "quantitative", "scale": scale}

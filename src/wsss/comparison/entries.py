@@ -210,9 +210,15 @@ def unfinished_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 def _is_trial(folder: Path, given: Path) -> bool:
-    """Say whether a folder is of a search that lies below the given one."""
-    below = [above for above in folder.parents if above != given and above.is_relative_to(given)]
-    return any(above.name == SEARCHES or (above / SEARCH_FILE).is_file() for above in below)
+    """Say whether a folder is of a search that lies below the given one.
+
+    A search that has no record yet is known by where it lies.
+    """
+    above = [each for each in folder.parents if each.is_relative_to(given)]
+    return any(
+        each.name == SEARCHES or (each != given and (each / SEARCH_FILE).is_file())
+        for each in above
+    )
 
 
 def is_finished(folder: Path) -> bool:

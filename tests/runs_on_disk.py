@@ -1,6 +1,6 @@
 """Small run folders with real counts, made without training anything."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def make_run(
     draw: int | None = None,
     data: str = "tiny",
     classes: Sequence[str] = CLASSES,
+    config: Mapping[str, Any] | None = None,
     **card: Any,
 ) -> Path:
     """Writes a run whose seeds and segmentations are the label maps of that quality."""
@@ -82,7 +83,8 @@ def make_run(
         folder / RESULTS_FILE,
         {
             "method": method, "data": data, "seed": seed, "study": f"{method}-study".lower(),
-            "config": {"method": {"weight": 0.2}}, "cost": {"train_wall_hours": 0.5 * quality},
+            "config": config or {"method": {"weight": 0.2}},
+            "cost": {"train_wall_hours": 0.5 * quality},
             "run": str(folder), "splits": {"val": metrics},
         },
     )  # fmt: skip

@@ -85,6 +85,21 @@ def test_unequal_choices_of_settings_are_shown_not_ranked(tmp_path: Path) -> Non
     assert "settings chosen" not in [name for name, _ in equal.rows]
 
 
+def test_settings_tuned_for_other_numbers_are_ranked_and_said(tmp_path: Path) -> None:
+    """A segmenter is tuned for another number than maps are; a run by hand for none."""
+    tuned = "tuned: 16 trials on a holdout of 24 masks"
+    runs = [
+        make_run(tmp_path / name, method=name, choice=tuned, config={"objective": number})
+        for name, number in (("A", "seed_miou"), ("B", "seg_miou"), ("C", "seed_miou"))
+    ]
+    numbers, *_ = grid_of(runs)
+    assert f"settings of all chosen: {tuned}" in numbers.notes
+    assert "settings tuned for seed_miou: A, C" in numbers.notes
+    assert "settings tuned for seg_miou: B" in numbers.notes
+    byhand = make_run(tmp_path / "D", method="D", config={"objective": "seed_miou"})
+    assert not any("tuned for" in note for note in grid_of([byhand])[0].notes)
+
+
 def test_ties_are_not_bold_and_one_seed_is_said(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "a", method="A", quality=0.7, draw=0),
@@ -275,7 +290,7 @@ def test_what_is_declared_is_told_apart(tmp_path: Path) -> None:
         "pretraining: declared by the user: Places: B, C",
     ]
     assert '"pretraining": "declared by the user: Places"' in html.unescape(
-        page_of([found], gallery=0)
+        page_of([found], {}, gallery=0)
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from wsss.comparison.search import (
+    EACH,
     best_so_far,
     expected_best,
     expected_bests,
@@ -90,6 +91,15 @@ def test_expected_bests_rise_within_their_intervals() -> None:
         expected_best([], 1)
 
 
+def test_of_a_long_search_some_numbers_of_trials_are_given() -> None:
+    """A record may hold ten thousand trials, which take no hours."""
+    values = (np.arange(1000) / 1000).tolist()
+    found = {one.trials: one for one in expected_bests(values, resamples=20)}
+    assert {*range(1, EACH + 1), 1000} <= found.keys()
+    assert len(found) <= 2 * EACH
+    assert found[1000].value == expected_best(values, 1000)
+
+
 def test_the_key_that_decides_is_the_important_one() -> None:
     pytest.importorskip("optuna")
     draws = np.random.default_rng(0).random((40, 2))
@@ -115,16 +125,23 @@ def test_parallel_lines_lie_on_the_scale_of_each_key() -> None:
 
 def test_tables_show_every_trial_and_what_fewer_give() -> None:
     pytest.importorskip("optuna")
-    trials, expected, keys = search_grids(search([0.1, 0.45, None, 0.2, 0.3]))
+    found = search_grids({"A": search([0.1, 0.45, None, 0.2, 0.3])})
+    overview, expected, trials, keys = found
+    assert overview.header[1:5] == ["best", "as it was", "trial", "ended"]
+    assert [cell.text for cell in overview.rows[0][1][:5]] == ["45.0", "10.0", "1", "5 of 5", "1"]
     assert "24 masks of train:holdout:3" in trials.title
     assert [cells[1].text for _, cells in trials.rows] == [
         "10.0",
         "45.0",
-        "no memory",
+        "failed",
         "20.0",
         "30.0",
     ]
     assert [cells[1].bold for _, cells in trials.rows] == [False, True, False, False, False]
+    assert "trial 2 failed: no memory" in trials.notes
+    assert "commit of all trials: abc" in trials.notes
+    assert trials.header[5:] == ["lr", "top_k", "pce_sets"]
+    assert [cell.text for cell in trials.rows[1][1][4:]] == ["2.512e-05", "2", "no_dropout"]
     assert [heading for heading, _ in expected.rows] == ["1", "2", "4"]
     assert expected.rows[0][1][0].text.startswith("26.2 [")
     assert {heading for heading, _ in keys.rows} == {"lr", "top_k", "pce_sets"}
@@ -142,6 +159,10 @@ def test_tables_show_every_trial_and_what_fewer_give() -> None:
             "on a log scale",
         ),
         ({"space": SPACE | {"method.lr": {"low": 2.0, "high": 1.0}}}, "low=2.0 is not below"),
+        (
+            {"space": SPACE | {"method.top_k": {"low": 0.5, "high": 16.0, "whole": True}}},
+            "0.5 to 16.0 are no ends of whole numbers",
+        ),
         ({"space": SPACE | {"method.lr": {}}}, "expected low and high, or choices"),
     ],
 )
@@ -160,8 +181,9 @@ def test_a_record_that_says_something_else_is_refused(
 
 
 def test_a_setting_outside_of_its_range_is_refused(tmp_path: Path) -> None:
-    content = record([0.1, 0.2])
-    content["trials"][1]["settings"]["method.lr"] = -1.0
-    write_search(tmp_path, content)
-    with pytest.raises(WSSSError, match=r"method\.lr=-1\.0 of trial 1 is outside of its range"):
-        read_search(tmp_path)
+    for key, value in (("method.lr", -1.0), ("method.top_k", 2.5)):
+        content = record([0.1, 0.2])
+        content["trials"][1]["settings"][key] = value
+        write_search(tmp_path, content)
+        with pytest.raises(WSSSError, match=f"{key}={value} of trial 1 is outside of its range"):
+            read_search(tmp_path)

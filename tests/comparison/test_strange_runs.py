@@ -265,6 +265,20 @@ def test_class_names_of_strangers_reach_no_format_as_code(tmp_path: Path) -> Non
     assert set(FORMATS) == {".md", ".csv", ".tex", ".html"}
 
 
+def test_names_that_no_picture_can_hold_are_written_out(tmp_path: Path) -> None:
+    """The renderer of charts would end the process."""
+    names = {
+        "method": "M\x00\x1b[31m",
+        "choice": "by \ud800",
+        "classes": ["background", "\x00", "d"],
+    }
+    run = make_run(tmp_path / "run", **names)  # type: ignore[arg-type]
+    assert main(["report", str(run), "resamples=10", f"out={tmp_path / 'r'}", "gallery=0"]) == 0
+    page = (tmp_path / "r" / "index.html").read_text()
+    assert r"M\x00\x1b[31m" in page
+    assert "by ?" in page
+
+
 def test_rows_of_a_log_that_was_cut_are_passed_over(tmp_path: Path) -> None:
     logs = tmp_path / "logs" / "version_0"
     logs.mkdir(parents=True)

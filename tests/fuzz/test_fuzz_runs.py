@@ -72,7 +72,7 @@ def read_comparison(folders: list[Path]) -> dict[str, float]:
     grids = [grid for comparison in comparisons for grid in tables(comparison)]
     for write in FORMATS.values():
         write(grids).encode()
-    page = page_of(comparisons, gallery=0)
+    page = page_of(comparisons, {}, gallery=0)
     assert "<script>alert" not in page
     return numbers(comparisons)
 

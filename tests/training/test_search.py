@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from small_runs import FORKED, PLAIN, SMALL
 
+from wsss.cli import main
 from wsss.core.errors import WSSSError
 from wsss.core.places import choices, config_root
 from wsss.results.search import OVERLAY_FILE, Search, read_search
@@ -137,6 +138,7 @@ def test_the_chosen_overlay_composes_to_the_best_trial(tmp_path: Path, undisturb
     places = f"hydra.searchpath=[file://{config_root()},file://{tmp_path}]"
     config = compose_run(["+experiments=mine/tuned", places])
     assert config["choice"] == search.choice
+    assert config["objective"] == search.objective == "seg_miou"
     assert config["study"] == "minivoc-tuned"
     assert config["backbone"]["overrides"]["depth"] == 4
     assert config["data"]["name"] == "minivoc"
@@ -144,6 +146,17 @@ def test_the_chosen_overlay_composes_to_the_best_trial(tmp_path: Path, undisturb
     best = search.best_trial
     assert best is not None
     assert settings_of(config, search.space, "segmenter_vit") == best.settings
+
+
+def test_a_report_shows_a_search_that_was_run(tmp_path: Path, undisturbed: Path) -> None:
+    runs = undisturbed.parents[1]
+    assert main(["report", str(runs), f"out={tmp_path / 'out'}"]) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert 'id="search-0"' in page
+    search = read_search(undisturbed)
+    for trial in search.trials:
+        assert f'aria-label="trial {trial.number}: {100 * (trial.value or 0):.1f}; lr ' in page
+    assert f"<dt>declared as</dt><dd>{search.choice}</dd>" in page
 
 
 def test_a_trial_that_fails_is_recorded_and_stops_nothing(

@@ -1,9 +1,11 @@
-"""``wsss report``: one page that opens anywhere and shows methods beside each other."""
+"""``wsss report``: one page that opens anywhere and shows methods, and searches, side by side."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from wsss.comparison.compare import CompareArguments, compare
+from wsss.comparison.entries import unfinished_runs
 from wsss.comparison.grids import FORMATS
 from wsss.core.arguments import check_folders, split_arguments
 from wsss.core.errors import WSSSError
@@ -30,16 +32,26 @@ def main(arguments: list[str]) -> int:
     out = Path(chosen.out)
     check_folders(paths)
     from wsss.comparison.page import PAGE, page_of
+    from wsss.comparison.searches import part_searches, read_searches, search_grids
     from wsss.comparison.tables import tables
     from wsss.core.lock import lock
 
-    comparisons = compare(paths, chosen)  # before anything is written
+    runs, folders = part_searches(paths)  # before anything is written
+    searches = read_searches(folders)
+    comparisons = compare(runs, chosen) if runs else []
+    others = [path for path in paths if path not in runs and path not in folders]
+    if left := unfinished_runs(others):
+        names = ", ".join(folder.name for folder in left)
+        print(f"left out, not finished ({len(left)}): {names}", file=sys.stderr)
     make_writable(out)
     grids = [grid for comparison in comparisons for grid in tables(comparison)]
+    grids += search_grids(searches) if searches else []
     with lock(out, "writing a report"):
         # tables first: they are made in no time, pictures in minutes
         for suffix in (".md", ".csv", ".tex"):
             write_atomically(out / f"table{suffix}", FORMATS[suffix](grids).encode())
-        write_atomically(out / PAGE, page_of(comparisons, gallery=chosen.gallery).encode())
+        write_atomically(
+            out / PAGE, page_of(comparisons, searches, gallery=chosen.gallery).encode()
+        )
     print(out / PAGE)
     return 0

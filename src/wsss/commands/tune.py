@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from wsss.comparison.grids import print_grids
-from wsss.comparison.searches import search_grids
+from wsss.comparison.searches import read_searches, search_grids
 from wsss.core.arguments import parse_arguments
 from wsss.core.errors import WSSSError
 from wsss.core.extras import import_optuna
 from wsss.core.failures import exit_status_of
 from wsss.core.ranges import Count, Seed
 from wsss.core.schema import plain
-from wsss.results.search import OVERLAY_FILE, read_search
+from wsss.results.search import OVERLAY_FILE
 from wsss.runs.line import (
     canonical,
     check_paths,
@@ -122,8 +122,7 @@ def _search(plan: "Plan") -> int:
     """Run one search and print what it found; where other processes still run trials, so far."""
     from wsss.training.search import run_search
 
-    folder = run_search(plan)
-    _print(folder)
+    _print([run_search(plan)])
     return 0
 
 
@@ -131,18 +130,18 @@ def _show(arguments: Sequence[str]) -> int:
     """Print searches that were run."""
     if not arguments:
         raise WSSSError("--show: no search is given; expected folders that hold search.json")
-    for argument in arguments:
-        _print(Path(argument))
+    _print([Path(argument) for argument in arguments])
     return 0
 
 
-def _print(folder: Path) -> None:
-    """Print one search, and where its overlay is."""
-    search = read_search(folder)
-    print_grids(search_grids(search), Console())
-    overlay = folder / OVERLAY_FILE
-    if search.status == "running":
-        left = search.planned - len(search.trials)
-        print(f"{left} of {search.planned} trials have not ended", file=sys.stderr)
-    elif overlay.is_file():
-        print(overlay)
+def _print(folders: Sequence[Path]) -> None:
+    """Print searches, and where their overlays are."""
+    searches = read_searches(list(dict.fromkeys(folders)))
+    print_grids(search_grids(searches), Console())
+    for folder, search in zip(dict.fromkeys(folders), searches.values(), strict=True):
+        overlay = folder / OVERLAY_FILE
+        if search.status == "running":
+            left = search.planned - len(search.trials)
+            print(f"{left} of {search.planned} trials have not ended", file=sys.stderr)
+        elif overlay.is_file():
+            print(overlay)

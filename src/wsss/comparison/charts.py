@@ -14,12 +14,16 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from wsss.core.failures import one_line
+
 WIDTH, HEIGHT = 320, 190  # of the frame, in pixels; labels come beside it
 NUM_COLOURS = 8
+LONGEST_TEXT = 100_000  # in characters
 DASHES = ([1, 0], [6, 3], [3, 2], [8, 2, 2, 2], [12, 3], [8, 2, 2, 2, 2, 2])
 SYMBOLS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "cross": "✚",
            "triangle-down": "▼"}  # fmt: skip
-INK, LINE = "var(--ink)", "var(--line)"
+INK, LINE, FAINT, PANEL = "var(--ink)", "var(--line)", "var(--faint)", "var(--panel)"
+CHOSEN = "var(--c1)"  # of what stands out among lines that are coloured by a number
 THEME = {
     "background": None,
     "view": {"stroke": None},
@@ -62,6 +66,36 @@ class Chart(NamedTuple):
     svg: Markup
 
 
+class Axis(NamedTuple):
+    """One of several parallel axes.
+
+    Attributes:
+        title: its name.
+        ticks: texts at places between its ends, 0 and 1.
+    """
+
+    title: str
+    ticks: Sequence[tuple[float, str]]
+
+
+class Strand(NamedTuple):
+    """A line through parallel axes.
+
+    Attributes:
+        places: where it meets each axis, 0 to 1.
+        text: shown beside the pointer.
+        level: from 0 to 1; the higher, the stronger its colour.
+        labels: texts at its places, where it stands out.
+        dashed: whether it is the one that all others are seen against.
+    """
+
+    places: Sequence[float]
+    text: str
+    level: float
+    labels: Sequence[str] = ()
+    dashed: bool = False
+
+
 def look_of(number: int) -> dict[str, Any]:
     """Give colour, dash pattern and symbol: of 48 numbers no two share colour and dash."""
     return {
@@ -81,6 +115,7 @@ def draw(
     zero: str = "xy",
     rows: int = 0,
     multiples: bool = False,
+    bands: bool = False,
 ) -> list[Chart]:
     """Draw points, their error bars and the lines between them.
 
@@ -93,6 +128,7 @@ def draw(
         zero: axes that begin at zero.
         rows: height of a row in pixels, where ``y`` is the name of one.
         multiples: give each name a frame and a y axis of its own.
+        bands: join the error bars of a line to a band.
 
     Returns:
         One chart; none where no point is finite.
@@ -115,8 +151,9 @@ def draw(
         "shape": looks["shape"],
         "size": {"field": "size", "type": "quantitative", "scale": None},
     }
+    bar = {"type": "area", "opacity": 0.15} if bands else {"type": "rule", "size": 2}
     layers = [
-        {"transform": [{"filter": "datum.high > datum.low"}], "mark": {"type": "rule", "size": 2},
+        {"transform": [{"filter": "datum.high > datum.low"}], "mark": bar,
          "encoding": {value: {"field": "low"}, f"{value}2": {"field": "high"}}},
         {"transform": [{"filter": "datum.line !== null"}],
          "mark": {"type": "line", "strokeWidth": 1.2 if multiples else 2},
@@ -136,7 +173,86 @@ def draw(
         resolve = {"scale": {"y": "independent"}, "axis": {"x": "independent"}}
         frame = {"facet": facet, "columns": 2, "spacing": 14, "resolve": resolve, "spec": frame}
     specification = {"data": {"values": records}, "config": THEME, **frame}
-    return [Chart(title, Markup(_svg(json.dumps(specification))))]
+    return [Chart(title, Markup(_svg(json.dumps(_printable(specification)))))]
+
+
+def draw_parallel(title: str, axes: Sequence[Axis], strands: Sequence[Strand]) -> list[Chart]:
+    """Draw lines through axes that lie below each other, each with its title at its left.
+
+    Args:
+        title: caption.
+        axes: from the top.
+        strands: in the order in which they are drawn, the last one above all.
+
+    Returns:
+        One chart; none without lines.
+    """
+    if not strands:
+        return []
+    place = {"field": "x", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1]}}
+    titles = [one_line(axis.title, 100) for axis in axes]
+    row = {"field": "axis", "type": "nominal", "title": None, "sort": None,
+           "scale": {"domain": list(range(len(axes))), "type": "point", "padding": 0.6},
+           "axis": {"labelExpr": f"{json.dumps(titles)}[datum.value]", "grid": True,
+                    "domain": False, "ticks": False}}  # fmt: skip
+    lines = [
+        {"axis": number, "x": x, "strand": index, "text": strand.text, "colour": _shade(strand),
+         "dash": [4, 3] if strand.dashed else [1, 0], "size": 3 if strand.labels else 1.4}
+        for index, strand in enumerate(strands)
+        for number, x in enumerate(strand.places)
+    ]  # fmt: skip
+    ends = [
+        {"axis": number, "x": x, "text": text, "align": _aligned(x)}
+        for number, axis in enumerate(axes)
+        for x, text in axis.ticks
+    ]
+    dots = [
+        {"axis": number, "x": x, "text": text, "align": _aligned(x)}
+        for strand in strands
+        for number, (x, text) in enumerate(zip(strand.places, strand.labels, strict=False))
+    ]
+    raw = {"type": "nominal", "scale": None}
+    layers = [
+        {"data": {"values": lines}, "mark": {"type": "line"},
+         "encoding": {"detail": {"field": "strand"},
+                      "color": {"field": "colour", **raw}, "strokeDash": {"field": "dash", **raw},
+                      "strokeWidth": {"field": "size", **raw},
+                      "description": {"field": "text"}}},
+        *_texts(ends, dy=11, fill=FAINT),
+        {"data": {"values": dots}, "mark": {"type": "point", "filled": True, "size": 60,
+                                            "color": CHOSEN}},
+        *_texts(dots, dy=-10, fill=INK, fontWeight="bold"),
+    ]  # fmt: skip
+    specification = {
+        "config": THEME,
+        "width": WIDTH,
+        "height": {"step": 44},
+        "encoding": {"x": place, "y": row},
+        "layer": layers,
+    }
+    return [Chart(title, Markup(_svg(json.dumps(_printable(specification)))))]
+
+
+def _texts(values: Sequence[Mapping[str, Any]], **look: Any) -> list[dict[str, Any]]:
+    """Draw texts, readable where a line crosses them."""
+    mark = {"type": "text", "align": {"expr": "datum.align"}, "limit": 90, "fontSize": 11, **look}
+    around = {**mark, "fill": PANEL, "stroke": PANEL, "strokeWidth": 4, "aria": False}
+    encoding = {"text": {"field": "text"}}
+    return [
+        {"data": {"values": values}, "mark": each, "encoding": encoding} for each in (around, mark)
+    ]
+
+
+def _shade(strand: Strand) -> str:
+    """Give the colour of a line: one of five steps, or that of what stands out."""
+    if strand.labels:
+        return CHOSEN
+    return INK if strand.dashed else f"var(--v{min(int(5 * strand.level), 4)})"
+
+
+def _aligned(x: float) -> str:
+    """Say how a text is set that begins, ends or has its middle at a place of an axis."""
+    return "left" if x < 0.1 else "right" if x > 0.9 else "center"
 
 
 def _finite(value: float | str) -> bool:
@@ -163,10 +279,13 @@ def _axis(
     ticks: int,
 ) -> dict[str, Any]:
     """Encode an axis of numbers, or of names in the order in which they come."""
+    values = [record[key] for record in records]
+    if all(isinstance(value, int) for value in values):  # no half ones
+        ticks = max(1, min(ticks, max(values) - min(values)))
     axis = {"tickCount": ticks, "labelAngle": 0, "grid": True}
     found: dict[str, Any] = {"field": key, "title": title or None, "axis": axis}
-    if isinstance(records[0][key], str):
-        names = list(dict.fromkeys(record[key] for record in records))
+    if isinstance(values[0], str):
+        names = list(dict.fromkeys(values))
         return found | {"type": "nominal", "sort": names}
     scale = {"zero": zero, "padding": padding} if padding else {"zero": zero, "nice": True}
     return found | {"type": "quantitative", "scale": scale}
@@ -177,6 +296,15 @@ def _scale(key: str, names: Sequence[str]) -> dict[str, Any]:
     looks = [look_of(number)[key] for number in range(len(names))]
     scale = {"domain": list(names), "range": looks}
     return {"field": "name", "type": "nominal", "scale": scale, "legend": None}
+
+
+def _printable(node: Any) -> Any:
+    """Write out in every text what is no character of an SVG, which the renderer dies of."""
+    if isinstance(node, Mapping):
+        return {key: _printable(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_printable(value) for value in node]
+    return one_line(node, LONGEST_TEXT) if isinstance(node, str) else node
 
 
 @lru_cache(maxsize=64)  # a page is often drawn again with most of its charts unchanged

@@ -13,7 +13,7 @@ from wsss.comparison.entries import MIOUS, Entry, load, unfinished_runs
 from wsss.comparison.protocols import MEASURING, TRAINING, differing_fields
 from wsss.core.errors import WSSSError
 from wsss.core.schema import check_value
-from wsss.results.store import CELLS_FILE, ROWS
+from wsss.results.store import CELLS_FILE, ROWS, look_up
 
 Resamples = Annotated[int, Ge(1), Le(10**6)]
 
@@ -250,6 +250,20 @@ def _pretraining(groups: Mapping[str, Sequence[Entry]]) -> dict[str, list[str]]:
     return found
 
 
+def _objectives(groups: Mapping[str, Sequence[Entry]]) -> dict[str, list[str]]:
+    """Give the groups whose settings `wsss tune` chose, by the number that it maximised.
+
+    It is no part of how settings were chosen that must be equal: a segmenter has another one than
+    a method of maps.
+    """
+    found: dict[str, list[str]] = {}
+    for name, members in groups.items():
+        tuned = [e for e in members if str(e.card["choice"]).startswith("tuned")]
+        for said in dict.fromkeys(look_up(e.results, ("config", "objective")) for e in tuned):
+            found.setdefault(str(said or "a number that is not stated"), []).append(name)
+    return found
+
+
 def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> list[str]:
     """Write what a reader of the numbers has to know."""
     notes = []
@@ -269,6 +283,10 @@ def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> l
         )
     notes += [
         f"pretraining: {said}: {', '.join(names)}" for said, names in _pretraining(groups).items()
+    ]
+    notes += [
+        f"settings tuned for {number}: {', '.join(names)}"
+        for number, names in _objectives(groups).items()
     ]
     thresholds = {
         name: sorted({e.metrics["seed_threshold"] for e in es if "seed_threshold" in e.metrics})

@@ -16,7 +16,7 @@ from wsss.core.files import first_line
 from wsss.core.pretraining import stated_pretraining
 from wsss.core.supervision import supervision_on
 from wsss.evaluation.per_image import mean_iou, per_image_counts
-from wsss.results.search import SEARCHES
+from wsss.results.search import SEARCH_FILE, SEARCHES
 from wsss.results.store import (
     CELLS_FILE,
     CONFIG_FILE,
@@ -201,12 +201,24 @@ def unfinished_runs(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         files = [*path.rglob(CONFIG_FILE), *path.rglob(RESULTS_FILE)]
         for folder in sorted({file.parent for file in files}):
-            if SEARCHES in folder.relative_to(path).parts:
+            if _is_trial(folder, path):
                 continue
             inside = any((above / CONFIG_FILE).is_file() for above in folder.parents)
             if not inside and not is_finished(folder):
                 found.append(folder)
     return list(dict.fromkeys(found))
+
+
+def _is_trial(folder: Path, given: Path) -> bool:
+    """Say whether a folder is of a search that lies below the given one.
+
+    A search that has no record yet is known by where it lies.
+    """
+    above = [each for each in folder.parents if each.is_relative_to(given)]
+    return any(
+        each.name == SEARCHES or (each != given and (each / SEARCH_FILE).is_file())
+        for each in above
+    )
 
 
 def is_finished(folder: Path) -> bool:
@@ -219,6 +231,21 @@ def is_finished(folder: Path) -> bool:
     if not path.is_file():
         return False
     return not str(read_results(path).get("status")).startswith("unfinished")
+
+
+def finished_below(folder: Path) -> list[Path]:
+    """Find the finished runs below a folder, but no other evaluations of one and no trials.
+
+    Raises:
+        WSSSError: results are damaged.
+    """
+    return sorted(
+        file.parent
+        for file in folder.rglob(RESULTS_FILE)
+        if "eval" not in file.relative_to(folder).parts
+        and not _is_trial(file.parent, folder)
+        and is_finished(file.parent)
+    )
 
 
 def find_results(paths: Iterable[Path]) -> list[Path]:
@@ -237,12 +264,7 @@ def find_results(paths: Iterable[Path]) -> list[Path]:
         if (folder / RESULTS_FILE).is_file():
             found += [folder] if is_finished(folder) else []
             continue
-        below = sorted(
-            file.parent
-            for file in folder.rglob(RESULTS_FILE)
-            if not {"eval", SEARCHES} & {*file.relative_to(folder).parts}
-            and is_finished(file.parent)
-        )
+        below = finished_below(folder)
         if not below and not unfinished_runs([folder]):
             raise WSSSError(f"{path}: no {RESULTS_FILE} there or below; train or `wsss eval` first")
         found += below

@@ -16,8 +16,10 @@ from wsss.comparison.grids import Grid
 from wsss.comparison.headline import headline_of
 from wsss.comparison.panels import gallery_of
 from wsss.comparison.render import render
+from wsss.comparison.search_page import searches_part
 from wsss.comparison.tables import EVALUATION, heading_of, tables
 from wsss.evaluation.ledger import past_readings
+from wsss.results.search import Search
 from wsss.results.store import MAP_NAMES, look_up
 
 PAGE = "index.html"
@@ -55,14 +57,16 @@ class Part:
     grids: Sequence[Grid] = ()
 
 
-def page_of(comparisons: Sequence[Comparison], *, gallery: int) -> str:
+def page_of(
+    comparisons: Sequence[Comparison], searches: Mapping[str, Search], *, gallery: int
+) -> str:
     """Write the whole page as HTML.
 
     Args:
         comparisons: one a supervision.
+        searches: for settings, by name.
         gallery: images of each kind (best, median, worst, largest disagreement); 0: no pictures.
     """
-    first = comparisons[0].entries[0]
     sections = [_section(c, f"s{k}", gallery) for k, c in enumerate(comparisons)]
     contents = []
     for section in sections:
@@ -71,14 +75,30 @@ def page_of(comparisons: Sequence[Comparison], *, gallery: int) -> str:
         contents += [(part.id, part.title) for part in section["parts"]]
         contents += [(f"{section['id']}-gallery", "The same images")] if section["gallery"] else []
         contents.append((f"{section['id']}-protocols", "Protocols"))
+    entries = [entry for c in comparisons for entry in c.entries]
+    tuned = searches_part(searches, entries) if searches else None
+    if tuned is not None:
+        contents.append(("searches", "Searches"))
+        contents += [(search.id, f"Search: {search.name}") for search in tuned.searches]
     return render(
         "report.html",
-        title=f"{first.results['data']} {first.split}",
+        title=_title(comparisons, searches),
         made=f"wsss report, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         contents=contents,
         sections=sections,
+        tuned=tuned,
+        looks=legend(searches),
         pictures=any(section["gallery"] and section["gallery"].tables for section in sections),
     )
+
+
+def _title(comparisons: Sequence[Comparison], searches: Mapping[str, Search]) -> str:
+    """Name what the runs, or else the searches, were judged on."""
+    if comparisons:
+        first = comparisons[0].entries[0]
+        return f"{first.results['data']} {first.split}"
+    data = dict.fromkeys(search.data for search in searches.values())
+    return f"Searches for settings: {', '.join(data)}"
 
 
 def _section(c: Comparison, name: str, gallery: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 #: share of the best trials that a key's importance is about: with 16 trials, the best four
 BEST_SHARE = 0.25
+EACH = 64  # trials up to which the expected best of every number is given
 
 
 def best_so_far(search: Search) -> list[tuple[int, float]]:
@@ -47,16 +48,16 @@ def expected_best(values: Sequence[float], trials: int) -> float:
     Raises:
         ValueError: there is no value, or ``trials`` is below one.
     """
-    return float(_expected(np.asarray(values, float)[None], trials)[0])
+    return float(_expected(np.sort(np.asarray(values, float)[None]), trials)[0])
 
 
-def _expected(values: NDArray[np.float64], trials: int) -> NDArray[np.float64]:
-    """Give the expected best of each row of (R, N) values."""
-    number = values.shape[1]
+def _expected(ascending: NDArray[np.float64], trials: int) -> NDArray[np.float64]:
+    """Give the expected best of each row of (R, N) values, which ascend."""
+    number = ascending.shape[1]
     if number < 1 or trials < 1:
         raise ValueError(f"expected values and trials, got {number} and {trials}")
     steps = (np.arange(number + 1) / number) ** trials
-    expected: NDArray[np.float64] = np.sort(values, axis=1) @ np.diff(steps)
+    expected: NDArray[np.float64] = ascending @ np.diff(steps)
     return expected
 
 
@@ -82,6 +83,8 @@ def expected_bests(
 ) -> list[Expected]:
     """Give the expected best of 1 to N trials with intervals: trials are drawn with replacement.
 
+    Of a long search not every number is given, but those up to ``EACH``, and N.
+
     Args:
         values: N of all finished trials.
         resamples: draws of the bootstrap.
@@ -91,8 +94,11 @@ def expected_bests(
     if not len(known):
         return []
     drawn = np.random.default_rng(seed).choice(known, size=(resamples, len(known)))
+    drawn.sort(axis=1)
+    step = -(-len(known) // EACH)
+    numbers = {*range(1, min(EACH, len(known)) + 1), *range(EACH, len(known), step), len(known)}
     found = []
-    for trials in range(1, len(known) + 1):
+    for trials in sorted(numbers):
         low, high = np.percentile(_expected(drawn, trials), (2.5, 97.5))
         found.append(Expected(trials, expected_best(values, trials), float(low), float(high)))
     return found
@@ -181,4 +187,4 @@ def _position(choice: Range, value: Setting) -> float:
     low, high, at = choice.low, choice.high, float(value)
     if choice.log:
         low, high, at = math.log(low), math.log(high), math.log(at)
-    return (at - low) / (high - low)
+    return (at - low) / (high - low) if low < high else 0.0  # ends may have one logarithm

@@ -33,14 +33,17 @@ class Range(Record):
     choices: Annotated[list[Setting], MaxLen(100)] | None = None
 
     def contains(self, value: object) -> bool:
-        """Say whether a value is one of these; of a range that it is a number between its ends."""
+        """Say whether a value is one of these; of a range that it is a number between its ends.
+
+        Of whole numbers it is one.
+        """
         if self.choices is not None:
             return value in self.choices
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
         assert self.low is not None
         assert self.high is not None
-        return self.low <= value <= self.high
+        return self.low <= value <= self.high and not (self.whole and value % 1)
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> Self:
@@ -52,6 +55,8 @@ class Range(Record):
                 raise ValueError(f"low={self.low} is not below high={self.high}")
             if self.log and self.low <= 0:
                 raise ValueError(f"low={self.low} on a log scale")
+            if self.whole and not (self.low.is_integer() and self.high.is_integer()):
+                raise ValueError(f"{self.low} to {self.high} are no ends of whole numbers")
         return self
 
 
@@ -94,8 +99,8 @@ class Search(Record):
     seed: Size
     searcher: Text
     overrides: Annotated[list[Text], MaxLen(1000)]
-    space: dict[str, Range]
-    trials: Annotated[list[Trial], MaxLen(100_000)]
+    space: Annotated[dict[str, Range], MaxLen(100)]
+    trials: Annotated[list[Trial], MaxLen(10_000)]  # a bootstrap holds 2000 times as many numbers
     best: Size | None = None
     choice: Text | None = None
 

@@ -43,10 +43,11 @@ def overlay(
             replaced.append({f"override /{key}": value})
         elif is_setting(override) and key not in settings:
             fixed[key] = OmegaConf.select(OmegaConf.create(dict(config)), key)
-        elif key.partition(".")[0] not in PLACES and key != "data.root":
+        elif key.partition(".")[0] not in PLACES and key not in ("data.root", "objective"):
             others.append(override)
     study = config["study"] if config["study"] != "default" else config["data"]["name"]
-    node = OmegaConf.create({"study": f"{study}-tuned", "choice": choice})
+    said = {"study": f"{study}-tuned", "choice": choice, "objective": config["objective"]}
+    node = OmegaConf.create(said)
     for key, value in {**fixed, **settings}.items():
         OmegaConf.update(node, key, value, force_add=True)
     defaults = {"defaults": [*bases, "_self_", *replaced]}

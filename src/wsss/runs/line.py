@@ -94,6 +94,9 @@ def check_paths(content: Mapping[str, Any]) -> None:
         WSSSError: it names the key.
     """
     data, weights = content["data"], content["backbone"].get("weights")
+    maps = content.get("maps")
+    if maps and not Path(maps["run"]).exists():
+        raise WSSSError(f"maps.run={maps['run']}: no such run folder or checkpoint")
     if data["_target_"].startswith("wsss.") and data["root"] != "builtin":
         root = Path(data["root"]).expanduser()
         if not root.is_dir():

@@ -51,13 +51,18 @@ class Entry:
         folder: where its results lie.
         results: the whole of ``results.json``.
         split: name of the split.
-        group: what it is compared as.
+        levels: what it is compared as, one a key of ``by``.
     """
 
     folder: Path
     results: Mapping[str, Any]
     split: str
-    group: str
+    levels: tuple[str, ...]
+
+    @property
+    def group(self) -> str:
+        """What it is compared as, in one text."""
+        return ", ".join(self.levels)
 
     @property
     def metrics(self) -> Mapping[str, Any]:
@@ -272,7 +277,7 @@ def load(paths: Iterable[Path], *, by: str, split: str | None) -> list[Entry]:
         if split not in results["splits"]:
             raise WSSSError(f"{folder}: has no split {split}, only {', '.join(results['splits'])}")
     entries = [
-        Entry(folder, results, split, _group(results, folder, by))
+        Entry(folder, results, split, _levels(results, folder, by))
         for folder, results in read.items()
     ]
     for entry in entries:
@@ -289,8 +294,8 @@ def _read(folder: Path) -> dict[str, Any]:
     return results | {"config": with_current_targets(results.get("config", {}))}
 
 
-def _group(results: Mapping[str, Any], folder: Path, by: str) -> str:
-    return ", ".join(_named(results, folder, key) for key in by.split(","))
+def _levels(results: Mapping[str, Any], folder: Path, by: str) -> tuple[str, ...]:
+    return tuple(_named(results, folder, key) for key in by.split(","))
 
 
 def _named(results: Mapping[str, Any], folder: Path, key: str) -> str:

@@ -50,7 +50,6 @@ def with_labels(config: Mapping[str, Any], device: torch.device) -> dict[str, An
         protocol = refined_protocol(run.protocol, chosen)
         labels = write_pseudo_labels(replace(run, protocol=protocol), walk=walk, maps=cache)
     said = {
-        "random_walk": config["maps"].get("random_walk") if walk else None,
         "name": run.home.name,
         "study": run.config["study"],
         "method": run.module.title,

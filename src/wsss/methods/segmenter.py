@@ -9,15 +9,14 @@ Paper: Chen, Papandreou, Kokkinos, Murphy, Yuille, "DeepLab" (TPAMI 2018), and "
 Convolution" (2017) for ``head="v3"``. Settings after kazuto1011/deeplab-pytorch, as tkp_pcl.md
 section 3 gives them: SGD, poly, rates 6/12/18/24, head ten times the rate, cross-entropy at three
 scales and their maximum. The decoders and losses of ToCo and GETAM stand beside them (``head``,
-``loss``, ``reg_weight``), so that a study can recombine parts (docs/factorial.md).
+``loss``, ``reg_weight``), so that a study can recombine parts (docs/factorial.md). The balanced
+cross-entropy replaces the plain one at every scale; the energy is of the first scale's prediction.
 
 Departures:
     * The ResNet is torchvision's (its stride lies in the 3 x 3 convolutions), dilated to stride 8.
     * Logits are resized to the labels; the cited code resizes the labels to the logits.
     * The encoder may also be the shared ViT, which gives every data set a start that is at hand.
     * COCO-pretrained segmentation weights are possible and recorded as pixel supervision.
-    * The balanced cross-entropy takes the place of the plain one at every scale; the energy is of
-      the first scale's prediction.
 """
 
 from dataclasses import dataclass

@@ -48,6 +48,7 @@ def train(config: Mapping[str, Any] | Sequence[str]) -> Path:
         WSSSError: bad configuration or data, before anything is written.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with a checkpoint that resumes.
     """
+    _silence_libraries()
     settings = checked_config(config) if isinstance(config, Mapping) else compose_run(list(config))
     settings = with_labels(settings, _device(settings))
     folder, finished = _train_run(settings)
@@ -69,7 +70,6 @@ def _train_run(config: dict[str, Any]) -> tuple[Path, bool]:
     Returns:
         Its folder, and whether it is finished: a limited run has no scores.
     """
-    _silence_libraries()
     config = with_start(config)
     if folder := finished_folder(config):
         return folder, True

@@ -13,6 +13,7 @@ from wsss.comparison.bootstrap import Draws
 from wsss.comparison.compare import CompareArguments, Comparison, compare
 from wsss.comparison.factors import Factors, factors_of, means, shares
 from wsss.comparison.tables import tables
+from wsss.core.errors import WSSSError
 
 KEYS = ["a", "b", "c"]
 DESIGN = list(itertools.product(["a0", "a1"], ["b0", "b1", "b2"], ["c0", "c1"]))
@@ -129,6 +130,11 @@ def test_a_missing_cell_is_named_and_nothing_shared(study: Path) -> None:
         for note in found.notes
     )
     assert not any("share of the variance" in grid.title for grid in tables(found))
+
+
+def test_a_group_has_the_maps_of_one_method(study: Path) -> None:
+    with pytest.raises(WSSSError, match=r"mixes settings .*: maps\.method differs; use by=maps\.m"):
+        compare([study], CompareArguments(by="method.head,method.loss"))
 
 
 def test_report_has_a_part_on_factors(

@@ -39,6 +39,8 @@ MIOUS = {
 }
 #: thresholds belong to a method, as its losses do: they differ between groups, never within one
 THRESHOLDS = ("cam_threshold", "cam_high", "cam_low")
+#: what one group's labels are made from; their runs may differ in seed, as those of the group
+OF_MAPS = ("method", "refine", "crf")
 ROUNDING = 1e-6  # by which a number may differ from the same number of another sum
 NOT_DECLARED = "not declared"  # how settings were chosen
 
@@ -326,6 +328,8 @@ def _check_groups(entries: Sequence[Entry], by: str) -> None:
             entry.results.get("config", {}).get("method", {}),
         )
         changed = [f"method.{key}" for key in changed]
+        theirs = [each.results.get("config", {}).get("maps") or {} for each in (first, entry)]
+        changed += [f"maps.{key}" for key in OF_MAPS if theirs[0].get(key) != theirs[1].get(key)]
         changed += [
             f"eval.{key}" for key in THRESHOLDS if first.card.get(key) != entry.card.get(key)
         ]

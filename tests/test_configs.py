@@ -32,7 +32,11 @@ DATA = sorted(path.stem for path in (ROOT / "conf" / "data").glob("*.yaml"))
 # a value for what a user must give, and no download
 GIVEN = ["data.root=unset", "backbone.weights=random"]
 # what a method must be given besides
-NEEDS = {"weclip": ["method.text=random"], "clip_cam": ["method.text=random"]}
+NEEDS = {
+    "weclip": ["method.text=random"],
+    "clip_cam": ["method.text=random"],
+    "factorial": ["maps.run=unset"],
+}
 # the same on the small encoder, which has fewer blocks than they read
 ON_PICO = {
     "weclip": [*NEEDS["weclip"], "method.static_layers=3", "method.rfm_layers=3"],
@@ -41,7 +45,10 @@ ON_PICO = {
 # a table names its classes itself, where there is one
 CLASSES = {"table": ["data.class_names=[apple,leaf,sky]"]}
 # a study of a method under another name; what all methods share goes with the default one
-STUDIES = {"vit_pcm": "tkp_pcl", "minivoc": "toco", "leagues": "toco", "few_shot": "segmenter"}
+STUDIES = {
+    **{"vit_pcm": "tkp_pcl", "minivoc": "toco", "leagues": "toco"},
+    **dict.fromkeys(("few_shot", "factorial"), "segmenter"),
+}
 SWEEPS = [
     name
     for name in EXPERIMENTS
@@ -49,10 +56,14 @@ SWEEPS = [
 ]
 
 
+def needs(experiment: str) -> list[str]:
+    return NEEDS.get(experiment.split("/")[0], [])
+
+
 @pytest.mark.parametrize("experiment", sorted({*EXPERIMENTS} - {*LEAGUES}))
 def test_experiments_compose_and_build(experiment: str) -> None:
     folder = experiment.split("/")[0]
-    given = [*GIVEN, *NEEDS.get(folder, [])]
+    given = [*GIVEN, *needs(experiment)]
     config = plain(compose_config([f"+experiments={experiment}", *given]))
     if config["data"]["name"] == "table":
         assert config["data"]["long_side"] == config["eval"]["resize_long"]
@@ -68,8 +79,8 @@ def test_experiments_compose_and_build(experiment: str) -> None:
 @pytest.mark.parametrize("experiment", SWEEPS)
 def test_every_job_of_an_ablation_composes_and_builds(experiment: str) -> None:
     swept = "method.text:" in (ROOT / "experiments" / f"{experiment}.yaml").read_text()
-    needs = [] if swept else NEEDS.get(experiment.split("/")[0], [])
-    every = sweep_jobs([f"+experiments={experiment}", *GIVEN, *needs])
+    given = [] if swept else needs(experiment)
+    every = sweep_jobs([f"+experiments={experiment}", *GIVEN, *given])
     jobs = [job for job in every.samples if "seed=0" in job]  # the others differ in that alone
     assert every.count == len(every.samples) == 3 * len(jobs)
     configs = [plain(compose_config(job)) for job in jobs]
@@ -93,6 +104,17 @@ def test_the_demo_trains_every_method_briefly_in_one_study() -> None:
     assert names == {"ToCo", "ClusterCAM", "TKPPCL", "GETAM"}
     assert {config["study"] for config in configs} == {"demo"}
     assert {config["budget"]["max_steps"] for config in configs} == {150}
+
+
+def test_a_factorial_study_crosses_parts() -> None:
+    every = sweep_jobs(["+experiments=factorial/minivoc", "maps.run=A,B"])
+    configs = [plain(compose_config(job)) for job in every.samples[::7]]
+    assert every.count == len({tuple(sorted(job)) for job in every.samples}) == 2 * 4 * 3 * 2
+    assert {config["study"] for config in configs} == {"factorial-minivoc"}
+    assert {config["maps"]["run"] for config in configs} == {"A", "B"}
+    assert len({config_hash(config) for config in configs}) == len(configs)
+    for config in configs[:3]:
+        build_module(config, 8)
 
 
 def test_a_study_with_saliency_does_not_run_without() -> None:
@@ -138,7 +160,7 @@ def test_overlays_of_minivoc_are_evaluated_alike() -> None:
     keys = {*MEASURING["seg_miou_ms_crf"], *MEASURING["seg_miou"], "refine", "use_image_labels"}
     overlays = [name for name in EXPERIMENTS if name.endswith("/minivoc")]
     declared = [
-        asdict(Protocol(**plain(compose_config([f"+experiments={name}"]))["eval"]))
+        asdict(Protocol(**plain(compose_config([f"+experiments={name}", *needs(name)]))["eval"]))
         for name in overlays
     ]
     assert len(overlays) > 5

@@ -25,6 +25,15 @@ def test_every_key_of_a_run_has_a_meaning(method: str) -> None:
     assert len({key.name for key in keys}) == len(keys)
 
 
+def test_a_group_of_groups_is_listed_key_by_key() -> None:
+    keys = keys_of_run(compose_open(["+experiments=factorial/minivoc", "maps.run=x"]))
+    found = {key.name: key.value for key in keys if key.name.startswith("maps")}
+    assert found["maps.run"] == "x"
+    assert found["maps.random_walk.method.radius"] == "5"
+    assert not {"maps", "maps.random_walk"} & found.keys()
+    assert {key.name for key in keys if not key.meaning} == set()
+
+
 @pytest.mark.parametrize("verb", ARGUMENTS)
 def test_every_argument_of_a_verb_has_a_meaning(verb: str) -> None:
     cls = declared(ARGUMENTS[verb][0])

@@ -5,6 +5,8 @@ import fcntl
 import multiprocessing
 import os
 import re
+import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,26 @@ def test_the_other_process_and_its_work_are_named(tmp_path: Path) -> None:
         other.join()
     with lock(tmp_path):
         assert (tmp_path / LOCK_FILE).is_file()
+
+
+def test_a_patient_process_waits_its_turn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready = FORK.Event()
+    other = FORK.Process(target=_hold, args=(tmp_path, "making labels", ready))
+    other.start()
+    assert ready.wait(60)
+    killer = threading.Timer(1, other.kill)
+    killer.start()
+    try:
+        with lock(tmp_path, patient=True):
+            assert killer.finished.is_set(), "while the other had it"
+    finally:
+        other.kill()
+        other.join()
+    found = capsys.readouterr().out.splitlines()
+    holder = f"{socket.gethostname()} {other.pid}"
+    assert found == [f"waiting for another process ({holder}): making labels"]
 
 
 def test_a_process_is_not_in_its_own_way_and_leaves_nothing(tmp_path: Path) -> None:

@@ -35,6 +35,10 @@ def test_image_and_mask_are_cut_alike() -> None:
             real = (target != 255).numpy()
             wanted = colours[target.numpy()[real]]
             close.append((np.abs(pixels[real] - wanted) <= 128).all(-1))
+            r0, r1, c0, c1 = sample["box"].tolist()
+            inside = np.zeros_like(real)
+            inside[r0:r1, c0:c1] = True
+            assert np.array_equal(inside, real), "the box holds the real pixels"
             padded = (target == 255).numpy()
             assert padded.any() == (side == 90)
             assert np.abs(sample["image"].numpy()[:, padded]).sum() == 0

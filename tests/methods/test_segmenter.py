@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from wsss.core.errors import WSSSError
 from wsss.core.supervision import PIXEL_MASKS
 from wsss.evaluation.protocol import Protocol
+from wsss.methods.losses import balanced_segmentation_loss, imagenet_energy_loss
 from wsss.methods.segmenter import Segmenter, SegmenterSettings, masked_cross_entropy
 from wsss.models.backbone import Backbone
 from wsss.models.conv_backbone import ConvBackbone
@@ -93,7 +94,7 @@ def test_settings_that_train_nothing_are_refused() -> None:
         light(head="v4")
 
 
-@pytest.mark.parametrize("head", ["v2", "v3"])
+@pytest.mark.parametrize("head", ["v2", "v3", "largefov"])
 def test_a_light_encoder_learns_and_gives_what_an_evaluator_asks(head: str) -> None:
     module = light(head=head, freeze_batch_norm=False, optimiser="adamw", lr=1e-3, rates=(1, 2))
     optimizer = module.optimizer(module.param_groups())
@@ -122,6 +123,56 @@ def test_a_light_encoder_learns_and_gives_what_an_evaluator_asks(head: str) -> N
     # an image shows a class where some pixel prefers it to the background
     wins = (outputs.seg_logits[:, 1:] > outputs.seg_logits[:, :1]).flatten(2).any(2)
     assert torch.equal(outputs.class_logits > 0, wins)
+
+
+def deep() -> Backbone:
+    """Four blocks, which a DPT needs."""
+    overrides = {"embed_dim": 24, "depth": 4, "num_heads": 3, "img_size": 32, "patch_size": 8}
+    return Backbone(name="vit_tiny_patch16_224", weights="random", overrides=overrides)
+
+
+def test_dpt_reads_four_blocks_of_a_vit() -> None:
+    torch.manual_seed(0)
+    module = light(backbone=deep(), head="dpt", channels=8, loss_scales=(1.0,))
+    outputs = module(torch.randn(2, 3, 32, 48))
+    assert outputs.seg_logits is not None
+    assert outputs.seg_logits.shape == (2, 4, 32, 48), "DPT's logits are as large as the image"
+    module.losses(make_batch(32), 0).total.backward()
+    assert module.head.taps == {1: 0, 2: 1, 3: 2, 4: 3}
+    still = [name for name, p in module.named_parameters() if p.grad is None or not p.grad.any()]
+    assert {name.split(".")[0] for name in still} <= {"backbone"}, still
+    groups = {group["name"]: group["params"] for group in module.param_groups()}
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    assert sum(map(len, groups.values())) == len(parameters)
+
+
+def test_dpt_on_a_convolutional_encoder_is_refused() -> None:
+    with pytest.raises(WSSSError, match=r"method\.head=dpt reads four blocks of a ViT"):
+        light(head="dpt")
+
+
+def test_channels_and_dilation_are_those_of_largefov() -> None:
+    head = light(backbone=pico(), head="largefov", channels=16, dilation=2).head
+    assert (head.conv6.out_channels, head.conv6.dilation) == (16, (2, 2))
+    assert light(backbone=pico(), head="largefov").head.conv7.out_channels == 512
+    assert light(backbone=deep(), head="dpt").head.decoder.squeeze.body[0].out_channels == 256
+
+
+def test_balanced_loss_and_energy_are_tocos() -> None:
+    batch = make_batch(32) | {"box": torch.tensor([[0, 32, 0, 32], [4, 32, 0, 20]])}
+    chosen = {"loss": "balanced", "loss_scales": (1.0, 0.5), "reg_weight": 1e5}
+    step = light(backbone=pico(), **chosen).losses(batch, 0)
+    assert list(step.losses) == ["seg_1_loss", "seg_0.5_loss", "seg_max_loss", "reg_loss"]
+    small = step.outputs.seg_logits
+    assert small is not None
+    full = F.interpolate(small, (32, 32), mode="bilinear")
+    expected = balanced_segmentation_loss(full, batch["target"])
+    torch.testing.assert_close(step.losses["seg_1_loss"], expected)
+    energy = imagenet_energy_loss(batch["image"], full, batch["target"], batch["box"], "lattice")
+    torch.testing.assert_close(step.losses["reg_loss"], energy)
+    assert energy < -1e-6
+    terms = torch.stack(list(step.losses.values()))
+    torch.testing.assert_close(step.total, terms[:3].sum() + 1e5 * terms[3])
 
 
 def test_frozen_batch_norms_stay_as_they_are() -> None:

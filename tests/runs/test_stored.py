@@ -85,6 +85,7 @@ EVIL: list[tuple[str, Any]] = [
     ("hydra", {"_target_": "logging.FileHandler", "filename": "owned"}),
     ("second_stage", {"method": {"_target_": "timeit.Timer", "stmt": TOUCH}}),
     ("second_stage", {"data": {"train_transform": {"_target_": "timeit.Timer"}}}),
+    ("maps", {"run": "x", "random_walk": {"method": {"_target_": "timeit.Timer", "stmt": TOUCH}}}),
     ("callbacks", {"a": {"_target_": "logging.FileHandler", "filename": "owned"}}),
     ("callbacks", {"a": {"_target_": "lightning.pytorch.callbacks.LambdaCallback"}}),
     ("callbacks.a.b", {"_target_": "io.FileIO", "file": "owned", "mode": "w"}),

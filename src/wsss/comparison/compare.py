@@ -10,11 +10,13 @@ from annotated_types import Ge, Le
 
 from wsss.comparison.bootstrap import Draws, draw
 from wsss.comparison.entries import MIOUS, Entry, load, unfinished_runs
+from wsss.comparison.factors import Factors, factors_of
 from wsss.comparison.protocols import MEASURING, TRAINING, differing_fields
 from wsss.core.errors import WSSSError
 from wsss.core.schema import check_value
 from wsss.results.store import CELLS_FILE, ROWS, look_up
 
+MANY = 12  # groups, beyond which all of them are not listed by name, nor as columns
 Resamples = Annotated[int, Ge(1), Le(10**6)]
 
 
@@ -62,6 +64,7 @@ class Comparison:
         draws: metric -> bootstrap; empty where runs are not ranked.
         baseline: group that differences are taken to, or None for the best.
         notes: what a reader has to know.
+        factors: the design, where ``by`` names several keys that vary.
     """
 
     supervision: str
@@ -71,6 +74,7 @@ class Comparison:
     draws: dict[str, Draws]
     baseline: str | None
     notes: list[str]
+    factors: Factors | None = None
 
     @property
     def entries(self) -> list[Entry]:
@@ -163,6 +167,12 @@ def _compare_alike(supervision: str, entries: list[Entry], chosen: CompareArgume
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.group, []).append(entry)
+    factors = factors_of(
+        [key.rpartition(".")[2] for key in chosen.by.split(",")],
+        {name: members[0].levels for name, members in groups.items()},
+    )
+    if factors and not factors.missing:
+        groups = {name: groups[name] for name in factors.ordered}
     different = differing_fields(entries, metrics)
     forbidden = [name for name in different if name not in chosen.allow]
     if forbidden and not chosen.unranked:
@@ -182,9 +192,13 @@ def _compare_alike(supervision: str, entries: list[Entry], chosen: CompareArgume
     baseline = next((name for name in groups if _normalised_name(name) == wanted), None)
     draws = {} if chosen.unranked else _bootstrap(groups, metrics, chosen.resamples)
     notes = [f"differs: {name}: {_in_words(values)}" for name, values in different.items()]
-    return Comparison(
-        supervision, groups, metrics, primary, draws, baseline, notes + _notes(groups, chosen)
-    )
+    if factors and factors.missing:
+        notes.append(
+            f"no shares of variance: of {' x '.join(factors.levels)} {factors.missing} cells are "
+            f"missing, the first {', '.join(factors.first_missing)}"
+        )
+    notes += _notes(groups, chosen)
+    return Comparison(supervision, groups, metrics, primary, draws, baseline, notes, factors)
 
 
 def _normalised_name(name: str) -> str:
@@ -264,12 +278,19 @@ def _objectives(groups: Mapping[str, Sequence[Entry]]) -> dict[str, list[str]]:
     return found
 
 
+def _listed(names: Sequence[str], groups: Mapping[str, Sequence[Entry]]) -> str:
+    """List groups by name, or say that it is all of many."""
+    return f"all {len(groups)}" if len(names) == len(groups) > MANY else ", ".join(names)
+
+
 def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> list[str]:
     """Write what a reader of the numbers has to know."""
     notes = []
     single = [name for name, members in groups.items() if len(members) == 1]
     if single:
-        notes.append(f"one seed only: {', '.join(single)}; what seeds do is not in these intervals")
+        notes.append(
+            f"one seed only: {_listed(single, groups)}; what seeds do is not in these intervals"
+        )
     unchecked = [e.folder.name for es in groups.values() for e in es if not e.has_counts]
     if unchecked:
         notes.append(f"no {CELLS_FILE} to check the numbers by: {', '.join(unchecked)}")
@@ -282,7 +303,8 @@ def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> l
             f"{chosen.resamples} draws)"
         )
     notes += [
-        f"pretraining: {said}: {', '.join(names)}" for said, names in _pretraining(groups).items()
+        f"pretraining: {said}: {_listed(names, groups)}"
+        for said, names in _pretraining(groups).items()
     ]
     notes += [
         f"settings tuned for {number}: {', '.join(names)}"
@@ -292,7 +314,10 @@ def _notes(groups: Mapping[str, Sequence[Entry]], chosen: CompareArguments) -> l
         name: sorted({e.metrics["seed_threshold"] for e in es if "seed_threshold" in e.metrics})
         for name, es in groups.items()
     }
-    declared = ", ".join(f"{n} {'/'.join(map(str, t))}" for n, t in thresholds.items() if t)
+    texts = {name: "/".join(map(str, found)) for name, found in thresholds.items() if found}
+    declared = ", ".join(f"{name} {text}" for name, text in texts.items())
+    if len({*texts.values()}) == 1:
+        declared = f"{_listed([*texts], groups)} {next(iter(texts.values()))}"
     if declared:
         notes.append(
             f"declared CAM thresholds: {declared}; oracle: best on this split's ground truth"

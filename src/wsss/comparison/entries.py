@@ -39,6 +39,8 @@ MIOUS = {
 }
 #: thresholds belong to a method, as its losses do: they differ between groups, never within one
 THRESHOLDS = ("cam_threshold", "cam_high", "cam_low")
+#: what one group's labels are made from; their runs may differ in seed, as those of the group
+OF_MAPS = ("method", "refine", "crf")
 ROUNDING = 1e-6  # by which a number may differ from the same number of another sum
 NOT_DECLARED = "not declared"  # how settings were chosen
 
@@ -51,13 +53,18 @@ class Entry:
         folder: where its results lie.
         results: the whole of ``results.json``.
         split: name of the split.
-        group: what it is compared as.
+        levels: what it is compared as, one a key of ``by``.
     """
 
     folder: Path
     results: Mapping[str, Any]
     split: str
-    group: str
+    levels: tuple[str, ...]
+
+    @property
+    def group(self) -> str:
+        """What it is compared as, in one text."""
+        return ", ".join(self.levels)
 
     @property
     def metrics(self) -> Mapping[str, Any]:
@@ -294,7 +301,7 @@ def load(paths: Iterable[Path], *, by: str, split: str | None) -> list[Entry]:
         if split not in results["splits"]:
             raise WSSSError(f"{folder}: has no split {split}, only {', '.join(results['splits'])}")
     entries = [
-        Entry(folder, results, split, _group(results, folder, by))
+        Entry(folder, results, split, _levels(results, folder, by))
         for folder, results in read.items()
     ]
     for entry in entries:
@@ -311,8 +318,8 @@ def _read(folder: Path) -> dict[str, Any]:
     return results | {"config": with_current_targets(results.get("config", {}))}
 
 
-def _group(results: Mapping[str, Any], folder: Path, by: str) -> str:
-    return ", ".join(_named(results, folder, key) for key in by.split(","))
+def _levels(results: Mapping[str, Any], folder: Path, by: str) -> tuple[str, ...]:
+    return tuple(_named(results, folder, key) for key in by.split(","))
 
 
 def _named(results: Mapping[str, Any], folder: Path, key: str) -> str:
@@ -343,6 +350,8 @@ def _check_groups(entries: Sequence[Entry], by: str) -> None:
             entry.results.get("config", {}).get("method", {}),
         )
         changed = [f"method.{key}" for key in changed]
+        theirs = [each.results.get("config", {}).get("maps") or {} for each in (first, entry)]
+        changed += [f"maps.{key}" for key in OF_MAPS if theirs[0].get(key) != theirs[1].get(key)]
         changed += [
             f"eval.{key}" for key in THRESHOLDS if first.card.get(key) != entry.card.get(key)
         ]

@@ -17,7 +17,7 @@ from wsss.comparison.headline import headline_of
 from wsss.comparison.panels import gallery_of
 from wsss.comparison.render import render
 from wsss.comparison.search_page import searches_part
-from wsss.comparison.tables import EVALUATION, heading_of, tables
+from wsss.comparison.tables import EVALUATION, factor_tables, group_tables, heading_of
 from wsss.evaluation.ledger import past_readings
 from wsss.results.search import Search
 from wsss.results.store import MAP_NAMES, look_up
@@ -103,7 +103,7 @@ def _title(comparisons: Sequence[Comparison], searches: Mapping[str, Search]) ->
 
 def _section(c: Comparison, name: str, gallery: int) -> dict[str, Any]:
     """Gather all about one supervision."""
-    grids = tables(c)
+    grids = group_tables(c)
     first = 2 if c.draws and len(c.groups) > 1 else 1  # numbers, and where ranked differences
     logged = {group: [logged_series(e.home) for e in es] for group, es in c.groups.items()}
     results = _seed_charts(c)
@@ -112,6 +112,7 @@ def _section(c: Comparison, name: str, gallery: int) -> dict[str, Any]:
         results += _shape_charts(c, c.primary) + _cost_charts(c, c.primary)
     parts = [
         Part(f"{name}-numbers", "Numbers", grids=grids[:first]),
+        Part(f"{name}-factors", "Factors", grids=factor_tables(c)),
         Part(f"{name}-charts", "Charts", charts=results),
         Part(f"{name}-training", "Training", charts=training_charts(logged)),
         Part(f"{name}-details", "In detail", grids=grids[first:]),

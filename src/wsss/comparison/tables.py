@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from wsss.comparison.bootstrap import Difference
-from wsss.comparison.compare import Comparison
+from wsss.comparison.compare import MANY, Comparison
 from wsss.comparison.entries import MIOUS, class_column
+from wsss.comparison.factors import Effect, means, shares
 from wsss.comparison.grids import Cell, Grid
 from wsss.results.store import MAP_NAMES, MAP_ROWS, ROWS, look_up
 
@@ -20,16 +21,65 @@ EVALUATION = ("cost", "seconds_per_image")
 
 
 def tables(comparison: Comparison) -> list[Grid]:
-    """Make the tables of numbers, differences and per-class numbers of a comparison."""
+    """Make all tables of a comparison; those of a factorial study end with its factors."""
+    return group_tables(comparison) + factor_tables(comparison)
+
+
+def group_tables(comparison: Comparison) -> list[Grid]:
+    """Make the tables of numbers, differences and per-class numbers: few groups are columns."""
     grids = [_numbers(comparison)]
     if comparison.draws and len(comparison.groups) > 1:
         grids.append(_differences(comparison))
-    if comparison.primary is None:
-        return grids
-    grids.append(_details(comparison, comparison.primary))
-    if comparison.same_classes:
-        grids.append(_per_class(comparison, comparison.primary))
-    return grids
+    if comparison.primary is not None:
+        grids.append(_details(comparison, comparison.primary))
+        if comparison.same_classes:
+            grids.append(_per_class(comparison, comparison.primary))
+    return [_turned(grid) for grid in grids] if len(comparison.groups) > MANY else grids
+
+
+def _turned(grid: Grid) -> Grid:
+    """Make rows of a table's columns."""
+    rows = [
+        (heading, [cells[column] for _, cells in grid.rows])
+        for column, heading in enumerate(grid.header[1:])
+    ]
+    return Grid(grid.title, ["", *(name.strip() for name, _ in grid.rows)], rows, grid.notes)
+
+
+def factor_tables(c: Comparison) -> list[Grid]:
+    """List each factor's share of the variance, and the mean of each of its levels."""
+    factors = c.factors
+    metrics = [
+        (heading.strip(), key)
+        for heading, key, _ in ROWS
+        if key in c.draws and len(c.draws[key].observed) == len(c.groups)
+    ]
+    if factors is None or factors.missing or not metrics:
+        return []
+    design = " x ".join(f"{len(own)} {name}" for name, own in factors.levels.items())
+    headings = [heading for heading, _ in metrics]
+    share = Grid(
+        f"share of the variance among cells ({design}), % [95 % interval]", ["factor", *headings]
+    )
+    share.rows = _of_effects([shares(factors, c.draws[key]) for _, key in metrics])
+    share.notes = [
+        "sums of squares of the cells' means over seeds; a pair's is its interaction. Draws of "
+        "images and seeds scatter the cells further, so intervals of small shares lie high"
+    ]
+    mean = Grid("mean over all other factors, % [95 % interval]", ["level", *headings])
+    by_metric = [means(factors, c.draws[key]) for _, key in metrics]
+    for factor in factors.levels:
+        mean.rows += _of_effects([levels[factor] for levels in by_metric])
+    return [share, mean]
+
+
+def _of_effects(columns: Sequence[Sequence[Effect]]) -> list[tuple[str, list[Cell]]]:
+    """Write effects, one column a metric."""
+    return [
+        (row[0].name, [Cell(f"{100 * e.value:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]")
+                       for e in row])
+        for row in zip(*columns, strict=True)
+    ]  # fmt: skip
 
 
 def _numbers(c: Comparison) -> Grid:

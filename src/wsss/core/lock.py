@@ -23,7 +23,7 @@ _own: set[Path] = set()
 
 
 @contextmanager
-def lock(folder: Path, doing: str = "training") -> Iterator[None]:
+def lock(folder: Path, doing: str = "training", *, patient: bool = False) -> Iterator[None]:
     """Lock a folder for this process; the system unlocks it when the process ends.
 
     Files appear whole in any case. The lock keeps files that belong together (``results.json`` and
@@ -35,15 +35,16 @@ def lock(folder: Path, doing: str = "training") -> Iterator[None]:
     Args:
         folder: it exists.
         doing: what happens here, for the error of another process.
+        patient: wait, however long, until the other process ends.
 
     Raises:
-        WSSSError: another process works there, or the folder takes no lock.
+        WSSSError: another process works there and is not waited for, or the folder takes no lock.
     """
     path, key = folder / LOCK_FILE, folder.resolve()
     if not is_first_process() or key in _own:  # the first locks it for all
         yield
         return
-    handle = _take(path)
+    handle = _take(path, patient=patient)
     _own.add(key)
     try:
         with contextlib.suppress(OSError):  # on a full disk it is locked, by nobody known
@@ -56,13 +57,13 @@ def lock(folder: Path, doing: str = "training") -> Iterator[None]:
         os.close(handle)
 
 
-def _take(path: Path) -> int:
+def _take(path: Path, *, patient: bool) -> int:
     """Open and lock the file; give its handle.
 
     Raises:
         WSSSError: another process has it, or it cannot be made or locked.
     """
-    until = time.monotonic() + SECONDS_OF_WORKERS
+    until, waits = time.monotonic() + SECONDS_OF_WORKERS, patient
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -81,7 +82,11 @@ def _take(path: Path) -> int:
                     f"{path.parent}: its file system has no locks ({reason(error)}), so two "
                     "commands could mix their files there; choose a folder elsewhere"
                 ) from error
-            if is_alive(holder) or time.monotonic() > until:
+            if patient:
+                if waits:
+                    print(f"waiting for another process ({holder or 'unknown'}): {doing}")
+                waits = False
+            elif is_alive(holder) or time.monotonic() > until:
                 raise WSSSError(
                     f"{path.parent}: another process ({holder or 'unknown'}) is {doing} here; "
                     "wait until it ends"

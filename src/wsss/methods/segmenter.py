@@ -1,4 +1,4 @@
-"""The second stage: a DeepLab trained on masks, be they pseudo labels or the ground truth.
+"""The second stage: a segmenter trained on masks, be they pseudo labels or the ground truth.
 
 Idea: a two-stage method ends with an ordinary segmentation network that learns from the first
 stage's pseudo labels. It needs no image labels at test time and smooths over the labels' mistakes.
@@ -8,7 +8,9 @@ full supervision, and is recorded as such.
 Paper: Chen, Papandreou, Kokkinos, Murphy, Yuille, "DeepLab" (TPAMI 2018), and "Rethinking Atrous
 Convolution" (2017) for ``head="v3"``. Settings after kazuto1011/deeplab-pytorch, as tkp_pcl.md
 section 3 gives them: SGD, poly, rates 6/12/18/24, head ten times the rate, cross-entropy at three
-scales and their maximum.
+scales and their maximum. The decoders and losses of ToCo and GETAM stand beside them (``head``,
+``loss``, ``reg_weight``), so that a study can recombine parts (docs/factorial.md). The balanced
+cross-entropy replaces the plain one at every scale; the energy is of the first scale's prediction.
 
 Departures:
     * The ResNet is torchvision's (its stride lies in the 3 x 3 convolutions), dilated to stride 8.
@@ -28,11 +30,12 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from wsss.core.errors import WSSSError
 from wsss.maps.pixels import IGNORE_INDEX
 from wsss.methods.base import Batch, Outputs, Step, WSSSModule
+from wsss.methods.losses import balanced_segmentation_loss, imagenet_energy_loss
 from wsss.methods.schedules import poly_warmup
 from wsss.methods.settings import NotNegative, Positive, Scales, Settings, Some, Width, check_scales
 from wsss.models.backbone import Backbone, Features
 from wsss.models.conv_backbone import ConvBackbone
-from wsss.models.decoders import ASPPSum
+from wsss.models.decoders import ASPPSum, DPTHead, LargeFOV
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +43,11 @@ class SegmenterSettings(Settings):
     """Settings of the segmenter; the defaults are the cited recipe's for VOC."""
 
     # network
-    head: Literal["v2", "v3"] = "v2"  # the sum of dilated convolutions, or torchvision's head
-    rates: Some[Width] = (6, 12, 18, 24)  # dilations of the head, in features
+    # ASPP: a sum of dilated convolutions, or torchvision's; ToCo's decoder; GETAM's
+    head: Literal["v2", "v3", "largefov", "dpt"] = "v2"
+    rates: Some[Width] = (6, 12, 18, 24)  # dilations of v2 and v3, in features
+    dilation: Width = 5  # of largefov, in features
+    channels: Width | None = None  # of largefov and dpt; None: 512 and 256
     freeze_batch_norm: bool = True  # keep them as pretrained; not for a random start
 
     # optimiser
@@ -51,7 +57,10 @@ class SegmenterSettings(Settings):
     weight_decay: NotNegative = 5e-4  # on all but the head's biases
 
     # losses
+    # mean cross-entropy of all pixels, or half that of the background, half of the foreground
+    loss: Literal["plain", "balanced"] = "plain"
     loss_scales: Scales = (1.0, 0.75, 0.5)  # of the input; of several, the maximum too
+    reg_weight: NotNegative = 0.0  # of the dense energy; ToCo 0.05
 
     def check_crop(self, crop_size: int, patch_size: int) -> None:
         """Raise WSSSError where a scale leaves nothing."""
@@ -59,7 +68,7 @@ class SegmenterSettings(Settings):
 
 
 class Segmenter(WSSSModule):
-    """DeepLab V2 or V3 on a convolutional encoder or on the shared ViT.
+    """DeepLab V2 or V3, LargeFOV or DPT on a convolutional encoder or on the shared ViT.
 
     Example:
         >>> settings = SegmenterSettings(max_steps=20000)
@@ -71,6 +80,9 @@ class Segmenter(WSSSModule):
         backbone: the encoder.
         num_classes: K, foreground classes.
         settings: see :class:`SegmenterSettings`.
+
+    Raises:
+        WSSSError: ``head="dpt"`` on an encoder without a class token or four blocks.
     """
 
     settings: SegmenterSettings
@@ -88,17 +100,31 @@ class Segmenter(WSSSModule):
         super().__init__(backbone=backbone, num_classes=num_classes, settings=settings)  # type: ignore[arg-type]
         if settings.freeze_batch_norm:
             self.freeze_batch_norms()
-        width, rates = num_classes + 1, settings.rates
-        self.head: nn.Module
-        if settings.head == "v2":
-            self.head = ASPPSum(in_channels=backbone.dim, num_outputs=width, rates=rates)
-        else:
-            self.head = DeepLabHead(backbone.dim, width, atrous_rates=list(rates))
+        self.head = self.make_head(backbone, num_classes + 1)
+
+    def make_head(self, backbone: Backbone | ConvBackbone, width: int) -> nn.Module:
+        """Make the decoder that the settings name, with so many outputs."""
+        s, dim = self.settings, backbone.dim
+        if s.head == "v2":
+            return ASPPSum(in_channels=dim, num_outputs=width, rates=s.rates)
+        if s.head == "v3":
+            return DeepLabHead(dim, width, atrous_rates=list(s.rates))
+        if s.head == "largefov":
+            channels = s.channels or 512
+            return LargeFOV(
+                in_channels=dim, num_outputs=width, channels=channels, dilation=s.dilation
+            )
+        if isinstance(backbone, ConvBackbone):
+            raise WSSSError(
+                "method.head=dpt reads four blocks of a ViT, and this encoder is convolutional; "
+                "use backbone=vit_base or another head"
+            )
+        return DPTHead(backbone=backbone, num_outputs=width, channels=s.channels or 256)
 
     # ---- what an evaluator sees -------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Outputs:
-        """Give class logits (B, K) and segmentation logits (B, K+1, h, w) at the stride.
+        """Give class logits (B, K) and segmentation logits (B, K+1, h, w), of DPT (B, K+1, H, W).
 
         A class's image-level logit is its largest log-odds against the background.
         """
@@ -113,7 +139,13 @@ class Segmenter(WSSSModule):
         return share * labels[..., None, None]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Give segmentation logits (B, K+1, h, w) of images (B, 3, H, W), the background first."""
+        """Give segmentation logits of images (B, 3, H, W), the background first.
+
+        Returns:
+            (B, K+1, h, w) at the stride, of DPT (B, K+1, H, W) of the whole patches.
+        """
+        if isinstance(self.head, DPTHead):
+            return self.head(self.backbone(images, taps=tuple(self.head.taps.values())))
         encoded = self.backbone(images)
         return self.head(encoded.patch_map if isinstance(encoded, Features) else encoded)
 
@@ -127,8 +159,10 @@ class Segmenter(WSSSModule):
     def losses(self, batch: Batch, step: int) -> Step:
         """Compute the cross-entropy at every scale and of their maximum; the total is the sum.
 
+        The energy of the first scale, where it has a weight, is added with that.
+
         Args:
-            batch: ``image`` (B, 3, H, W), ``target`` (B, H, W) class ids and 255.
+            batch: ``image`` (B, 3, H, W), ``target`` (B, H, W) class ids and 255, ``box`` (B, 4).
             step: all steps are alike.
 
         Returns:
@@ -154,12 +188,23 @@ class Segmenter(WSSSModule):
                     scaled = F.interpolate(images, size, mode="bilinear", align_corners=False)
                 small.append(self.logits(scaled).float())
                 full = F.interpolate(small[-1], target.shape[-2:], mode="bilinear")
-            losses[f"seg_{scale:g}_loss"] = masked_cross_entropy(full, target)
+            losses[f"seg_{scale:g}_loss"] = self.cross_entropy(full, target)
             every.append(full)
         if len(every) > 1:
-            losses["seg_max_loss"] = masked_cross_entropy(torch.stack(every).amax(0), target)
+            losses["seg_max_loss"] = self.cross_entropy(torch.stack(every).amax(0), target)
         total = torch.stack(list(losses.values())).sum()
+        if self.settings.reg_weight > 0:
+            with self.phase("energy"):
+                energy = imagenet_energy_loss(images, every[0], target, batch["box"], "lattice")
+            losses["reg_loss"] = energy
+            total = total + self.settings.reg_weight * energy
         return Step(losses, total, self.outputs(small[0]), {"target": target})
+
+    def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the cross-entropy of the settings, of logits (B, K+1, H, W)."""
+        if self.settings.loss == "balanced":
+            return balanced_segmentation_loss(logits, target)
+        return masked_cross_entropy(logits, target)
 
     def compiled_parts(self) -> list[nn.Module]:
         """Give the convolutional encoder, or the transformer's blocks."""

@@ -1,12 +1,14 @@
 """Segmentation heads that more than one method uses."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsss.models.backbone import token_map
+from wsss.core.errors import WSSSError
+from wsss.models.backbone import Backbone, Features, token_map
 
 
 class LargeFOV(nn.Module):
@@ -194,6 +196,94 @@ class DPTDecoder(nn.Module):
         """Compute logits (B, K+1, *size) from four maps, finest first."""
         logits = self.head(self.squeeze(self.paths(maps)[-1]))
         return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+DPT = "a DPT decoder (method=getam, method.head=dpt)"
+
+
+class Levels(NamedTuple):
+    """What the four levels of a DPT read, finest first.
+
+    Attributes:
+        taps: level, 1 (finest) to 4 -> the block that it reads; a hybrid's first two read the stem.
+        widths: of the four maps.
+    """
+
+    taps: dict[int, int]
+    widths: list[int]
+
+
+def dpt_levels(backbone: Backbone, widths: Sequence[int] | None = None) -> Levels:
+    """Say what the levels read: the block after each quarter of the depth.
+
+    Args:
+        backbone: plain or hybrid.
+        widths: of the four maps, finest first; None: D/8, D/4, D/2 (a hybrid's: D), D. Those of a
+            hybrid's first two maps are the stem's.
+
+    Raises:
+        WSSSError: the backbone has no class token, or fewer than four blocks.
+    """
+    depth, dim = backbone.depth, backbone.dim
+    if backbone.num_prefix_tokens == 0:
+        raise WSSSError(f"{DPT} reads the class token, and this backbone has none")
+    if depth < 4:
+        raise WSSSError(f"{DPT} taps four blocks, and this backbone has {depth}")
+    stem = list(backbone.stem_channels[:2])
+    own = widths or (dim // 8, dim // 4, dim if stem else dim // 2, dim)
+    taps = {level: depth * level // 4 - 1 for level in range(len(stem) + 1, 5)}
+    return Levels(taps, [*stem, *own[len(stem) :]])
+
+
+def reassembly(dim: int, levels: Levels) -> nn.ModuleDict:
+    """Make what turns tokens into the map of each level that reads a block."""
+    return nn.ModuleDict(
+        {
+            str(level): Reassemble(
+                dim=dim, channels=levels.widths[level - 1], factor=2.0 ** (3 - level)
+            )
+            for level in levels.taps
+        }
+    )
+
+
+def level_map(
+    features: Features, level: int, taps: dict[int, int], reassemble: nn.ModuleDict
+) -> Tensor:
+    """Give the map of a level, 1 (finest) to 4: (B, C, h * f, w * f) with f = 4, 2, 1, 1/2."""
+    if level not in taps:
+        return features.stem_maps[level - 1]
+    block = taps[level]
+    patches, cls_token = features.intermediates[block], features.prefixes[block][:, 0]
+    made: Tensor = reassemble[str(level)](patches, cls_token, features.grid)
+    return made
+
+
+class DPTHead(nn.Module):
+    """Taps of a ViT, their maps and a :class:`DPTDecoder`, in one.
+
+    Args:
+        backbone: whose blocks are read; it is not kept.
+        num_outputs: K + 1.
+        channels: width of the decoder.
+
+    Raises:
+        WSSSError: the backbone has no class token, or fewer than four blocks.
+    """
+
+    def __init__(self, *, backbone: Backbone, num_outputs: int, channels: int = 256) -> None:
+        super().__init__()
+        levels = dpt_levels(backbone)
+        self.taps, self.patch_size = levels.taps, backbone.patch_size
+        self.reassemble = reassembly(backbone.dim, levels)
+        self.decoder = DPTDecoder(
+            in_channels=levels.widths, num_outputs=num_outputs, channels=channels
+        )
+
+    def forward(self, features: Features) -> Tensor:
+        """Compute logits (B, K+1, h * patch, w * patch) from features with these taps."""
+        maps = [level_map(features, level, self.taps, self.reassemble) for level in range(1, 5)]
+        return self.decoder(maps, [side * self.patch_size for side in features.grid])
 
 
 class ASPPSum(nn.Module):

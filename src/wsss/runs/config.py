@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -42,6 +42,7 @@ from wsss.core.schema import (
     targets,
 )
 from wsss.evaluation.protocol import Protocol
+from wsss.maps.refine.dense_crf import CRF_PRESETS
 from wsss.maps.refine.random_walk import WalkSettings
 from wsss.models.backbone import Backbone, check_overrides
 from wsss.results.store import NUMBERS
@@ -139,6 +140,39 @@ class LoggerConfig:
                 raise WSSSError(f"logger.tags: {tag!r} has {len(tag)} characters, expected 1 to 64")
 
 
+@dataclass(frozen=True)
+class MapsConfig:
+    """Whose localisation maps a segmenter's training labels are made from, and how.
+
+    Attributes:
+        run: run folder or checkpoint.
+        refine: ``par`` or ``pamr`` before the run's thresholds, ``crf`` or ``random_walk`` in their
+            place; None: the thresholds alone.
+        crf: preset of ``refine=crf``.
+        random_walk: settings of ``refine=random_walk``, a choice of ``conf/random_walk``.
+        name: of the run folder; this and what follows is filled in once the run is read.
+        study: of that run.
+        method: of that run.
+        sha256: of that run's checkpoint.
+    """
+
+    run: str
+    refine: Literal["par", "pamr", "crf", "random_walk"] | None = None
+    crf: one_of(CRF_PRESETS) = "toco"  # type: ignore[valid-type]
+    random_walk: Mapping[str, Any] | None = None
+    name: str | None = None
+    study: str | None = None
+    method: str | None = None
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "maps")
+        if self.refine == "random_walk" and self.random_walk is None:
+            raise WSSSError(
+                "maps.refine=random_walk needs settings: give +random_walk@maps.random_walk=vit"
+            )
+
+
 #: a run folder or checkpoint; once looked at (:mod:`wsss.runs.starts`), what is known of it
 STARTED = {"path", "sha256", "supervision"}
 Start = str | dict[str, str | int | None] | None
@@ -164,6 +198,8 @@ class TrainConfig:
     choice: Words | None = None  # how the settings were chosen, as `paper`; null: not declared
     # what is trained on this run's pseudo labels; see experiments/minivoc/second_stage.yaml
     second_stage: Mapping[str, Any] | None = None
+    # another run's maps, from which this run's data.train_masks are made; see docs/factorial.md
+    maps: Mapping[str, Any] | None = None
     callbacks: Mapping[str, Any] = field(default_factory=dict)  # Lightning's, beside a run's own
     init_from: Start = None  # run or checkpoint whose weights the training starts from
     ckpt_path: Start = None  # checkpoint from which a training goes on
@@ -176,7 +212,8 @@ def config_hash(config: Mapping[str, Any]) -> str:
     data does not orphan an interrupted run; a second stage is a run of its own. The evaluation
     protocol is in: ``wsss eval`` takes other ones without training.
     """
-    elsewhere = ("runs_dir", "logger", "gallery", "objective", "choice", "second_stage", *LATER)
+    elsewhere = ("runs_dir", "logger", "gallery", "objective", "choice", "second_stage", "maps",
+                 *LATER)  # fmt: skip
     relevant = {key: value for key, value in config.items() if key not in elsewhere}
     relevant |= _later(config)
     relevant["data"] = {
@@ -185,14 +222,19 @@ def config_hash(config: Mapping[str, Any]) -> str:
         if key not in ("root", "num_workers", "eval_batch_size")
     }
     if masks := relevant["data"].get("train_masks"):  # a first stage's: named inside runs_dir
-        relevant["data"]["train_masks"] = str(masks).removeprefix(str(config["runs_dir"]))
+        inside = str(masks).removeprefix(str(config["runs_dir"]))
+        # labels of maps are named after all that decides them, wherever the maps' run lies
+        relevant["data"]["train_masks"] = Path(masks).name if config.get("maps") else inside
+    elif config.get("maps"):  # the labels are still to be made
+        relevant["maps"] = config["maps"]
     # a quirk that is as official_compat has it changes nothing, and none is as without the key
     compat, quirks = config["method"].get("official_compat"), config["method"].get("quirks") or {}
     quirks = {name: on for name, on in quirks.items() if on is not compat}
+    later = LATER_SETTINGS.get(config["method"]["_target_"], {})
     relevant["method"] = {
         key: value
         for key, value in config["method"].items()
-        if key != "quirks" and (key, value) not in LATER_SETTINGS
+        if key != "quirks" and not (key in later and later[key] == value)
     }
     relevant["method"] |= {"quirks": quirks} if quirks else {}
     relevant["trainer"] = {
@@ -206,8 +248,16 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 #: keys that earlier versions lacked: unset they change nothing
 LATER = ("callbacks", "init_from", "ckpt_path")
-#: a method's settings that came later, with the value that all earlier runs had
-LATER_SETTINGS = (("bilstm", "alone"),)
+#: the same of a method's settings, with the values at which they change nothing
+LATER_SETTINGS: dict[str, dict[str, Any]] = {
+    "wsss.methods.segmenter.Segmenter": {
+        "channels": None,
+        "dilation": 5,
+        "loss": "plain",
+        "reg_weight": 0.0,
+    },
+    "wsss.methods.tkp_pcl.TKPPCL": {"bilstm": "alone"},
+}
 
 
 def _later(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,7 +330,8 @@ def _on_masks(
     merged["data"]["train_masks"] = train_masks
     # what the first stage saw beside image labels is on its pseudo labels' card
     merged["data"].pop("saliency_folder", None)
-    return merged | {"second_stage": None, "callbacks": {}, "init_from": None, "ckpt_path": None}
+    unset = dict.fromkeys(("second_stage", "maps", "init_from", "ckpt_path"))
+    return merged | unset | {"callbacks": {}}
 
 
 def check_walk(config: Mapping[str, Any], walk: Any, path: str = "random_walk") -> WalkSettings:
@@ -340,6 +391,24 @@ def check_refinement(config: Mapping[str, Any]) -> None:
         check_walk(config, walk, "second_stage.random_walk")
 
 
+def check_maps(config: Mapping[str, Any]) -> None:
+    """Check whose maps a run's labels are made from.
+
+    Raises:
+        WSSSError: an unknown key, a wrong type, further labels beside these.
+    """
+    maps = config["maps"]
+    _check_group(maps, MapsConfig, "maps")
+    # of a stored configuration they are those that were made
+    if config["data"].get("train_masks") and not maps.get("sha256"):
+        raise WSSSError(
+            f"data.train_masks={config['data']['train_masks']}: labels are made from "
+            f"maps.run={maps['run']}; set one of the two to null"
+        )
+    if maps.get("random_walk") is not None:
+        check_walk(config, maps["random_walk"], "maps.random_walk")
+
+
 def check_config(config: DictConfig) -> None:
     """Check every key and value against the constructor that will take it.
 
@@ -372,6 +441,8 @@ def check_config(config: DictConfig) -> None:
     _check_group(content["eval"], Protocol, "eval")
     check_callbacks(content.get("callbacks") or {}, Protocol(**content["eval"]))
     _check_group(content["logger"], LoggerConfig, "logger")
+    if content.get("maps"):
+        check_maps(content)
     for key in ("init_from", "ckpt_path"):
         if isinstance(start := content.get(key), dict) and not start.keys() >= STARTED:
             raise WSSSError(f"{key}: expected a run folder or a checkpoint")

@@ -36,6 +36,7 @@ GROUPS = {
     "budget": "wsss.runs.config.Budget",
     "eval": "wsss.evaluation.protocol.Protocol",
     "logger": "wsss.runs.config.LoggerConfig",
+    "maps": "wsss.runs.config.MapsConfig",
 }
 #: place of a class -> where ours of that kind lie
 HOMES = {
@@ -179,7 +180,7 @@ def keys_of_class(cls: type, path: str = "", node: Mapping[str, Any] | None = No
         composed = node is None or name in node
         dotted = f"{path}.{name}" if path else name
         value = parameter.default if node is None or name not in node else node[name]
-        if name in SUPPLIED or (isinstance(value, Mapping) and not _is_leaf(parameter.annotation)):
+        if name in SUPPLIED or _has_rows(dotted, value, parameter.annotation):
             continue  # given by the run, or a group with rows of its own
         if name == "quirks":
             keys += [
@@ -198,6 +199,13 @@ def keys_of_class(cls: type, path: str = "", node: Mapping[str, Any] | None = No
     return keys
 
 
+def _has_rows(path: str, value: Any, annotation: Any) -> bool:
+    """Say whether a value is a group whose keys are listed themselves."""
+    if not isinstance(value, Mapping):
+        return False
+    return path in GROUPS or any(targets(value)) or not _is_leaf(annotation)
+
+
 def _is_leaf(annotation: Any) -> bool:
     """Say whether a group is one value, such as the overrides of an encoder."""
     return "Mapping[str, typing.Any] | None" in str(annotation) and "second" not in str(annotation)
@@ -208,7 +216,8 @@ def _nodes(content: Mapping[str, Any]) -> dict[str, Any]:
     nodes = {"": content, "budget": content.get("budget")}
     # the method first: data and eval refer to its settings
     nodes |= dict(sorted(targets(content), key=lambda item: item[0] != "method"))
-    return nodes | {path: content.get(path) for path in ("eval", "logger")}
+    maps = ("maps",) if content.get("maps") else ()
+    return nodes | {path: content.get(path) for path in ("eval", "logger", *maps)}
 
 
 def _without_markup(text: str) -> str:

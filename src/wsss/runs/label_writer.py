@@ -18,12 +18,13 @@ from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256
 from wsss.evaluation.card import git_commit, package_versions
 from wsss.evaluation.crf_queue import CRFPoolLike, crf_pool
-from wsss.evaluation.inference import localise, predict, pseudo_label, refinement
+from wsss.evaluation.inference import predict, pseudo_label, refinement
 from wsss.maps.pseudo_labels import cam_probabilities
 from wsss.runs.config import config_hash
 from wsss.runs.folder import Run
 from wsss.runs.label_folder import Labels, digest_of, fill_folder, plain_values
 from wsss.runs.label_sources import check_source
+from wsss.runs.map_cache import Maps, maps_of
 from wsss.runs.origin import check_origin
 from wsss.runs.random_walk import RandomWalk, supervision_with
 from wsss.runs.supervision import supervision_of_run
@@ -39,6 +40,7 @@ def write_pseudo_labels(
     out: Path | str | None = None,
     crf_jobs: int | None = None,
     walk: RandomWalk | None = None,
+    maps: Maps | None = None,
 ) -> Path:
     """Label every image of a list, going on where an earlier call stopped.
 
@@ -53,6 +55,7 @@ def write_pseudo_labels(
         crf_jobs: processes of the dense CRF.
         walk: refines the maps, in the place of thresholds, ``eval.refine`` and ``eval.crf``; from
             :func:`wsss.training.random_walk.trained_walk`.
+        maps: gives the run's maps of the training list; None: they are computed.
 
     Returns:
         The folder: one NAME.png an image and ``pseudo_labels.json``.
@@ -75,7 +78,7 @@ def write_pseudo_labels(
     fill_folder(
         run,
         split,
-        Labeller(run, source, walk),
+        Labeller(run, source, walk, maps),
         Path(out) if out else inside,
         card,
         what="pseudo labels",
@@ -139,11 +142,18 @@ class Labeller:
         run: a trained run.
         source: ``cam`` or ``seg``.
         walk: lets the maps walk, and decides without a threshold.
+        maps: gives the run's maps; None: they are computed.
     """
 
-    def __init__(self, run: Run, source: str, walk: RandomWalk | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        source: str,
+        walk: RandomWalk | None = None,
+        maps: Maps | None = None,
+    ) -> None:
         self.module, self.protocol, self.source = run.module, run.protocol, source
-        self.device, self.walk = run.device, walk
+        self.device, self.walk, self.maps = run.device, walk, maps or maps_of(run)
         refine = refinement(run.protocol)
         self.refine = None if refine is None else refine.to(self.device)
         #: whether a CRF may follow
@@ -170,7 +180,7 @@ class Labeller:
         height, width = item["rgb"].shape[:2]
         if self.source == "seg":
             return _kept(self._segmentation(image, (height, width)), labels)
-        cams = localise(self.module, image, labels, (height, width), self.protocol)
+        cams = self.maps(item)
         if self.walk is not None:
             return self.walk.label(image, cams, labels)
         if self.smooths:

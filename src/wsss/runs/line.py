@@ -94,6 +94,8 @@ def check_paths(content: Mapping[str, Any]) -> None:
         WSSSError: it names the key.
     """
     data, weights = content["data"], content["backbone"].get("weights")
+    if content.get("maps"):
+        _check_checkpoint(content["maps"]["run"], "maps.run")
     if data["_target_"].startswith("wsss.") and data["root"] != "builtin":
         root = Path(data["root"]).expanduser()
         if not root.is_dir():
@@ -121,11 +123,8 @@ def check_run_line(run: str, overrides: Sequence[str], device: str = "auto") -> 
         WSSSError: no such run, key or device, or a value of another type.
     """
     check_device(device)
-    path = Path(run)
-    file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
-    if not file.is_file():
-        raise WSSSError(f"{file}: no such checkpoint; run= takes a run folder or a .ckpt file")
-    stored = path / "config.yaml"
+    _check_checkpoint(run, "run")
+    stored = Path(run) / "config.yaml"
     if not overrides or not stored.is_file():
         return
     try:
@@ -140,6 +139,14 @@ def check_run_line(run: str, overrides: Sequence[str], device: str = "auto") -> 
     except WSSSError as error:
         if any(str(error).startswith(one.partition("=")[0]) for one in overrides):
             raise
+
+
+def _check_checkpoint(run: str, key: str) -> None:
+    """Raise WSSSError unless a run folder has a checkpoint, or is one."""
+    path = Path(run)
+    file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    if not file.is_file():
+        raise WSSSError(f"{file}: no such checkpoint; {key}= takes a run folder or a .ckpt file")
 
 
 def _is_ours(place: tuple[str, dict[str, Any]]) -> bool:

@@ -16,12 +16,12 @@ from torch import Tensor
 from wsss.core.files import file_sha256
 from wsss.core.supervision import supervision_on
 from wsss.evaluation.crf_queue import CRFPoolLike, crf_pool
-from wsss.evaluation.inference import localise
 from wsss.maps.pseudo_labels import alpha_background, confident_labels
 from wsss.maps.refine.random_walk import WalkSettings, walked_maps
 from wsss.methods.affinity_net import AffinityNet
 from wsss.runs.folder import Run
 from wsss.runs.label_folder import Labels, digest_of, fill_folder, plain_values
+from wsss.runs.map_cache import Maps, maps_of
 from wsss.runs.origin import check_origin
 from wsss.runs.supervision import supervision_of_run
 
@@ -100,10 +100,11 @@ class ConfidentLabeller:
     Args:
         run: a trained run.
         settings: exponents and CRF.
+        maps: gives the run's maps; None: they are computed.
     """
 
-    def __init__(self, run: Run, settings: WalkSettings) -> None:
-        self.run, self.settings = run, settings
+    def __init__(self, run: Run, settings: WalkSettings, maps: Maps | None = None) -> None:
+        self.run, self.settings, self.maps = run, settings, maps or maps_of(run)
 
     def crf(self, jobs: int | None) -> AbstractContextManager[CRFPoolLike | None]:
         """Open what computes the settings' CRF, with the backend of the protocol."""
@@ -113,10 +114,8 @@ class ConfidentLabeller:
     def begin(self, item: dict[str, Any], crf: CRFPoolLike | None) -> Callable[[], Labels]:
         """Give an item to the CRF at both levels; give what waits for it."""
         assert crf is not None  # the settings name one
-        run, device = self.run, self.run.device
-        image, labels = item["image"][None].to(device), item["labels"][None].to(device)
-        cams = localise(run.module, image, labels, item["rgb"].shape[:2], run.protocol)
-        ids = labels[0].nonzero().flatten()
+        cams = self.maps(item)
+        ids = item["labels"].to(self.run.device).nonzero().flatten()
         futures = []
         for alpha in self.settings.alphas:
             scores = torch.cat([alpha_background(cams, alpha), cams[:, ids]], dim=1)
@@ -131,7 +130,7 @@ class ConfidentLabeller:
 
 
 def write_confident_labels(
-    run: Run, settings: WalkSettings, *, crf_jobs: int | None = None
+    run: Run, settings: WalkSettings, *, crf_jobs: int | None = None, maps: Maps | None = None
 ) -> tuple[Path, dict[str, Any]]:
     """Write the labels that affinities are learnt from, of the training list.
 
@@ -139,6 +138,7 @@ def write_confident_labels(
         run: a trained run, with its checkpoint.
         settings: exponents and CRF.
         crf_jobs: processes of the dense CRF.
+        maps: gives the run's maps of the training list; None: they are computed.
 
     Returns:
         Their folder, inside the run folder, and all that decides them.
@@ -164,7 +164,7 @@ def write_confident_labels(
     fill_folder(
         run,
         split,
-        ConfidentLabeller(run, settings),
+        ConfidentLabeller(run, settings, maps),
         folder,
         card,
         what="confident labels",

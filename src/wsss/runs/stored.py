@@ -61,11 +61,13 @@ def check_place(target: type, name: str, path: str) -> None:
 
 
 def _place(path: str) -> str:
-    """Give the place of a node; in the part of a second stage or a network it is the same."""
+    """Give the place of a node; in a second stage's or a random walk's part it is the same."""
     group, _, name = path.partition(".")
     if group == "callbacks" and name and "." not in name:
         return group
-    return path.removeprefix("second_stage.").removeprefix("random_walk.")
+    for part in ("second_stage.", "maps.", "random_walk."):
+        path = path.removeprefix(part)
+    return path
 
 
 def _takes_draws(target: type) -> bool:

@@ -34,6 +34,7 @@ from wsss.runs.folder import (
     write_config,
 )
 from wsss.runs.label_folder import digest_of, plain_values
+from wsss.runs.map_cache import Maps
 from wsss.runs.random_walk import FOLDER, RandomWalk, write_confident_labels
 from wsss.runs.targets import with_sentences
 from wsss.training.trainer import accelerate, build_trainer, fit
@@ -68,7 +69,12 @@ class _Card(Record):
 
 
 def trained_walk(
-    run: Run, node: Mapping[str, Any], *, crf_jobs: int | None = None, alone: bool = False
+    run: Run,
+    node: Mapping[str, Any],
+    *,
+    crf_jobs: int | None = None,
+    alone: bool = False,
+    maps: Maps | None = None,
 ) -> RandomWalk:
     """Write confident labels, train the affinity network on them, and give both to walk with.
 
@@ -79,6 +85,7 @@ def trained_walk(
         node: a choice of ``conf/random_walk``, resolved.
         crf_jobs: processes of the dense CRF.
         alone: train in this process on the run's device, whatever the run was trained on.
+        maps: gives the run's maps of the training list; None: they are computed.
 
     Raises:
         WSSSError: bad settings, before anything is written; see also the method.
@@ -91,7 +98,7 @@ def trained_walk(
         where = "cpu" if run.device.type == "cpu" else "gpu"
         config["trainer"] = {**config["trainer"], **ONE_DEVICE, "accelerator": where}
     network = _network(config, encoder, run.data.num_classes)
-    labels, made_from = write_confident_labels(run, settings, crf_jobs=crf_jobs)
+    labels, made_from = write_confident_labels(run, settings, crf_jobs=crf_jobs, maps=maps)
     config["data"]["train_masks"] = str(labels)
     start = "the run's" if own else with_sentences(config["backbone"])
     identity = _identity(config, made_from, start)

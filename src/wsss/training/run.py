@@ -27,12 +27,15 @@ from wsss.runs.prepare import finished_folder, prepare
 from wsss.runs.scoring import score
 from wsss.runs.starts import with_start
 from wsss.runs.supervision import supervision_of_run
+from wsss.training.labels import with_labels
 from wsss.training.random_walk import trained_walk
 from wsss.training.trainer import accelerate, build_trainer, fit
 
 
 def train(config: Mapping[str, Any] | Sequence[str]) -> Path:
     """Train a run and, where it has a ``second_stage``, that one on its pseudo labels.
+
+    With ``maps`` the labels that it learns from are made first, where they are missing.
 
     Args:
         config: a resolved configuration, or what follows ``wsss train`` on the command line, as
@@ -45,7 +48,9 @@ def train(config: Mapping[str, Any] | Sequence[str]) -> Path:
         WSSSError: bad configuration or data, before anything is written.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, with a checkpoint that resumes.
     """
+    _silence_libraries()
     settings = checked_config(config) if isinstance(config, Mapping) else compose_run(list(config))
+    settings = with_labels(settings, _device(settings))
     folder, finished = _train_run(settings)
     if not settings.get("second_stage") or not finished:
         return folder
@@ -65,7 +70,6 @@ def _train_run(config: dict[str, Any]) -> tuple[Path, bool]:
     Returns:
         Its folder, and whether it is finished: a limited run has no scores.
     """
-    _silence_libraries()
     config = with_start(config)
     if folder := finished_folder(config):
         return folder, True

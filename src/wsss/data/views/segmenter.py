@@ -38,7 +38,8 @@ class LabelledCrops:
             mask: uint8 (H, W) class ids, 255 ignored.
 
         Returns:
-            ``image``: float32 (3, C, C) normalised; ``target``: int64 (C, C).
+            ``image``: float32 (3, C, C) normalised; ``target``: int64 (C, C); ``box``: int64 (4,),
+            the real pixels as row start, row end, column start, column end.
         """
         scale = rng.uniform(*self.scale_range)
         height, width = (max(1, round(scale * side)) for side in mask.shape)
@@ -54,4 +55,5 @@ class LabelledCrops:
         target[r0:r1, c0:c1] = torch.from_numpy(labels[shown].astype(np.int64))
         if rng.random() < 0.5:
             image, target = image.flip(-1), target.flip(-1)
-        return {"image": image, "target": target}
+            c0, c1 = self.crop_size - c1, self.crop_size - c0
+        return {"image": image, "target": target, "box": torch.tensor([r0, r1, c0, c1])}

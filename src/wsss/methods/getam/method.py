@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from annotated_types import Len
 from torch import Tensor, nn
 
-from wsss.core.errors import WSSSError
 from wsss.core.ranges import BelowOne, Count, Fraction, NotNegative, Positive, Width
 from wsss.maps.cams import normalise_maximum
 from wsss.maps.pseudo_labels import ignore_outside_boxes, inside_boxes
@@ -58,7 +57,7 @@ from wsss.methods.losses import dense_energy_loss
 from wsss.methods.schedules import poly_warmup
 from wsss.methods.settings import ThresholdSettings
 from wsss.models.backbone import Backbone, Features
-from wsss.models.decoders import DPTDecoder, Reassemble
+from wsss.models.decoders import DPTDecoder, dpt_levels, level_map, reassembly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,27 +129,19 @@ class GETAM(WSSSModule):
         quirks: Quirks = CORRECTED,
     ) -> None:
         super().__init__(backbone=backbone, num_classes=num_classes, settings=settings)
-        s, depth, dim = settings, backbone.depth, backbone.dim
-        if backbone.num_prefix_tokens == 0:
-            raise WSSSError("method=getam reads the class token, and this backbone has none")
-        if depth < 4:
-            raise WSSSError(f"method=getam taps four blocks, and this backbone has {depth}")
+        s, depth = settings, backbone.depth
+        levels = dpt_levels(backbone, s.tap_channels)
         self.quirks = self.follow(quirks)
         if quirks.bilinear_positions:
             backbone.position_mode = "bilinear"
 
         self.map_blocks = tuple(range(max(0, depth - s.map_layers), depth))
-        stem = list(backbone.stem_channels[:2])  # a hybrid's first two maps, as they are
-        widths = s.tap_channels or (dim // 8, dim // 4, dim if stem else dim // 2, dim)
-        # level 1 (finest) to 4 -> the block that it reads
-        self.taps = {level: depth * level // 4 - 1 for level in range(len(stem) + 1, 5)}
-        self.reassemble = nn.ModuleDict()
-        for level in self.taps:
-            width, factor = widths[level - 1], 2.0 ** (3 - level)
-            self.reassemble[str(level)] = Reassemble(dim=dim, channels=width, factor=factor)
-        self.classifier = nn.Linear(widths[3], num_classes)
-        inputs, outputs, width = [*stem, *widths[len(stem) :]], num_classes + 1, s.decoder_channels
-        self.decoder = DPTDecoder(in_channels=inputs, num_outputs=outputs, channels=width)
+        self.taps = levels.taps  # level 1 (finest) to 4 -> the block that it reads
+        self.reassemble = reassembly(backbone.dim, levels)
+        self.classifier = nn.Linear(levels.widths[3], num_classes)
+        self.decoder = DPTDecoder(
+            in_channels=levels.widths, num_outputs=num_classes + 1, channels=s.decoder_channels
+        )
         self.pamr = PAMR()
 
     # ---- what an evaluator sees -------------------------------------------------------------
@@ -288,11 +279,7 @@ class GETAM(WSSSModule):
 
     def level_map(self, features: Features, level: int) -> Tensor:
         """Give the map of a level, 1 (finest) to 4: (B, C, h * f, w * f) with f = 4, 2, 1, 1/2."""
-        if level not in self.taps:
-            return features.stem_maps[level - 1]
-        block = self.taps[level]
-        patches, cls_token = features.intermediates[block], features.prefixes[block][:, 0]
-        return self.reassemble[str(level)](patches, cls_token, features.grid)
+        return level_map(features, level, self.taps, self.reassemble)
 
     def classify(self, coarsest: Tensor) -> Tensor:
         """Compute class logits (B, K) from the mean of the fourth map."""

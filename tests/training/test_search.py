@@ -142,6 +142,7 @@ def test_the_chosen_overlay_composes_to_the_best_trial(tmp_path: Path, undisturb
     assert config["study"] == "minivoc-tuned"
     assert config["backbone"]["overrides"]["depth"] == 4
     assert config["data"]["name"] == "minivoc"
+    assert config["data"]["train_masks"] == "ground_truth", "the same supervision"
     assert config["budget"]["max_steps"] == 400, "those of the search are its own"
     best = search.best_trial
     assert best is not None

@@ -12,6 +12,8 @@ from wsss.runs.choice import is_setting
 
 #: what a line says of where things lie, which an overlay leaves to the next line
 PLACES = ("runs_dir", "study", "logger", "gallery", "hydra")
+#: what training sees, without which the settings would be another supervision's
+SEEN = ("data.train_split", "data.train_masks", "data.label_source")
 
 
 def overlay(
@@ -41,7 +43,7 @@ def overlay(
             bases.append(value)
         elif key in groups and value in choices(key):
             replaced.append({f"override /{key}": value})
-        elif is_setting(override) and key not in settings:
+        elif (is_setting(override) or key in SEEN) and key not in settings:
             fixed[key] = OmegaConf.select(OmegaConf.create(dict(config)), key)
         elif key.partition(".")[0] not in PLACES and key not in ("data.root", "objective"):
             others.append(override)

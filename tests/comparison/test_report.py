@@ -83,7 +83,9 @@ def test_no_two_of_48_names_share_colour_and_dash() -> None:
 def lines_of(svg: str) -> dict[str, tuple[str, str]]:
     """Colour and dash pattern of each name's lines."""
     found = {}
-    for path in re.findall(r'<path aria-label="[^"]*" role="graphics-symbol"[^>]*>', svg):
+    for path in re.findall(
+        r'<path aria-label="[^"]*" role="graphics-symbol"[^>]*dasharray[^>]*>', svg
+    ):
         ((name, stroke, dash),) = re.findall(
             r'aria-label="([^:]*):.* stroke="([^"]*)".* stroke-dasharray="([^"]*)"', path
         )
@@ -106,6 +108,13 @@ def test_a_loss_looks_alike_everywhere_and_has_its_own_axis() -> None:
     for svg in (one, other):
         assert re.search(r">0\.00\d+<", svg), "the small loss has ticks of its size"
         assert re.search(r">(500|1,000)<", svg)
+
+
+@pytest.mark.parametrize(("steps", "dots"), [(1, 1), (3, 3), (50, 0)])
+def test_a_loss_of_few_steps_is_drawn_as_points(steps: int, dots: int) -> None:
+    losses = [(float(step), 1.0 + step) for step in range(steps)]
+    (chart,) = training_charts({"A": [{"train/loss": losses}]})
+    assert str(chart.svg).count('aria-roledescription="point"') == dots
 
 
 def test_images_of_every_kind_are_picked_once() -> None:

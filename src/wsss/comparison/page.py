@@ -255,10 +255,11 @@ def training_charts(logged: Mapping[str, Sequence[Logged]]) -> list[Chart]:
     names = sorted(key.removeprefix("train/") for key in keys if is_loss(key))
     for group, runs in logged.items():
         points = [
-            Point(name, step, value, line=seed, dot=False)
+            Point(name, *pair, line=seed, dot=len(line) < MOST_DOTS)
             for name in names
             for seed, run in enumerate(runs)
-            for step, value in thinned(run.get(f"train/{name}", []))
+            for line in [thinned(run.get(f"train/{name}", []))]
+            for pair in line
         ]
         title = f"{group}: losses by step, one line a seed"
         charts += draw(title, names, points, x="", zero="", multiples=True)

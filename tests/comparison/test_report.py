@@ -213,7 +213,8 @@ def test_the_first_screen_says_who_leads_and_if_by_chance(tmp_path: Path) -> Non
     assert re.fullmatch(r"M1 leads M2 by \d+\.\d points, more than chance", clear.lead)
     assert "which does not hold zero." in clear.sentences[0]
     assert "either" not in clear.sentences[0]
-    assert clear.sentences[1].endswith("took 0.45 wall hours; the cheapest, M0, took 0.3.")
+    assert clear.sentences[1].endswith("took 27 min of wall time; the cheapest, M0, took 18 min.")
+    assert ("seeds", "2 runs (seed=0,1)") in clear.facts
     assert clear.table.header[-3:] == ["training, wall hours", "evaluation, s/image", "seeds"]
     assert [name for name, _ in clear.table.rows] == ["M1", "M2", "M0"]
     assert clear.table.rows[0][1][1].text == "reference"
@@ -227,6 +228,9 @@ def test_the_first_screen_says_who_leads_and_if_by_chance(tmp_path: Path) -> Non
     assert "difference" not in " ".join(listed.table.header)
     alone = headlines(tmp_path / "d", [0.6])
     assert alone.lead.startswith("M0 reaches ")
+    assert alone.sentences[1] == "Cost: training a run of M0 took 18 min of wall time."
+    fair = headlines(tmp_path / "e", [0.6, 0.6])
+    assert fair.sentences[1].endswith("took 18 min of wall time, and no other group less.")
 
 
 def test_out_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from wsss.core.places import config_root
 from wsss.core.ranks import is_first_process
-from wsss.core.stopwatch import device_name
+from wsss.core.stopwatch import device_name, duration
 from wsss.runs.folder import Run
 from wsss.runs.line import compose_open
 
@@ -83,7 +83,7 @@ class Forecast(Callback):
         if not left:
             return
         show(
-            f"{left:,} of {trainer.max_steps:,} steps are left: about {_duration(left * each)} on "
+            f"{left:,} of {trainer.max_steps:,} steps are left: about {duration(left * each)} on "
             f"{device_name(pl_module.device)} ({each:.2g} s a step of {self.crops}); evaluation "
             "comes on top, and later phases of a method may take longer"
         )
@@ -119,13 +119,3 @@ def _size(config: Mapping[str, Any]) -> float:
     budget, overrides = config["budget"], config["backbone"].get("overrides") or {}
     pixels = budget["max_steps"] * budget["global_batch_size"] * budget["crop_size"] ** 2
     return float(pixels * overrides.get("depth", BLOCKS))
-
-
-def _duration(seconds: float) -> str:
-    """Write a duration in the two largest units that it has."""
-    hours, minutes = round(seconds / 3600), round(seconds / 60)
-    if hours >= 24:
-        return f"{hours // 24} d {hours % 24} h"
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min" if minutes else f"{max(1, round(seconds))} s"

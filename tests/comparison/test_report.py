@@ -233,6 +233,21 @@ def test_the_first_screen_says_who_leads_and_if_by_chance(tmp_path: Path) -> Non
     assert fair.sentences[1].endswith("took 18 min of wall time, and no other group less.")
 
 
+def test_an_encoder_is_named_with_what_changes_it(tmp_path: Path) -> None:
+    overrides = {"depth": 5, "patch_size": 8}
+    for name, given in (("plain", {}), ("cut", overrides)):
+        config = {"method": {}, "backbone": {"overrides": given}}
+        make_run(tmp_path / name / "run", config=config)
+    shown = {}
+    for name in ("plain", "cut"):
+        (found,) = compare([tmp_path / name], CompareArguments(resamples=10))
+        shown[name] = dict(headline_of(found).facts)["encoder"]
+        assert found.entries[0].card["backbone"]["overrides"] == (
+            overrides if name == "cut" else {}
+        )
+    assert shown == {"plain": "vit, unknown", "cut": "vit with depth=5, patch_size=8, unknown"}
+
+
 def test_out_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run")
     assert main(["report", str(run)]) == 2

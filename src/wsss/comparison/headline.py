@@ -190,4 +190,8 @@ def _encoder(backbone: Any) -> str:
     if not isinstance(backbone, Mapping):
         return str(backbone or "not stated")
     pretraining = backbone.get("pretraining") or backbone.get("source")
-    return f"{backbone.get('name')}, {pretraining}" if pretraining else str(backbone.get("name"))
+    overrides = backbone.get("overrides")
+    listed = dict(overrides) if isinstance(overrides, Mapping) else {}
+    changed = ", ".join(f"{key}={value}" for key, value in listed.items())
+    name = f"{backbone.get('name')} with {changed}" if changed else str(backbone.get("name"))
+    return f"{name}, {pretraining}" if pretraining else name

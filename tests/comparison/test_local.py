@@ -116,3 +116,21 @@ def test_csv_logs_are_enough_and_names_stay_text(
     assert "<td>25.0</td>" in page
     assert "2 runs" in page
     assert "protocol.supervision is missing" in page, "why they are not compared"
+    assert "<th>group</th></tr>" not in page, "no table without a row"
+
+
+def test_runs_that_are_not_ranked_say_what_differs_in_a_table(tmp_path: Path) -> None:
+    run = add_run(tmp_path / "s", 0.2, 0)
+    add_run(tmp_path / "s", 0.4, 1)
+    results = json.loads((run / RESULTS_FILE).read_text())
+    results["splits"]["val"]["protocol"] |= {"iterations": 600, "crop_size": "7" * 100}
+    (run / RESULTS_FILE).write_text(json.dumps(results))
+    assert main(["dashboard", "study=s", f"runs_dir={tmp_path}"]) == 0
+    page = (tmp_path / "s" / "dashboard.html").read_text()
+    assert "not ranked: toco; protocols differ" in page
+    groups = [f"<td>ToCo, ptc_weight={weight}</td>" for weight in (0.2, 0.4)]
+    for value, group in zip((600, 400), groups, strict=True):
+        assert f"<tr><th>iterations</th><td>{value}</td>{group}</tr>" in page
+    assert "these runs are not ranked" not in page
+    assert "allow=[crop_size,iterations]" in page
+    assert "7" * 61 not in page, "long values are cut"

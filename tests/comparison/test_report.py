@@ -83,7 +83,9 @@ def test_no_two_of_48_names_share_colour_and_dash() -> None:
 def lines_of(svg: str) -> dict[str, tuple[str, str]]:
     """Colour and dash pattern of each name's lines."""
     found = {}
-    for path in re.findall(r'<path aria-label="[^"]*" role="graphics-symbol"[^>]*>', svg):
+    for path in re.findall(
+        r'<path aria-label="[^"]*" role="graphics-symbol"[^>]*dasharray[^>]*>', svg
+    ):
         ((name, stroke, dash),) = re.findall(
             r'aria-label="([^:]*):.* stroke="([^"]*)".* stroke-dasharray="([^"]*)"', path
         )
@@ -106,6 +108,13 @@ def test_a_loss_looks_alike_everywhere_and_has_its_own_axis() -> None:
     for svg in (one, other):
         assert re.search(r">0\.00\d+<", svg), "the small loss has ticks of its size"
         assert re.search(r">(500|1,000)<", svg)
+
+
+@pytest.mark.parametrize(("steps", "dots"), [(1, 1), (3, 3), (50, 0)])
+def test_a_loss_of_few_steps_is_drawn_as_points(steps: int, dots: int) -> None:
+    losses = [(float(step), 1.0 + step) for step in range(steps)]
+    (chart,) = training_charts({"A": [{"train/loss": losses}]})
+    assert str(chart.svg).count('aria-roledescription="point"') == dots
 
 
 def test_images_of_every_kind_are_picked_once() -> None:
@@ -204,7 +213,8 @@ def test_the_first_screen_says_who_leads_and_if_by_chance(tmp_path: Path) -> Non
     assert re.fullmatch(r"M1 leads M2 by \d+\.\d points, more than chance", clear.lead)
     assert "which does not hold zero." in clear.sentences[0]
     assert "either" not in clear.sentences[0]
-    assert clear.sentences[1].endswith("took 0.45 wall hours; the cheapest, M0, took 0.3.")
+    assert clear.sentences[1].endswith("took 27 min of wall time; the cheapest, M0, took 18 min.")
+    assert ("seeds", "2 runs (seed=0,1)") in clear.facts
     assert clear.table.header[-3:] == ["training, wall hours", "evaluation, s/image", "seeds"]
     assert [name for name, _ in clear.table.rows] == ["M1", "M2", "M0"]
     assert clear.table.rows[0][1][1].text == "reference"
@@ -218,6 +228,24 @@ def test_the_first_screen_says_who_leads_and_if_by_chance(tmp_path: Path) -> Non
     assert "difference" not in " ".join(listed.table.header)
     alone = headlines(tmp_path / "d", [0.6])
     assert alone.lead.startswith("M0 reaches ")
+    assert alone.sentences[1] == "Cost: training a run of M0 took 18 min of wall time."
+    fair = headlines(tmp_path / "e", [0.6, 0.6])
+    assert fair.sentences[1].endswith("took 18 min of wall time, and no other group less.")
+
+
+def test_an_encoder_is_named_with_what_changes_it(tmp_path: Path) -> None:
+    overrides = {"depth": 5, "patch_size": 8}
+    for name, given in (("plain", {}), ("cut", overrides)):
+        config = {"method": {}, "backbone": {"overrides": given}}
+        make_run(tmp_path / name / "run", config=config)
+    shown = {}
+    for name in ("plain", "cut"):
+        (found,) = compare([tmp_path / name], CompareArguments(resamples=10))
+        shown[name] = dict(headline_of(found).facts)["encoder"]
+        assert found.entries[0].card["backbone"]["overrides"] == (
+            overrides if name == "cut" else {}
+        )
+    assert shown == {"plain": "vit, unknown", "cut": "vit with depth=5, patch_size=8, unknown"}
 
 
 def test_out_is_required(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

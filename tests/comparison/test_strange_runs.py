@@ -252,6 +252,29 @@ def test_narrow_terminals_shorten_names_and_no_numbers(width: int) -> None:
     assert len(cells) == 3 * blocks, "no name is broken into lines"
     if width == 300:
         assert headings == heads
+    else:
+        whole = {row[0] for row in cells} == {"metric", *names}
+        assert whole == (width > 60), "columns are shortened first"
+        assert headings == list("012345")
+        said = " ".join(out.getvalue().split())
+        assert said.startswith(
+            "columns without their common toco-minivoc-ablation-of-losses- t, n=3 "
+        )
+
+
+def test_a_column_has_one_short_name_in_all_tables() -> None:
+    heads = [f"{start}-minivoc-on-images-{end}" for start in ("toco", "getam") for end in "xyz"]
+    grids = [
+        Grid(title, ["", *(f"{head}{count}" for head in heads)], [("a", [Cell(text)] * 6)])
+        for title, count, text in (("t", " (n=1)", "1"), ("u", "", "+1.2 [-0.3, +4.5] tie"))
+    ]
+    out = io.StringIO()
+    print_grids(grids, Console(file=out, width=80))
+    found = re.findall(r"\S+…\S+", out.getvalue())
+    assert len(found) == 12
+    assert found[:6] == found[6:]
+    assert len({*found}) == 6
+    assert max(map(len, found)) <= 12
 
 
 def test_class_names_of_strangers_reach_no_format_as_code(tmp_path: Path) -> None:

@@ -19,9 +19,12 @@ from wsss.core.schema import plain
 from wsss.data.views.tkp_pcl import SquareViews
 from wsss.methods.toco import ToCo
 from wsss.runs.compose import compose_config
+from wsss.runs.config import config_hash
 from wsss.runs.folder import load_run
+from wsss.runs.starts import with_start
 from wsss.runs.stored import check_stored
 from wsss.runs.targets import with_current_targets
+from wsss.training.labels import with_labels
 
 TESTS = Path(__file__).parents[1]
 (STORED,) = (TESTS / "before").glob("tkppcl-*")
@@ -155,6 +158,27 @@ def test_a_report_draws_nothing_of_a_strangers_class(
     assert not Path("owned").exists()
 
 
+def test_a_report_shows_trusted_and_other_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class from outside is the first run's alone: the other's pictures need no word."""
+    monkeypatch.syspath_prepend(outside(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run = altered(tmp_path, lambda c: put(c["wsss"]["config"], "method._target_", "elsewhere.Mine"))
+    shutil.copytree(STORED, "second")
+    results = json.loads((run / "results.json").read_text())
+    results["config"]["method"]["_target_"] = "elsewhere.Mine"
+    (run / "results.json").write_text(json.dumps(results | {"method": "Mine"}))
+    line = ["report", "run", "second", "out=page", "gallery=1", "resamples=50"]
+    found = {}
+    for further in ([], ["trust=[elsewhere]"]):
+        assert main([*line, *further]) == 0
+        page = Path("page/index.html").read_text()
+        found[len(further)] = page.count('class="zoom"'), "trust=[elsewhere]" in page
+    images = 4  # of each reason; a row has image, truth, and mask and CAM of each run, image again
+    assert found == {0: (5 * images, True), 1: (7 * images, False)}
+
+
 def test_loading_builds_no_training_view(monkeypatch: pytest.MonkeyPatch) -> None:
     @functools.wraps(SquareViews.__init__)
     def fail(*args: object, **kwargs: object) -> None:
@@ -167,15 +191,45 @@ def test_loading_builds_no_training_view(monkeypatch: pytest.MonkeyPatch) -> Non
         run.data.setup("fit")
 
 
-def test_a_trusted_package_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "elsewhere.py").write_text(
+def outside(folder: Path) -> Path:
+    """Write a method from outside the package; give the folder that Python finds it in."""
+    (folder / "elsewhere.py").write_text(
         "from wsss.methods.tkp_pcl import TKPPCL\n\n\nclass Mine(TKPPCL):\n    pass\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    return folder
+
+
+def test_a_trusted_package_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(outside(tmp_path))
     run = altered(tmp_path, lambda c: put(c["wsss"]["config"], "method._target_", "elsewhere.Mine"))
     with pytest.raises(WSSSError, match=r"trust=\[elsewhere\]"):
         load_run(run)
     assert type(load_run(run, trust=["elsewhere"]).module).__name__ == "Mine"
+
+
+def test_a_run_that_train_begins_from_needs_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the line names, or its ``trust``, may be named by the run; nothing else."""
+    monkeypatch.syspath_prepend(outside(tmp_path))
+    run = altered(tmp_path, lambda c: put(c["wsss"]["config"], "method._target_", "elsewhere.Mine"))
+    plainly, trusting = (
+        plain(compose_config(["method=tkp_pcl", "data=minivoc", *further]))
+        for further in ([], ["trust=[elsewhere]"])
+    )
+    assert config_hash(plainly) == config_hash(trusting)
+    begin = {"init_from": str(run)}
+    with pytest.raises(WSSSError, match=r"^init_from: .* trust=\[elsewhere\]$"):
+        with_start(plainly | begin)
+    with pytest.raises(WSSSError, match=r"^init_from=\S+: holds weights of elsewhere\.Mine"):
+        with_start(trusting | begin)
+    named = {"method": plainly["method"] | {"_target_": "elsewhere.Mine"}}
+    assert with_start(plainly | begin | named)["init_from"]["method"] == "TKP-PCL"
+    maps = {"maps": {"run": str(run)}, "data": plainly["data"] | {"class_names": ["cat"]}}
+    with pytest.raises(WSSSError, match=r"^maps\.run: .* trust=\[elsewhere\]$"):
+        with_labels(plainly | maps, torch.device("cpu"))
+    with pytest.raises(WSSSError, match=r"^maps\.run=\S+: has the classes"):
+        with_labels(trusting | maps, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def trained(
         validated: seconds of a validation after every step.
     """
     now = [0.0]
-    forecast = Forecast(crops="4 crops of 448 px", small_start="toco/small")
+    forecast = Forecast(crops="4 crops of 448 px", advice=lambda: "+experiments=toco/small")
     forecast._clock = lambda: now[0]
     trainer: Any = SimpleNamespace(
         global_step=steps.start, max_steps=steps.stop, progress_bar_callback=None
@@ -93,7 +93,7 @@ def test_gpus_are_not_warned_of(
 
 
 OVERLAYS = {
-    "data=minivoc method=getam": "getam/minivoc",
+    "data=minivoc method=getam backbone=deit_base": "getam/minivoc",
     "+experiments=tkp_pcl/photos data.root=x": "tkp_pcl/small",
     "data=table data.root=x method=weclip method.text=random": "toco/small",
 }
@@ -102,7 +102,15 @@ OVERLAYS = {
 @pytest.mark.parametrize("line", OVERLAYS)
 def test_the_named_start_exists_and_fits_the_data(line: str) -> None:
     run: Any = SimpleNamespace(config=compose_run(line.split()))
-    assert forecast_of(run).small_start == OVERLAYS[line]
+    assert forecast_of(run).advice().startswith(f"+experiments={OVERLAYS[line]} is a start")
+
+
+@pytest.mark.parametrize(
+    "line", ["+experiments=toco/minivoc seed=3", "+experiments=toco/small data.root=x"]
+)
+def test_a_small_start_is_not_advised_to_start_itself(line: str) -> None:
+    run: Any = SimpleNamespace(config=compose_run(line.split()))
+    assert forecast_of(run).advice() == "a smaller budget.max_steps= is over sooner"
 
 
 def test_every_training_has_a_forecast(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """``wsss report``: one page that opens anywhere and shows methods, and searches, side by side."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from wsss.comparison.compare import CompareArguments, compare
@@ -19,9 +19,11 @@ class ReportArguments(CompareArguments):
 
     Attributes:
         gallery: images of each kind (best, median, worst, largest disagreement); 0: no pictures.
+        trust: packages beside ``wsss`` whose classes a run may name; their code is run.
     """
 
     gallery: Pictures = 3
+    trust: list[str] = field(default_factory=list)
 
 
 def main(arguments: list[str]) -> int:
@@ -50,8 +52,7 @@ def main(arguments: list[str]) -> int:
         # tables first: they are made in no time, pictures in minutes
         for suffix in (".md", ".csv", ".tex"):
             write_atomically(out / f"table{suffix}", FORMATS[suffix](grids).encode())
-        write_atomically(
-            out / PAGE, page_of(comparisons, searches, gallery=chosen.gallery).encode()
-        )
+        page = page_of(comparisons, searches, gallery=chosen.gallery, trust=chosen.trust)
+        write_atomically(out / PAGE, page.encode())
     print(out / PAGE)
     return 0

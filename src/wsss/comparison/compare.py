@@ -20,6 +20,18 @@ MANY = 12  # groups, beyond which all of them are not listed by name, nor as col
 Resamples = Annotated[int, Ge(1), Le(10**6)]
 
 
+class NotRankedError(WSSSError):
+    """Protocols differ among runs that are to be ranked.
+
+    Attributes:
+        different: protocol field -> value -> groups that have it.
+        advice: what to do about it, with arguments of ``wsss compare``.
+    """
+
+    different: Mapping[str, Mapping[str, Sequence[str]]] = {}
+    advice: str = ""
+
+
 @dataclass
 class CompareArguments:
     """Arguments of ``wsss compare`` beside the runs.
@@ -160,7 +172,7 @@ def _compare_alike(supervision: str, entries: list[Entry], chosen: CompareArgume
     """Compare runs of one supervision.
 
     Raises:
-        WSSSError: their protocols differ, and they are to be ranked.
+        NotRankedError: their protocols differ, and they are to be ranked.
     """
     metrics = [key for key in _metrics_of(entries) if key in (chosen.metrics or MEASURING)]
     primary = _choose_primary(entries, chosen.metric)
@@ -184,10 +196,14 @@ def _compare_alike(supervision: str, entries: list[Entry], chosen: CompareArgume
         ]
         if untouched:
             hint += f"metrics=[{','.join(untouched)}], which the difference does not touch, "
-        raise WSSSError(
+        advice = f"evaluate them alike with `wsss eval`, {hint}or unranked=true to list them"
+        error = NotRankedError(
             f"these runs are not ranked, their protocols differ in {', '.join(forbidden)} "
-            f"({values}); evaluate them alike with `wsss eval`, {hint}or unranked=true to list them"
+            f"({values}); {advice}"
         )
+        error.different = {name: different[name] for name in forbidden}
+        error.advice = advice
+        raise error
     wanted = _normalised_name(chosen.baseline or "")
     baseline = next((name for name in groups if _normalised_name(name) == wanted), None)
     draws = {} if chosen.unranked else _bootstrap(groups, metrics, chosen.resamples)

@@ -80,16 +80,20 @@ class Entry:
 
     @property
     def card(self) -> dict[str, Any]:
-        """The protocol, with the data's name and hashes and the holdout's."""
+        """The protocol, with the data's name and hashes, the holdout's, the encoder's overrides."""
         protocol = self.metrics["protocol"]
         hashes = self.metrics.get("data_sha256") or {}
         backbone = protocol.get("backbone")
-        known = backbone if isinstance(backbone, Mapping) else {}
+        known = dict(backbone) if isinstance(backbone, Mapping) else {}
+        if known:
+            # cards of an earlier version have a sentence of the configuration
+            known["pretraining"] = stated_pretraining(known)
+            # without them the small encoder reads as the timm model that it was cut from
+            known["overrides"] = look_up(self.results, ("config", "backbone", "overrides")) or {}
         return {
             "data": self.results["data"],
             **protocol,
-            # cards of an earlier version have a sentence of the configuration
-            **({"backbone": {**known, "pretraining": stated_pretraining(known)}} if known else {}),
+            **({"backbone": known} if known else {}),
             "supervision": supervision_on(str(protocol.get("supervision")), known),
             "choice": protocol.get("choice") or NOT_DECLARED,
             "labels_sha256": hashes.get("labels"),

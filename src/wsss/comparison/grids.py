@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,6 +25,7 @@ NUMBER = re.compile(
     r"-$|[-+][\d.]+(e[-+]?\d+)?( ± [\d.]+)?( \[[-+]?[\d.]+, [-+]?[\d.]+\]( tie)?)?$"
 )
 NAME, HEADING = 24, 12  # characters that are left of a row's name and of a heading
+COUNT = re.compile(r"(?P<name>.*?)(?: \((?P<count>n=\d+)\))?", re.DOTALL)  # of a heading
 TEX = {
     "\\": r"\textbackslash ", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$",
     "{": r"\{", "}": r"\}", "^": r"\textasciicircum ", "~": r"\textasciitilde ",
@@ -57,17 +59,35 @@ class Grid:
 
 
 def print_grids(grids: Sequence[Grid], console: Console) -> None:
-    """Print tables to a terminal: names are shortened, numbers never; wide tables go on below."""
+    """Print tables to a terminal: names are shortened, numbers never; wide tables go on below.
+
+    Columns are shortened before rows, and alike in all tables that have the same ones.
+    """
+    short: dict[tuple[str, ...], list[str]] = {}
     for grid in grids:
-        heads = [_on_one_line(text) for text in grid.header]
-        names = [_on_one_line(name) for name, _ in grid.rows]
-        needed = [
-            max((len(_on_one_line(cells[k].text)) for _, cells in grid.rows), default=0)
-            for k in range(len(heads) - 1)
-        ]
-        if _width([heads[0], *names], heads[1:], needed) > console.width:
-            heads[1:] = shortened(heads[1:], [max(width, HEADING) for width in needed])
-            spare = console.width - _width([], heads[1:], needed)
+        heads, names, needed = _texts(grid)
+        columns = _columns(heads)
+        if columns in short or _width([heads[0], *names], heads[1:], needed) <= console.width:
+            continue
+        beginning = _beginning(columns)
+        rest = [name.removeprefix(beginning) for name in columns]
+        short[columns] = shortened(rest, [HEADING] * len(rest))
+        if beginning:
+            console.print(f"columns without their common {beginning}", markup=False)
+    for grid in grids:
+        heads, names, needed = _texts(grid)
+        title, columns = grid.title, _columns(heads)
+        if columns in short:
+            counts = [COUNT.fullmatch(head)["count"] for head in heads[1:]]  # type: ignore[index]
+            alike = len({*counts}) == 1
+            title += f", {counts[0]}" if alike and counts[0] else ""
+            heads[1:] = [
+                f"{name} ({count})" if count and not alike else name
+                for name, count in zip(short[columns], counts, strict=True)
+            ]
+            # names stay whole while two columns fit beside them
+            widest = sorted(map(max, needed, map(len, heads[1:])))[-2:]
+            spare = console.width - _width([], [""] * len(widest), widest)
             names = shortened(names, [max(NAME, spare)] * len(names))
         start = 0
         while start < len(needed) or start == 0:
@@ -77,11 +97,35 @@ def print_grids(grids: Sequence[Grid], console: Console) -> None:
                 <= console.width
             ):
                 stop += 1
-            title = grid.title if start == 0 else f"{grid.title}, further columns"
-            console.print(_block(grid, title, names, heads, slice(start, stop)))
+            shown = title if start == 0 else f"{title}, further columns"
+            console.print(_block(grid, shown, names, heads, slice(start, stop)))
             start = stop
         for note in grid.notes:
             console.print(_on_one_line(note), markup=False, highlight=False)
+
+
+def _texts(grid: Grid) -> tuple[list[str], list[str], list[int]]:
+    """Give the headings of a table, the names of its rows and the widths of its other cells."""
+    heads = [_on_one_line(text) for text in grid.header]
+    names = [_on_one_line(name) for name, _ in grid.rows]
+    needed = [
+        max((len(_on_one_line(cells[k].text)) for _, cells in grid.rows), default=0)
+        for k in range(len(heads) - 1)
+    ]
+    return heads, names, needed
+
+
+def _columns(heads: Sequence[str]) -> tuple[str, ...]:
+    """Give the names of a table's columns without the numbers of seeds."""
+    return tuple(COUNT.fullmatch(head)["name"] for head in heads[1:])  # type: ignore[index]
+
+
+def _beginning(names: Sequence[str]) -> str:
+    """Give what names have in common up to a mark between their words; nothing of a single one."""
+    alike = takewhile(lambda letters: len({*letters}) == 1, zip(*names, strict=False))
+    found = re.match(r".*[-/ ]", "".join(letters[0] for letters in alike))
+    beginning = found[0] if found and len(names) > 1 else ""
+    return beginning if all(name != beginning for name in names) else ""
 
 
 def _width(names: Sequence[str], heads: Sequence[str], needed: Sequence[int]) -> int:

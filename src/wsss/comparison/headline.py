@@ -18,6 +18,7 @@ from wsss.comparison.tables import (
     mean_and_deviation,
     plain_mean,
 )
+from wsss.core.stopwatch import duration
 from wsss.results.store import look_up
 
 MOST_VALUES = 3  # of one fact that differs between runs
@@ -115,9 +116,15 @@ def _cost_sentence(best: str, costs: Mapping[str, Mapping[str, str]]) -> list[st
     heading, means = next(iter(costs.items()), ("", {"": "-"}))
     if "-" in means.values() or not heading.startswith("training"):
         return []
-    cheapest = min(means, key=lambda name: float(means[name]))
-    said = f"Cost: training a run of {best} took {means[best]} {heading.partition(', ')[2]}"
-    return [f"{said}; the cheapest, {cheapest}, took {means[cheapest]}."]
+    hours = {name: float(mean) for name, mean in means.items()}
+    cheapest = min(hours, key=lambda name: hours[name])
+    kind = "GPU" if "GPU" in heading else "wall"
+    said = f"Cost: training a run of {best} took {duration(3600 * hours[best])} of {kind} time"
+    if len(hours) == 1:
+        return [f"{said}."]
+    if hours[best] == hours[cheapest]:
+        return [f"{said}, and no other group less."]
+    return [f"{said}; the cheapest, {cheapest}, took {duration(3600 * hours[cheapest])}."]
 
 
 def _glance(
@@ -168,13 +175,23 @@ def _facts(c: Comparison) -> list[tuple[str, str]]:
         ("encoder", values(lambda e: _encoder(e.card.get("backbone")))),
         ("training", f"{known('iterations')} steps of {known('global_batch_size')} images, "
                      f"crops of {known('crop_size')} px"),
-        ("seeds", values(lambda e: ", ".join(str(m.results["seed"]) for m in c.groups[e.group]))),
+        ("seeds", values(lambda e: _seeds(c.groups[e.group]))),
         ("commit", known("commit", 12)),
     ]  # fmt: skip
+
+
+def _seeds(runs: Sequence[Entry]) -> str:
+    """Count a group's runs and name their seeds, which alone would read as a count."""
+    listed = ",".join(str(run.results["seed"]) for run in runs)
+    return f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} (seed={listed})"
 
 
 def _encoder(backbone: Any) -> str:
     if not isinstance(backbone, Mapping):
         return str(backbone or "not stated")
     pretraining = backbone.get("pretraining") or backbone.get("source")
-    return f"{backbone.get('name')}, {pretraining}" if pretraining else str(backbone.get("name"))
+    overrides = backbone.get("overrides")
+    listed = dict(overrides) if isinstance(overrides, Mapping) else {}
+    changed = ", ".join(f"{key}={value}" for key, value in listed.items())
+    name = f"{backbone.get('name')} with {changed}" if changed else str(backbone.get("name"))
+    return f"{name}, {pretraining}" if pretraining else name

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 
 from wsss.comparison.charts import Chart, Point, draw
+from wsss.comparison.compare import NotRankedError
 from wsss.comparison.dashboard import (
     ERRORS,
     FINALS,
@@ -26,10 +27,12 @@ from wsss.comparison.page import Part, is_loss, legend, mean_lines, training_cha
 from wsss.comparison.render import render
 from wsss.comparison.tables import COSTS, EVALUATION, heading_of, mean_and_deviation
 from wsss.core.errors import WSSSError
+from wsss.core.failures import one_line
 from wsss.results.store import MAP_NAMES, look_up
 
 PAGE_FILE = "dashboard.html"
 DRAWN = ("val/seed_miou", "val/seg_miou")  # by the charts of training
+LONGEST_VALUE = 60  # characters of a protocol's field
 Groups = Mapping[str, Sequence[LoggedRun]]
 
 
@@ -120,7 +123,16 @@ def _compared(runs: Sequence[LoggedRun], varied: Sequence[str]) -> list[Grid]:
     """Give means and intervals as ``wsss compare`` does; where it refuses, say why."""
     grids = []
     for methods, found in compared(runs, varied):
-        if isinstance(found, WSSSError):
+        if isinstance(found, NotRankedError):
+            rows = [
+                (name, [Cell(one_line(value, LONGEST_VALUE)), Cell(", ".join(holders))])
+                for name, values in found.different.items()
+                for value, holders in values.items()
+            ]
+            title = f"not ranked: {', '.join(methods)}; protocols differ"
+            notes = [f"for `wsss compare`: {found.advice}"]
+            grids.append(Grid(title, ["what differs", "value", "groups"], rows, notes))
+        elif isinstance(found, WSSSError):
             grids.append(Grid(f"not compared: {', '.join(methods)}", ["group"], notes=[str(found)]))
         else:
             grids += found

@@ -58,7 +58,11 @@ class Part:
 
 
 def page_of(
-    comparisons: Sequence[Comparison], searches: Mapping[str, Search], *, gallery: int
+    comparisons: Sequence[Comparison],
+    searches: Mapping[str, Search],
+    *,
+    gallery: int,
+    trust: Sequence[str] = (),
 ) -> str:
     """Write the whole page as HTML.
 
@@ -66,8 +70,9 @@ def page_of(
         comparisons: one a supervision.
         searches: for settings, by name.
         gallery: images of each kind (best, median, worst, largest disagreement); 0: no pictures.
+        trust: packages beside ``wsss`` whose classes a run may name; their code is run.
     """
-    sections = [_section(c, f"s{k}", gallery) for k, c in enumerate(comparisons)]
+    sections = [_section(c, f"s{k}", gallery, trust) for k, c in enumerate(comparisons)]
     contents = []
     for section in sections:
         several = f" ({section['supervision']})" if len(sections) > 1 else ""
@@ -101,7 +106,7 @@ def _title(comparisons: Sequence[Comparison], searches: Mapping[str, Search]) ->
     return f"Searches for settings: {', '.join(data)}"
 
 
-def _section(c: Comparison, name: str, gallery: int) -> dict[str, Any]:
+def _section(c: Comparison, name: str, gallery: int, trust: Sequence[str]) -> dict[str, Any]:
     """Gather all about one supervision."""
     grids = group_tables(c)
     first = 2 if c.draws and len(c.groups) > 1 else 1  # numbers, and where ranked differences
@@ -123,7 +128,7 @@ def _section(c: Comparison, name: str, gallery: int) -> dict[str, Any]:
         "headline": headline_of(c),
         "legend": legend(c.groups),
         "parts": [part for part in parts if part.charts or part.grids],
-        "gallery": gallery_of(c, gallery, f"{name}-image") if gallery > 0 else None,
+        "gallery": gallery_of(c, gallery, f"{name}-image", trust) if gallery > 0 else None,
         "cards": _cards(c),
     }
 
@@ -250,10 +255,11 @@ def training_charts(logged: Mapping[str, Sequence[Logged]]) -> list[Chart]:
     names = sorted(key.removeprefix("train/") for key in keys if is_loss(key))
     for group, runs in logged.items():
         points = [
-            Point(name, step, value, line=seed, dot=False)
+            Point(name, *pair, line=seed, dot=len(line) < MOST_DOTS)
             for name in names
             for seed, run in enumerate(runs)
-            for step, value in thinned(run.get(f"train/{name}", []))
+            for line in [thinned(run.get(f"train/{name}", []))]
+            for pair in line
         ]
         title = f"{group}: losses by step, one line a seed"
         charts += draw(title, names, points, x="", zero="", multiples=True)

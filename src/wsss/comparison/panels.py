@@ -55,13 +55,17 @@ class Maps:
     cams: NDArray[np.float32] | None
 
 
-def open_dataset(entry: Entry) -> Any:
+def open_dataset(entry: Entry, trust: Sequence[str] = ()) -> Any:
     """Open the split of an entry with its images and masks.
+
+    Args:
+        entry: a run of ours, or a folder's results.
+        trust: packages beside ``wsss`` whose classes it may name; their code is run.
 
     Raises:
         WSSSError: the data is not where the run found it, or not what it was.
     """
-    config = check_stored(entry.results["config"], str(entry.folder))
+    config = check_stored(entry.results["config"], str(entry.folder), trust)
     if "data" not in config:
         raise WSSSError(f"{entry.folder}: its configuration has no data")
     data = build_data(config, for_training=False)
@@ -89,7 +93,9 @@ def _protocol(entry: Entry) -> Protocol:
         ) from error
 
 
-def maps_of(entry: Entry, kind: str, dataset: Any, indices: list[int]) -> list[Maps]:
+def maps_of(
+    entry: Entry, kind: str, dataset: Any, indices: list[int], trust: Sequence[str] = ()
+) -> list[Maps]:
     """Compute label maps of one kind and class maps of some images again.
 
     Args:
@@ -97,6 +103,7 @@ def maps_of(entry: Entry, kind: str, dataset: Any, indices: list[int]) -> list[M
         kind: kind of label map.
         dataset: the split.
         indices: of the images.
+        trust: packages beside ``wsss`` whose classes the run may name; their code is run.
 
     Raises:
         WSSSError: the checkpoint or the folder is gone.
@@ -105,7 +112,7 @@ def maps_of(entry: Entry, kind: str, dataset: Any, indices: list[int]) -> list[M
     source: Mapping[str, Any] | None = entry.results.get("source")
     if source is not None:
         return [_from_folder(source, protocol, kind, dataset, index) for index in indices]
-    run = load_run(entry.home)
+    run = load_run(entry.home, trust=trust)
     with evaluating(run.module):
         return [_from_run(run, protocol, kind, dataset[index]) for index in indices]
 
@@ -252,13 +259,14 @@ def pick_images(scores: NDArray[np.float64], each: int) -> list[Pick]:
     return [p for r in ("best", "median", "worst", "largest disagreement") for p in picks[r]]
 
 
-def gallery_of(c: Comparison, each: int, prefix: str) -> Gallery:
+def gallery_of(c: Comparison, each: int, prefix: str, trust: Sequence[str] = ()) -> Gallery:
     """Draw the chosen images with every group's maps; a group that cannot be computed says why.
 
     Args:
         c: the comparison.
         each: images of each kind.
         prefix: of the names of its images in the page.
+        trust: packages beside ``wsss`` whose classes a run may name; their code is run.
     """
     if c.primary is None:
         return Gallery(["no pictures: the runs share no mIoU to choose them by"], [], [], [])
@@ -271,13 +279,13 @@ def gallery_of(c: Comparison, each: int, prefix: str) -> Gallery:
     picks = pick_images(np.stack([*scores.values()]), each)
     indices = [int(images[pick.index]) for pick in picks]
     try:
-        dataset = open_dataset(c.entries[0])
+        dataset = _first_dataset(c.entries, trust)
     except WSSSError as error:
         return Gallery([f"no pictures: {error}"], [], [], [])
     found, notes = {}, []
     for name, entry in members.items():
         try:
-            found[name] = maps_of(entry, kind, dataset, indices)
+            found[name] = maps_of(entry, kind, dataset, indices, trust)
         except WSSSError as error:
             notes.append(f"{name}: {error}")
     with_cams = [name for name, maps in found.items() if maps[0].cams is not None]
@@ -298,6 +306,21 @@ def gallery_of(c: Comparison, each: int, prefix: str) -> Gallery:
                 [masks.rows[-1][0], *_cam_row(under, name, item["mask"].numpy(), said)]
             )
     return gallery
+
+
+def _first_dataset(entries: Sequence[Entry], trust: Sequence[str]) -> Any:
+    """Open the split of the first entry that can be opened: all have the same images.
+
+    Raises:
+        WSSSError: what the first one says, where none can.
+    """
+    errors = []
+    for entry in entries:
+        try:
+            return open_dataset(entry, trust)
+        except WSSSError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _swatches(classes: Sequence[str]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Seconds by phase, peak memory, the name of a device."""
+"""Seconds by phase, a duration in words, peak memory, the name of a device."""
 
 import platform
 import re
@@ -79,3 +79,13 @@ def device_name(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     match = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
     return match[1] if match else platform.processor() or "CPU"
+
+
+def duration(seconds: float) -> str:
+    """Write a duration in the two largest units that it has."""
+    hours, minutes = round(seconds / 3600), round(seconds / 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24} h"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if minutes else f"{max(1, round(seconds))} s"

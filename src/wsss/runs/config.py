@@ -203,6 +203,8 @@ class TrainConfig:
     callbacks: Mapping[str, Any] = field(default_factory=dict)  # Lightning's, beside a run's own
     init_from: Start = None  # run or checkpoint whose weights the training starts from
     ckpt_path: Start = None  # checkpoint from which a training goes on
+    # packages beside wsss whose classes those runs may name; their code is run
+    trust: Sequence[str] = ()
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -213,7 +215,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
     protocol is in: ``wsss eval`` takes other ones without training.
     """
     elsewhere = ("runs_dir", "logger", "gallery", "objective", "choice", "second_stage", "maps",
-                 *LATER)  # fmt: skip
+                 "trust", *LATER)  # fmt: skip
     relevant = {key: value for key, value in config.items() if key not in elsewhere}
     relevant |= _later(config)
     relevant["data"] = {

@@ -19,7 +19,7 @@ from wsss.runs.folder import method_name
 GROUPS = ("method", "backbone", "data", "budget", "trainer", "eval")
 #: where and how a run is watched, and what seeds alone change
 NOT_VARIED = ("runs_dir", "study", "gallery", "logger", "second_stage", "seed", "data.seed",
-              "data.root", "data.num_workers", "data.train_masks")  # fmt: skip
+              "data.root", "data.num_workers", "data.train_masks", "trust")  # fmt: skip
 LONGEST = 128  # characters that W&B takes as a name or group
 
 

@@ -13,6 +13,7 @@ from wsss.core.files import file_sha256
 from wsss.methods.base import WSSSModule
 from wsss.runs.config import config_hash
 from wsss.runs.folder import Run, load_run, restore_state
+from wsss.runs.stored import trusted_packages
 from wsss.runs.supervision import STARTS, supervision_of_run
 
 
@@ -56,8 +57,7 @@ def _read(key: str, path: str, config: Mapping[str, Any]) -> Run:
     """
     name = str(config["method"]["_target_"])
     try:
-        # the line names its own method's package already
-        origin = load_run(path, trust=[name.partition(".")[0]])
+        origin = load_run(path, trust=trusted_packages(config))
     except WSSSError as error:
         raise WSSSError(f"{key}: {error}") from error
     theirs = origin.config["method"]["_target_"]

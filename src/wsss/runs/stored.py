@@ -76,6 +76,16 @@ def _takes_draws(target: type) -> bool:
     return callable(called) and "rng" in signature(called).parameters
 
 
+def trusted_packages(config: Mapping[str, Any]) -> list[str]:
+    """Give the packages that stored runs may take classes from, as the user's own line says.
+
+    Args:
+        config: composed from that line, never one that a file holds.
+    """
+    named = (node["_target_"].split(".")[0] for _, node in targets(dict(config)))
+    return [*config.get("trust", ()), *named]
+
+
 def check_stored(config: Any, origin: str, trusted: Sequence[str] = ()) -> dict[str, Any]:
     """Give a stored configuration back if it may be used; nothing of it is imported before.
 

@@ -168,11 +168,11 @@ class MetricsFile(CSVLogger):
             raise cannot_write(Path(self.log_dir) / "metrics.csv", error) from error
 
 
-class FirstStepLogged(Callback):
-    """Log the first step too, so that a run of fewer than ``log_every_n_steps`` has a curve."""
+class EndsLogged(Callback):
+    """Log the first and the last step too, so that the shortest run has a curve."""
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
-        """Log every step of a run that begins."""
+        """Log the first step of a run that begins, also in callbacks that look before this one."""
         self._every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step == 0:
             trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
@@ -180,9 +180,9 @@ class FirstStepLogged(Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        """Log as the configuration says, once there was a step."""
-        if trainer.global_step:
-            trainer.log_every_n_steps = self._every  # type: ignore[attr-defined]
+        """Log as the configuration says between the first and the last step."""
+        is_end = trainer.global_step in (0, trainer.max_steps - 1)
+        trainer.log_every_n_steps = 1 if is_end else self._every  # type: ignore[attr-defined]
 
 
 class NamedLosses(TQDMProgressBar):

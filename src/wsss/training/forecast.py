@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning
@@ -9,12 +11,14 @@ from lightning.pytorch.callbacks import Callback
 
 from wsss.core.places import config_root
 from wsss.core.ranks import is_first_process
-from wsss.core.stopwatch import device_name
+from wsss.core.stopwatch import device_name, duration
 from wsss.runs.folder import Run
+from wsss.runs.line import compose_open
 
 # (steps, seconds), whichever comes first: a step of DeiT-B at 448 px takes a CPU over half a minute
 WARM = (3, 10.0)
 MEASURED = (10, 10.0)
+BLOCKS = 12  # of an encoder without overrides, at least
 LONG = 3600.0  # of a training on a CPU, from which a small start is named
 
 
@@ -26,12 +30,12 @@ class Forecast(Callback):
 
     Args:
         crops: what a step trains on, as ``4 crops of 448 px``.
-        small_start: an experiment that trains within minutes.
+        advice: gives what takes less time; called where a CPU needs hours.
     """
 
-    def __init__(self, *, crops: str, small_start: str) -> None:
+    def __init__(self, *, crops: str, advice: Callable[[], str]) -> None:
         self.crops = crops
-        self.small_start = small_start
+        self.advice = advice
         self._clock = time.perf_counter
         self._warm = False
         self._said = not is_first_process()
@@ -79,33 +83,39 @@ class Forecast(Callback):
         if not left:
             return
         show(
-            f"{left:,} of {trainer.max_steps:,} steps are left: about {_duration(left * each)} on "
+            f"{left:,} of {trainer.max_steps:,} steps are left: about {duration(left * each)} on "
             f"{device_name(pl_module.device)} ({each:.2g} s a step of {self.crops}); evaluation "
             "comes on top, and later phases of a method may take longer"
         )
         if pl_module.device.type == "cpu" and left * each > LONG:
             show(
                 "warning: that is long for a CPU; Ctrl-C stops, trainer=gpu wants a GPU, and "
-                f"+experiments={self.small_start} is a start that a CPU trains within minutes",
+                + self.advice(),
                 file=sys.stderr,
             )
 
 
 def forecast_of(run: Run) -> Forecast:
-    """Make the forecast of a run, with the small start of its method where there is one."""
+    """Make the forecast of a run, with what would take less time."""
     budget = run.config["budget"]
-    name = run.config["method"]["_target_"].split(".")[-2]  # its package
-    start = "small" if run.config["data"]["_target_"].endswith(".TableDataModule") else "minivoc"
-    known = (config_root() / "experiments" / name / f"{start}.yaml").is_file()
     crops = f"{budget['global_batch_size']} crops of {budget['crop_size']} px"
-    return Forecast(crops=crops, small_start=f"{name if known else 'toco'}/{start}")
+    return Forecast(crops=crops, advice=partial(_advice, run.config))
 
 
-def _duration(seconds: float) -> str:
-    """Write a duration in the two largest units that it has."""
-    hours, minutes = round(seconds / 3600), round(seconds / 60)
-    if hours >= 24:
-        return f"{hours // 24} d {hours % 24} h"
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min" if minutes else f"{max(1, round(seconds))} s"
+def _advice(config: Mapping[str, Any]) -> str:
+    """Name the small start of a run's method, or fewer steps where the run is no larger itself."""
+    name = config["method"]["_target_"].split(".")[-2]  # its package
+    start = "small" if config["data"]["_target_"].endswith(".TableDataModule") else "minivoc"
+    known = (config_root() / "experiments" / name / f"{start}.yaml").is_file()
+    experiment = f"{name if known else 'toco'}/{start}"
+    root = ["data.root=x"] if start == "small" else []
+    if _size(config) <= _size(compose_open([f"+experiments={experiment}", *root])):
+        return "a smaller budget.max_steps= is over sooner"
+    return f"+experiments={experiment} is a start that a CPU trains within minutes"
+
+
+def _size(config: Mapping[str, Any]) -> float:
+    """Give the pixels of a whole training times the blocks of its encoder."""
+    budget, overrides = config["budget"], config["backbone"].get("overrides") or {}
+    pixels = budget["max_steps"] * budget["global_batch_size"] * budget["crop_size"] ** 2
+    return float(pixels * overrides.get("depth", BLOCKS))

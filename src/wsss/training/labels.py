@@ -19,6 +19,7 @@ from wsss.runs.config import MapsConfig
 from wsss.runs.folder import Run, load_run
 from wsss.runs.label_writer import write_pseudo_labels
 from wsss.runs.map_cache import FOLDER, MapCache
+from wsss.runs.stored import trusted_packages
 from wsss.training.random_walk import trained_walk
 
 
@@ -90,10 +91,11 @@ def _source(chosen: MapsConfig, config: Mapping[str, Any]) -> Run:
         WSSSError: no such run, an unfinished one, or one of other classes.
     """
     try:
-        run = load_run(chosen.run)
+        trusted = trusted_packages(config)
+        run = load_run(chosen.run, trust=trusted)
         root = str(config["data"]["root"])
         if run.config["data"]["root"] != root and run.data.name == config["data"]["name"]:
-            moved = load_run(chosen.run, [f"data.root={json.dumps(root)}"])
+            moved = load_run(chosen.run, [f"data.root={json.dumps(root)}"], trust=trusted)
             run = replace(moved, overrides=())  # it must be the run's data all the same
     except WSSSError as error:
         raise WSSSError(f"maps.run: {error}") from error

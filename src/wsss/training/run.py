@@ -16,7 +16,6 @@ from wsss.core.devices import choose_device
 from wsss.core.files import make_writable
 from wsss.core.lock import lock
 from wsss.core.ranks import is_first_process
-from wsss.core.schema import targets
 from wsss.runs.compose import compose_run
 from wsss.runs.config import LoggerConfig, checked_config, second_stage_config
 from wsss.runs.folder import load_run
@@ -26,6 +25,7 @@ from wsss.runs.origin import check_resumed, write_origin
 from wsss.runs.prepare import finished_folder, prepare
 from wsss.runs.scoring import score
 from wsss.runs.starts import with_start
+from wsss.runs.stored import trusted_packages
 from wsss.runs.supervision import supervision_of_run
 from wsss.training.labels import with_labels
 from wsss.training.random_walk import trained_walk
@@ -55,9 +55,7 @@ def train(config: Mapping[str, Any] | Sequence[str]) -> Path:
     if not settings.get("second_stage") or not finished:
         return folder
     second = settings["second_stage"]
-    # what the line named is not a stranger's
-    trusted = [node["_target_"].split(".")[0] for _, node in targets(settings)]
-    first = load_run(folder, trust=trusted).to(_device(settings))
+    first = load_run(folder, trust=trusted_packages(settings)).to(_device(settings))
     walk = trained_walk(first, second["random_walk"]) if second.get("refine") else None
     labels = write_pseudo_labels(first, source=second.get("source", "cam"), walk=walk)
     folder, _ = _train_run(second_stage_config(settings, str(labels)))

@@ -22,7 +22,7 @@ from wsss.runs.folder import LAST_CHECKPOINT, Run, build, why_unfinished
 from wsss.runs.trainer_settings import ACCELERATION, ends, limits
 from wsss.training.callbacks import (
     AtomicCheckpointIO,
-    FirstStepLogged,
+    EndsLogged,
     MetricsFile,
     NamedLosses,
     SaveOnStop,
@@ -103,7 +103,7 @@ def _callbacks(run: Run) -> list[Callback]:
             enable_version_counter=False,
         ),
         CostMeter(),
-        FirstStepLogged(),
+        EndsLogged(),
         forecast_of(run),
         *([NamedLosses()] if bar else []),
     ]

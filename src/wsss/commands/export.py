@@ -8,6 +8,7 @@ from omegaconf import MISSING
 from wsss.core.arguments import parse_arguments
 from wsss.core.ranges import Positive
 from wsss.runs.line import check_run_line
+from wsss.runs.output_forms import check_format
 
 
 @dataclass
@@ -40,6 +41,7 @@ class ExportArguments:
 def main(arguments: list[str]) -> int:
     """Run the verb."""
     chosen, overrides = parse_arguments(ExportArguments, arguments, passed_on=("eval", "data"))
+    check_format(chosen.format, chosen.size)
     check_run_line(chosen.run, overrides)
     from wsss.runs.export import export
     from wsss.runs.folder import load_run

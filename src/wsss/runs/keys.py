@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wsss.core.arguments import read_override
-from wsss.core.declarations import declared, meanings
+from wsss.core.declarations import absent, declared, meanings
 from wsss.core.errors import WSSSError
 from wsss.core.failures import one_line
 from wsss.core.schema import (
@@ -28,6 +28,7 @@ from wsss.core.schema import (
     targets,
     type_in_words,
 )
+from wsss.runs.callback_settings import check_stopping, is_early_stopping
 
 #: the composed configuration itself
 TOP = "wsss.runs.config.TrainConfig"
@@ -71,6 +72,10 @@ def check_keys(content: Mapping[str, Any]) -> None:
     """
     check_finite(content.get("method"), "method")  # what others refer to, first
     check_finite(content)
+    for path, node in targets(content):
+        name = node["_target_"]
+        if isinstance(name, str) and (reason := absent(name)):
+            raise WSSSError(f"{path}._target_={one_line(name)}: no such class ({reason})")
     for path, node in _nodes(content).items():
         if not _at_home(path, node, content):
             continue
@@ -79,6 +84,10 @@ def check_keys(content: Mapping[str, Any]) -> None:
             parameters |= parameters_of(one)
         if parameters:
             check_node(node, parameters, path, supplied=SUPPLIED if path else set())
+    for name, node in (content.get("callbacks") or {}).items():
+        if isinstance(node, dict) and is_early_stopping(node.get("_target_")):
+            holdout = content["eval"].get("holdout_per_class", 0)
+            check_stopping(node, f"callbacks.{name}", holdout)
 
 
 def _at_home(path: str, node: Any, content: Mapping[str, Any]) -> bool:
@@ -90,6 +99,8 @@ def _at_home(path: str, node: Any, content: Mapping[str, Any]) -> bool:
     if path in ("eval", "logger", "budget") and inside:
         return False
     if not isinstance(node, dict) or "_target_" not in node:
+        return True
+    if path.startswith("callbacks."):
         return True
     home = HOMES.get(path.removeprefix("second_stage."))
     package = str(node["_target_"]).split(".")[0]

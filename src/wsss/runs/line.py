@@ -24,10 +24,12 @@ from wsss.core.errors import WSSSError
 from wsss.core.failures import one_line
 from wsss.core.places import config_root, declared_folders
 from wsss.core.schema import nearest, nearest_key, plain, targets
+from wsss.runs.checkpoint_paths import check_path, start_key
 from wsss.runs.choice import choice_of
 from wsss.runs.encoders import DERIVED, SOURCE, check_encoders, dependents
 from wsss.runs.keys import check_keys, with_overrides
 from wsss.runs.targets import with_current_targets
+from wsss.runs.trackers import check_trackers
 from wsss.runs.trainer_settings import check_budget_decides, check_trainer, with_trainer_keys
 
 #: chooses an experiment beside the one that holds a sweep over experiments
@@ -87,6 +89,17 @@ def composed_line(overrides: Sequence[str]) -> Composed:
     return composed
 
 
+def check_surroundings(content: Mapping[str, Any]) -> None:
+    """Refuse a resolved configuration that lacks a file or a package which its run needs.
+
+    Raises:
+        WSSSError: it names the key.
+    """
+    check_paths(content)
+    start_key(content)
+    check_trackers(content["logger"])
+
+
 def check_paths(content: Mapping[str, Any]) -> None:
     """Refuse folders and files of a resolved configuration that are not there.
 
@@ -95,17 +108,22 @@ def check_paths(content: Mapping[str, Any]) -> None:
     """
     data, weights = content["data"], content["backbone"].get("weights")
     if content.get("maps"):
-        _check_checkpoint(content["maps"]["run"], "maps.run")
-    if data["_target_"].startswith("wsss.") and data["root"] != "builtin":
-        root = Path(data["root"]).expanduser()
-        if not root.is_dir():
-            raise WSSSError(f"data folder {root} is missing; set data.root to where the data lies")
+        check_path(content["maps"]["run"], "maps.run")
+    check_root(data)
     is_file = isinstance(weights, str) and weights.endswith((".pth", ".safetensors"))
     if is_file and not weights.startswith("package:") and not Path(weights).expanduser().is_file():
         raise WSSSError(
             f"backbone.weights={weights}: no such file; put the weights there, or use "
             "backbone.weights=timm (needs internet once) or backbone.weights=random"
         )
+
+
+def check_root(data: Mapping[str, Any]) -> None:
+    """Raise WSSSError unless the folder of a data set is there."""
+    if data["_target_"].startswith("wsss.") and data["root"] != "builtin":
+        root = Path(data["root"]).expanduser()
+        if not root.is_dir():
+            raise WSSSError(f"data folder {root} is missing; set data.root to where the data lies")
 
 
 def check_run_line(run: str, overrides: Sequence[str], device: str = "auto") -> None:
@@ -123,7 +141,7 @@ def check_run_line(run: str, overrides: Sequence[str], device: str = "auto") -> 
         WSSSError: no such run, key or device, or a value of another type.
     """
     check_device(device)
-    _check_checkpoint(run, "run")
+    check_path(run, "run")
     stored = Path(run) / "config.yaml"
     if not overrides or not stored.is_file():
         return
@@ -135,18 +153,14 @@ def check_run_line(run: str, overrides: Sequence[str], device: str = "auto") -> 
     if "${" in text or not isinstance(config, dict) or not all(map(_is_ours, targets(config))):
         return  # not a configuration of ours: it is looked at with care when it is read
     try:
-        check_keys(plain(with_overrides(with_current_targets(config), overrides)))
+        changed = plain(with_overrides(with_current_targets(config), overrides))
+        check_keys(changed)
     except WSSSError as error:
         if any(str(error).startswith(one.partition("=")[0]) for one in overrides):
             raise
-
-
-def _check_checkpoint(run: str, key: str) -> None:
-    """Raise WSSSError unless a run folder has a checkpoint, or is one."""
-    path = Path(run)
-    file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
-    if not file.is_file():
-        raise WSSSError(f"{file}: no such checkpoint; {key}= takes a run folder or a .ckpt file")
+        return
+    if any(one.startswith("data.root=") for one in overrides):
+        check_root(changed["data"])
 
 
 def _is_ours(place: tuple[str, dict[str, Any]]) -> bool:

@@ -24,9 +24,9 @@ from wsss.maps.pixels import normalise
 from wsss.maps.pseudo_labels import cam_probabilities, cam_to_label
 from wsss.results.gallery import heat, overlay
 from wsss.runs.folder import Run
+from wsss.runs.output_forms import check_form
 
 Pixels = NDArray[np.uint8]
-FORMS = ("npy", "png", "both")
 
 
 class MaskOfImage(NamedTuple):
@@ -230,8 +230,7 @@ def write_masks(
 def _check_places(images: Mapping[str, Path], out: Path, forms: Mapping[str, str | None]) -> None:
     """Raise WSSSError where a form is unknown, or files would lie among images or other results."""
     for key, form in forms.items():
-        if form is not None and form not in FORMS:
-            raise WSSSError(f"{key}={form}: expected one of {', '.join(FORMS)}, or null")
+        check_form(key, form)
     for name, path in images.items():
         if (out / name).parent.resolve() == path.parent.resolve():
             raise WSSSError(f"out={out}: masks would lie among the images; choose another folder")

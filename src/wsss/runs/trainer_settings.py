@@ -44,6 +44,7 @@ class TrainerSettings(Acceleration):
     """Ranges of what ``lightning.Trainer`` takes as any number, so that no run has no end.
 
     Attributes:
+        accelerator: kind of device, of which ``gpu`` is any.
         max_steps: optimiser steps; Lightning's -1 would never stop.
         devices: processes on one machine, -1 or ``auto`` for all devices, or their numbers.
         num_nodes: machines.
@@ -61,6 +62,7 @@ class TrainerSettings(Acceleration):
         num_sanity_val_steps: validation batches before training; -1: all.
     """
 
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "auto"
     max_steps: Count = 1
     devices: Devices = 1
     num_nodes: Count = 1

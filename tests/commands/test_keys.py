@@ -134,6 +134,18 @@ def test_tab_completes_verbs_groups_and_keys(
     assert offered("wsss pr") == ["predict"]
     assert offered("wsss train method=cl") == ["method=clip_cam", "method=clustercam"]
     assert offered("wsss train method.ptc") == ["method.ptc_weight="]
+    assert offered("wsss train -m method=mc") == ["method=mctformer"]
     assert offered("wsss pseudo crf") == ["crf_jobs="]
+    assert "experiment=toco/minivoc" in offered("wsss train experiment=")
+    assert offered("wsss tune +experiments=more/ph") == ["+experiments=more/photos"]
+    assert offered("wsss train trainer.fast") == ["trainer.fast_dev_run="]
+    assert offered("wsss data ") == ["check", "prepare"]
+    assert offered("wsss data prepare voc sb") == ["sbd="]
+    assert offered("wsss data check data=mini") == ["data=minivoc"]
+    every = offered("wsss train ")
+    assert {"method=", "trainer.", "experiment="} <= {*every}
+    assert not {"src/", "docs/"} & {*every}
     assert main(["train", "-sc", "install=bash"]) == 0
     assert capfd.readouterr().out.rstrip().endswith("-F hydra_bash_completion wsss")
+    assert main(["-sc", "install=tcsh"]) == 2
+    assert "expected install=SHELL of bash, fish, zsh" in capfd.readouterr().err

@@ -277,6 +277,18 @@ def search_folders(overrides: Sequence[str]) -> list[Path]:
     return folders
 
 
+def choices_of(group: str, overrides: Sequence[str] = ()) -> list[str]:
+    """List what a group offers on a line, ``toco/minivoc`` of ``experiments`` for example."""
+    root = config_root()
+    roots = (root / "conf", root, *declared_folders(), *search_folders(overrides))
+    found = {
+        file.relative_to(place / group).with_suffix("").as_posix()
+        for place in roots
+        for file in (place / group).rglob("*.yaml")
+    }
+    return sorted(found)
+
+
 def _refuse_bare_sweeps(overrides: Sequence[str]) -> None:
     """Refuse an experiment that only sweeps over others, unless one of them is chosen."""
     if any(override.startswith(f"{OVERLAY}=") for override in overrides):
@@ -421,14 +433,9 @@ def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
             extra = HYDRA_PLUGINS.get(choice)
             hint = f"; it comes with pip install 'wsss[{extra}]'" if extra else ""
             return f"{group}={choice}: no such choice{hint}"
-        roots = (path.parent, path.parents[1], *declared_folders(), *search_folders(overrides))
-        options = {
-            str(file.relative_to(root / group).with_suffix(""))
-            for root in roots
-            for file in (root / group).rglob("*.yaml")
-        }
+        options = choices_of(group, overrides)
         plus = "+" if group == "experiments" else ""
-        found = f"{plus}{group}={choice}: no such choice{nearest(choice, sorted(options))}"
+        found = f"{plus}{group}={choice}: no such choice{nearest(choice, options)}"
         return one_line(found, 600)
     return " ".join(text.split())[:300] or f"{path} does not compose"
 

@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le
 from omegaconf import OmegaConf
 
+from wsss.core.declarations import declared
 from wsss.core.errors import WSSSError
 from wsss.core.places import config_root
 from wsss.core.ranges import Count, Devices, Duration, Fraction, Number, Positive
+from wsss.core.schema import parameters_of
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,14 @@ GIVEN_BY_RUN = {
     "model_registry": "checkpoints stay in the run folder; what uploads them is logger=wandb "
     "logger.checkpoints=true",
 }  # fmt: skip
+
+
+def trainer_keys() -> list[str]:
+    """List the arguments of the trainer that a line may set."""
+    cls = declared("lightning.Trainer")
+    names = [] if cls is None else list(parameters_of(cls))
+    given = {*GIVEN_BY_RUN, "max_steps"}  # the steps are the budget's
+    return [name for name in dict.fromkeys([*names, *ACCELERATION]) if name not in given]
 
 
 def check_trainer(node: Mapping[str, Any]) -> None:

@@ -29,9 +29,12 @@ from wsss.core.schema import (
     type_in_words,
 )
 from wsss.runs.callback_settings import check_stopping, is_early_stopping
+from wsss.runs.trainer_settings import GIVEN_BY_RUN
 
 #: the composed configuration itself
 TOP = "wsss.runs.config.TrainConfig"
+#: characters of a line of meaning from which only its first sentence is shown
+LONGEST_MEANING = 150
 #: group without a target -> the dataclass that takes it
 GROUPS = {
     "budget": "wsss.runs.config.Budget",
@@ -141,7 +144,8 @@ class Key:
     """One key that may stand on a line.
 
     Attributes:
-        name: dotted; with a ``+`` where the composed configuration does not have it yet.
+        name: dotted; with a ``+`` where the line needs it, since the composed configuration does
+            not have the key yet.
         type: in words, with its range.
         value: what it is unless the line says otherwise.
         meaning: one line.
@@ -191,8 +195,10 @@ def keys_of_class(cls: type, path: str = "", node: Mapping[str, Any] | None = No
         composed = node is None or name in node
         dotted = f"{path}.{name}" if path else name
         value = parameter.default if node is None or name not in node else node[name]
-        if name in SUPPLIED or _has_rows(dotted, value, parameter.annotation):
-            continue  # given by the run, or a group with rows of its own
+        if name in SUPPLIED or (path == "trainer" and name in GIVEN_BY_RUN):
+            continue  # given by the run
+        if _has_rows(dotted, value, parameter.annotation):
+            continue
         if name == "quirks":
             keys += [
                 Key(f"+{dotted}.{one}", "bool", "as official_compat", _without_markup(meaning))
@@ -201,10 +207,10 @@ def keys_of_class(cls: type, path: str = "", node: Mapping[str, Any] | None = No
             continue
         keys.append(
             Key(
-                dotted if composed else f"+{dotted}",
+                dotted if composed or path == "trainer" else f"+{dotted}",
                 type_in_words(parameter.annotation),
                 _shown(value),
-                _without_markup(said.get(name, "")),
+                _brief(_without_markup(said.get(name, ""))),
             )
         )
     return keys
@@ -234,6 +240,12 @@ def _nodes(content: Mapping[str, Any]) -> dict[str, Any]:
 def _without_markup(text: str) -> str:
     """Give a docstring's text as a terminal shows it."""
     return re.sub(r"(:\w+:)?`+([^`]*)`+", r"\2", text).rstrip(".")
+
+
+def _brief(text: str) -> str:
+    """Shorten a text that takes several lines of a terminal to its first sentence."""
+    first = re.match(r".*?\w{2,}[)\"']*(?=\.\s+[A-Z])", text)
+    return first[0] if first and len(text) > LONGEST_MEANING else text
 
 
 def _shown(value: Any) -> str:

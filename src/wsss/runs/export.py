@@ -22,7 +22,7 @@ from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from wsss.methods.base import WSSSModule
 from wsss.runs.export_formats import WRITERS, Graph, Outputs, import_onnx, quiet
 from wsss.runs.folder import Run
-from wsss.runs.output_forms import SIZE, check_format
+from wsss.runs.output_forms import SIZE, check_format, format_of
 
 IMAGES = 4  # on which outputs are compared, where none are named
 #: a second size on which a file of dynamic size is compared, over the first one
@@ -98,7 +98,7 @@ def export(
     run: Run,
     out: Path,
     *,
-    kind: str = "onnx",
+    kind: str | None = None,
     source: str | None = None,
     size: str | None = None,
     images: str | None = None,
@@ -109,7 +109,8 @@ def export(
     Args:
         run: a trained run; its module is moved to the CPU.
         out: the file.
-        kind: ``onnx``, ``torchscript`` (traced) or ``pt2``, torch's own archive.
+        kind: ``onnx``, ``torchscript`` (traced) or ``pt2``, torch's own archive; None: by
+            the ending of ``out``.
         source: ``seg``, the segmentation head, or ``cam``, the localisation maps; None: the former,
             or the latter where a method has no such head.
         size: of the input: ``SIDE``, ``HEIGHTxWIDTH`` or ``dynamic``; None: the square that the
@@ -124,6 +125,7 @@ def export(
         WSSSError: an unknown format, source or size, no images, a network that no graph can hold,
             outputs that differ; no file is left behind then.
     """
+    kind = format_of(out, kind)
     check_format(kind, size)
     if kind == "onnx":
         import_onnx()

@@ -36,7 +36,12 @@ STOPPING = "callbacks=[early_stopping]"
 WRONG = [
     (["trane"], "unknown verb 'trane'; did you mean 'train'"),
     (["train", "method=tocco"], "did you mean toco?"),
-    ([*TRAIN, "backbone=deit_smal"], "did you mean deit_small?"),
+    ([*TRAIN, "backbone=deit_smal"], "did you mean deit_small?; or a name of timm"),
+    ([*TRAIN, "experiment=toco"], "there are toco/ablation_aux_layer, toco/abl"),
+    ([*TRAIN, "trainer.foo=1"], "trainer.precision, trainer.fast_dev_run, trainer.max_epochs"),
+    ([*TRAIN, "trainer.plugins=[]"], "a precision is trainer.precision="),
+    (["train", "--config-dir"], "--config-dir: a value is missing"),
+    (["train", "data=table", "data.root="], "data.root is empty"),
     ([*TRAIN, "method.ptc_wieght=0"], "did you mean method.ptc_weight?"),
     ([*TRAIN, "+method.ptc_wieght=0"], "did you mean method.ptc_weight?"),
     ([*TRAIN, "method=more", "+method.quirks.any=true"], "method.quirks.any: unknown key"),
@@ -58,7 +63,7 @@ WRONG = [
     ([*TRAIN, "+budgett=3"], "budgett: unknown key"),
     (
         [*TRAIN, "experiment=toco/minivok"],
-        "+experiments=toco/minivok: no such choice; did you mean",
+        "experiment=toco/minivok: no such choice; did you mean",
     ),
     ([*TRAIN, "hydra.run.dir=here"], "hydra.run.dir=here: a run's folder is runs_dir/study"),
     ([*TRAIN, "hydra.job.chdir=true"], "set runs_dir="),

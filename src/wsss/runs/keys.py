@@ -29,7 +29,7 @@ from wsss.core.schema import (
     type_in_words,
 )
 from wsss.runs.callback_settings import check_stopping, is_early_stopping
-from wsss.runs.trainer_settings import GIVEN_BY_RUN
+from wsss.runs.trainer_settings import GIVEN_BY_RUN, check_trainer
 
 #: the composed configuration itself
 TOP = "wsss.runs.config.TrainConfig"
@@ -85,6 +85,9 @@ def check_keys(content: Mapping[str, Any]) -> None:
         parameters: dict[str, inspect.Parameter] = {}
         for one in declarations(path, node or {}):
             parameters |= parameters_of(one)
+        if path == "trainer":  # an argument that a run gives itself is no proposal
+            check_trainer(node)
+            parameters = {key: one for key, one in parameters.items() if key not in GIVEN_BY_RUN}
         if parameters:
             check_node(node, parameters, path, supplied=SUPPLIED if path else set())
     for name, node in (content.get("callbacks") or {}).items():

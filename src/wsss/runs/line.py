@@ -40,6 +40,8 @@ SEARCH_PATH = "hydra.searchpath"
 OF_JOBS = (f"{SEARCH_PATH}=", "hydra/job_logging=", "hydra.job_logging.", "hydra.verbose=")
 # choices of Hydra's own groups that further packages bring -> the extra that installs them
 HYDRA_PLUGINS = {"submitit_slurm": "slurm", "submitit_local": "slurm"}
+#: what ``backbone=`` takes beside the files of its group
+NAMED = "or a name of timm with its tag, as vit_small_patch16_224.dino, or hf_hub:ORG/NAME"
 #: settings of Hydra's that a run sets itself -> what it has, and what is to be set instead
 OF_RUNS = {
     "run.dir": (".", "a run's folder is runs_dir/study/METHOD-DATA-sSEED-HASH: set runs_dir="),
@@ -121,6 +123,8 @@ def check_paths(content: Mapping[str, Any]) -> None:
 def check_root(data: Mapping[str, Any]) -> None:
     """Raise WSSSError unless the folder of a data set is there."""
     if data["_target_"].startswith("wsss.") and data["root"] != "builtin":
+        if not data["root"]:
+            raise WSSSError("data.root is empty; set it to where the data lies")
         root = Path(data["root"]).expanduser()
         if not root.is_dir():
             raise WSSSError(f"data folder {root} is missing; set data.root to where the data lies")
@@ -228,7 +232,9 @@ def take_folders(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             rest.append(one)
             continue
         folders.append(value if equals else next(given, ""))
-        if not Path(folders[-1] or "\0").is_dir():
+        if not folders[-1]:
+            raise WSSSError("--config-dir: a value is missing; expected a folder of groups")
+        if not Path(folders[-1]).is_dir():
             raise WSSSError(f"--config-dir {folders[-1]}: there is no such folder")
     return rest, folders
 
@@ -434,8 +440,11 @@ def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
             hint = f"; it comes with pip install 'wsss[{extra}]'" if extra else ""
             return f"{group}={choice}: no such choice{hint}"
         options = choices_of(group, overrides)
-        plus = "+" if group == "experiments" else ""
-        found = f"{plus}{group}={choice}: no such choice{nearest(choice, options)}"
+        inside = [one for one in options if one.startswith(f"{choice}/")]
+        hint = f"; there are {', '.join(inside)}" if inside else nearest(choice, options)
+        word = "experiment" if group == "experiments" else group
+        further = f"; {NAMED}" if group == "backbone" else ""
+        found = f"{word}={choice}: no such choice{hint}{further}"
         return one_line(found, 600)
     return " ".join(text.split())[:300] or f"{path} does not compose"
 

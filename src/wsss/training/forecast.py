@@ -86,7 +86,7 @@ class Forecast(Callback):
         if pl_module.device.type == "cpu" and left * each > LONG:
             show(
                 "warning: that is long for a CPU; Ctrl-C stops, trainer=gpu wants a GPU, and "
-                f"+experiments={self.small_start} is a start that a CPU trains within minutes",
+                f"experiment={self.small_start} is a start that a CPU trains within minutes",
                 file=sys.stderr,
             )
 

@@ -43,11 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a verb, and give its exit status (0 fine, 1 failed, 2 bad input, 130 interrupted)."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0
+        return exit_status_of("", lambda: show(overview()))
     if arguments[0] == "--version":
-        print(__version__)
-        return 0
+        return exit_status_of("", lambda: show(__version__))
     verb, rest = arguments[0], arguments[1:]
     if verb in COMPLETION or (rest[:1] and rest[0] in COMPLETION):
         given = [one for one in arguments if "=" in one]
@@ -67,13 +65,18 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise WSSSError(f"unknown verb {verb!r}{hint} (wsss --help lists them)")
     if "-h" in arguments or "--help" in arguments:
-        print(help_of(verb))
-        return 0
+        return show(help_of(verb))
     if "--keys" in arguments:
         shown: int = importlib.import_module("wsss.commands.keys").main(verb, arguments)
         return shown
     status: int = importlib.import_module(f"wsss.commands.{VERBS[verb]}").main(arguments)
     return status
+
+
+def show(text: str) -> int:
+    """Print a text; give the exit status."""
+    print(text)
+    return 0
 
 
 def overview() -> str:

@@ -1,12 +1,13 @@
 """``--keys``, Hydra's own flags, ``experiment=`` and completion, as a user types them."""
 
 import contextlib
+import re
 from pathlib import Path
 
 import pytest
 
 from wsss.cli import main
-from wsss.commands.keys import ARGUMENTS
+from wsss.commands.keys import ARGUMENTS, show
 from wsss.commands.train import read_line
 from wsss.core.declarations import declared
 from wsss.core.errors import WSSSError
@@ -134,6 +135,42 @@ def test_tab_completes_verbs_groups_and_keys(
     assert offered("wsss pr") == ["predict"]
     assert offered("wsss train method=cl") == ["method=clip_cam", "method=clustercam"]
     assert offered("wsss train method.ptc") == ["method.ptc_weight="]
+    assert offered("wsss train -m method=mc") == ["method=mctformer"]
     assert offered("wsss pseudo crf") == ["crf_jobs="]
+    assert "experiment=toco/minivoc" in offered("wsss train experiment=")
+    assert offered("wsss tune +experiments=more/ph") == ["+experiments=more/photos"]
+    assert offered("wsss train trainer.fast") == ["trainer.fast_dev_run="]
+    assert offered("wsss data ") == ["check", "prepare"]
+    assert offered("wsss data prepare voc sb") == ["sbd="]
+    assert offered("wsss data check data=mini") == ["data=minivoc"]
+    every = offered("wsss train ")
+    assert {"method=", "trainer.", "experiment="} <= {*every}
+    assert not {"src/", "docs/"} & {*every}
     assert main(["train", "-sc", "install=bash"]) == 0
     assert capfd.readouterr().out.rstrip().endswith("-F hydra_bash_completion wsss")
+    assert main(["-sc", "install=tcsh"]) == 2
+    assert "expected install=SHELL of bash, fish, zsh" in capfd.readouterr().err
+
+
+def test_trainer_keys_are_listed_as_they_are_given() -> None:
+    found = {key.name: key for key in keys_of_run(compose_open([]))}
+    assert found["trainer.fast_dev_run"].value == "false"
+    assert not {"trainer.logger", "trainer.callbacks", "trainer.plugins"} & found.keys()
+    assert not any(name.startswith("+trainer.") for name in found)
+    assert "+method.quirks.zero_weight_terms" in found, "Hydra wants its plus"
+    # Lightning's text goes on for eight lines
+    assert found["trainer.benchmark"].meaning.endswith("torch.backends.cudnn.benchmark to")
+
+
+@pytest.mark.parametrize("width", [30, 80, 200])
+def test_no_terminal_breaks_a_key(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    keys = keys_of_run(compose_open([]))
+    show(keys)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    first = [line.split(" ")[0] for line in lines if line[:1].strip()]
+    assert [name for name in first if name in {key.name for key in keys}] == [k.name for k in keys]
+    assert ("meaning" in lines[0]) == (width == 200)

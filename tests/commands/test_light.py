@@ -21,6 +21,7 @@ HEAVY = ["torch", "lightning", "timm", "wandb"]
 RUNNER = """
 import contextlib, io, json, sys
 from wsss.cli import main
+sys.modules["mlflow"] = None  # as where it is not installed
 for line in json.load(sys.stdin):
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
@@ -31,10 +32,16 @@ for line in json.load(sys.stdin):
     print(json.dumps([status, said.getvalue(), [name for name in %r if name in sys.modules]]))
 """
 TRAIN = ["train", "data=minivoc"]
+STOPPING = "callbacks=[early_stopping]"
 WRONG = [
     (["trane"], "unknown verb 'trane'; did you mean 'train'"),
     (["train", "method=tocco"], "did you mean toco?"),
-    ([*TRAIN, "backbone=deit_smal"], "did you mean deit_small?"),
+    ([*TRAIN, "backbone=deit_smal"], "did you mean deit_small?; or a name of timm"),
+    ([*TRAIN, "experiment=toco"], "there are toco/ablation_aux_layer, toco/abl"),
+    ([*TRAIN, "trainer.foo=1"], "trainer.precision, trainer.fast_dev_run, trainer.max_epochs"),
+    ([*TRAIN, "trainer.plugins=[]"], "a precision is trainer.precision="),
+    (["train", "--config-dir"], "--config-dir: a value is missing"),
+    (["train", "data=table", "data.root="], "data.root is empty"),
     ([*TRAIN, "method.ptc_wieght=0"], "did you mean method.ptc_weight?"),
     ([*TRAIN, "+method.ptc_wieght=0"], "did you mean method.ptc_weight?"),
     ([*TRAIN, "method=more", "+method.quirks.any=true"], "method.quirks.any: unknown key"),
@@ -56,7 +63,7 @@ WRONG = [
     ([*TRAIN, "+budgett=3"], "budgett: unknown key"),
     (
         [*TRAIN, "experiment=toco/minivok"],
-        "+experiments=toco/minivok: no such choice; did you mean",
+        "experiment=toco/minivok: no such choice; did you mean",
     ),
     ([*TRAIN, "hydra.run.dir=here"], "hydra.run.dir=here: a run's folder is runs_dir/study"),
     ([*TRAIN, "hydra.job.chdir=true"], "set runs_dir="),
@@ -68,6 +75,22 @@ WRONG = [
     ([*TRAIN, "--config-dir", "no/such"], "--config-dir no/such: there is no such folder"),
     ([*TRAIN, "hydra.searchpath=[file://no/such]"], "there is no folder no/such"),
     ([*TRAIN, "backbone.weights=no/such.pth"], "backbone.weights=no/such.pth: no such file"),
+    ([*TRAIN, "init_from=no/run"], "no/run: no such checkpoint; init_from= takes"),
+    ([*TRAIN, "ckpt_path=no/run"], "no/run: no such checkpoint; ckpt_path= takes"),
+    ([*TRAIN, "init_from=RUN", "ckpt_path=RUN"], "init_from and ckpt_path exclude each other"),
+    ([*TRAIN, "eval.crf=foo"], "eval.crf='foo': expected one of toco"),
+    ([*TRAIN, "trainer.accelerator=gpuu"], "trainer.accelerator='gpuu': expected 'auto' or 'cpu'"),
+    ([*TRAIN, STOPPING, "callbacks.early_stopping.monitor=val/seg_miou"], "one of holdout/seg"),
+    ([*TRAIN, STOPPING, "eval.holdout_per_class=0"], "no holdout is declared"),
+    ([*TRAIN, STOPPING, "+callbacks.early_stopping.patienc=3"], "callbacks.early_stopping.patienc"),
+    (
+        [*TRAIN, "+callbacks.own={_target_: own_stop.Stop, patienc: 3}"],
+        "did you mean callbacks.own.patience?",
+    ),
+    ([*TRAIN, "method._target_=wsss.methods.toco.ToCoo"], "did you mean ToCo?"),
+    ([*TRAIN, "method._target_=wsss.methods.tocoo.ToCo"], "wsss.methods has no tocoo"),
+    ([*TRAIN, "data._target_=nowhere.Data"], "no such class (no module nowhere)"),
+    ([*TRAIN, "logger=mlflow"], "logger=mlflow needs the package mlflow-skinny"),
     (["train", "data=voc"], "data.root is missing"),
     (["train", "data=voc", "data.root=no/VOC"], "data folder no/VOC is missing"),
     (["data", "check", "data=vok"], "did you mean voc?"),
@@ -88,16 +111,24 @@ WRONG = [
     (["eval", "run=RUN", "eval.crff=null"], "did you mean eval.crf?"),
     (["eval", "run=RUN", "eval.cam_threshold=2"], "eval.cam_threshold=2"),
     (["eval", "run=RUN", "device=gpu"], "device=gpu: expected auto, cpu, cuda"),
+    (["eval", "run=RUN", "data.root=no/VOC"], "data folder no/VOC is missing"),
+    (["eval", "masks=.", "data=voc", "data.root=no/VOC"], "data folder no/VOC is missing"),
     (["eval", "masks=no/masks", "data=minivoc"], "masks=no/masks: no such folder"),
     (["eval", "masks=.", "kind=pseudo"], "kind=pseudo: expected one of"),
     (["predict", "run=RUN", "images=no/such", "out=o"], "no/such is missing; expected a folder"),
     (["predict", "run=RUN"], "images is missing"),
+    (["predict", "run=RUN", "images=i", "out=o", "cams=foo"], "cams=foo: expected one of npy"),
+    (["predict", "run=RUN", "images=i", "out=o", "soft=foo"], "soft=foo: expected one of npy"),
     (["pseudo", "run=RUN", "source=cams"], "source=cams: expected cam or seg"),
     (["pseudo", "run=RUN", "refine=random_walk", "random_walk=vitt"], "did you mean vit?"),
     (["export", "rum=x"], "did you mean run?"),
     (["export", "run=RUN"], "out is missing"),
     (["export", "run=no/run", "out=x.onnx"], "no/run: no such checkpoint"),
     (["export", "run=RUN", "out=x.onnx", "eval.crff=null"], "did you mean eval.crf?"),
+    (["export", "run=RUN", "out=x.onnx", "format=onx"], "did you mean onnx?"),
+    (["export", "run=RUN", "out=x.onnx", "size=abc"], "size=abc: expected SIDE"),
+    (["export", "run=RUN", "out=x.pt", "size=dynamic"], "size=dynamic: TorchScript"),
+    (["export", "run=RUN", "out=x.bin"], "out=x.bin: expected an ending of .onnx, .pt"),
     (["submit", "run=RUN", "competition=comp7"], "competition=comp7"),
     (["compare", "no/runs"], "no/runs: no such file or folder"),
     (["compare", "RUN", "bye=method"], "did you mean by?"),
@@ -116,6 +147,13 @@ WRONG = [
     (["benchmark", "part=data", "cuont=3"], "did you mean count?"),
     (["benchmark", "part=pce", "tokens=[64]"], "tokens=[64]"),
 ]
+#: a callback of the user's, in the folder where the lines are run
+OWN_CALLBACK = """
+from lightning.pytorch.callbacks import Callback
+class Stop(Callback):
+    def __init__(self, patience: int = 1) -> None:
+        self.patience = patience
+"""
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +175,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str, li
     ]
     text = subprocess.run(composed, capture_output=True, text=True, check=True).stdout
     (run / "config.yaml").write_text(text)
+    (folder / "own_stop.py").write_text(OWN_CALLBACK)
     helps = [[verb, "--help"] for verb in VERBS]
     lines = [line for line, _ in WRONG] + helps + [["--help"]]
     done = subprocess.run(

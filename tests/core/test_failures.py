@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,23 @@ def test_refusals_of_long_values_are_short(
     error = capsys.readouterr().err
     assert len(error) < 1500
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("line", [["--help"], ["train", "--help"], ["train", "--keys"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_error(line: list[str], unbuffered: str) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "wsss.cli", *line]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
+def test_another_broken_pipe_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    assert exit_status_of("train", lambda: fail(BrokenPipeError(errno.EPIPE, "a worker"))) == 1
+    assert "a worker" in capfd.readouterr().err

@@ -113,12 +113,22 @@ def test_a_folder_of_masks_made_by_others_is_enough(tmp_path: Path) -> None:
     assert contents(root) == before
 
 
-def test_without_sbd_voc_alone_is_prepared(tmp_path: Path) -> None:
+def test_without_sbd_voc_alone_is_prepared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = make_official_voc(tmp_path, sbd=False)
     prepare("voc", f"root={root}", "sbd=none")
     assert not (root / "SegmentationClassAug").exists()
     assert not (root / "ImageSets" / "Segmentation" / "train_aug.txt").exists()
     assert len((root / "labels_xml.csv").read_text().splitlines()) == 6
+    said = capsys.readouterr().out
+    settings = ["data.train_split=train", "data.train_mask_folder=SegmentationClass"]
+    assert f"without SBD: give {' '.join(settings)}" in said
+    check = ["data", "check", "data=voc", f"root={root}"]
+    assert main(check) == 1
+    assert "list: " in (said := capsys.readouterr().out)
+    assert "without SBD give data.train_split=train" in said
+    assert main([*check, *settings]) == 0, "what is advised is enough"
 
 
 def test_labels_of_masks_are_declared_and_then_no_mask_is_needed(tmp_path: Path) -> None:

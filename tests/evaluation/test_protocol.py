@@ -97,7 +97,7 @@ def test_declared_threshold_joins_the_curve_once() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"crf": "tocco"}, "eval.crf=tocco: expected one of toco"),
+        ({"crf": "tocco"}, "eval.crf='tocco': expected one of toco"),
         ({"crf": "toco", "crf_prune": True, "use_image_labels": False}, "eval.crf_prune"),
         ({"cam_threshold": 1.5}, "eval.cam_threshold=1.5"),
         ({"cam_high": 0.7}, "eval.cam_high and eval.cam_low"),

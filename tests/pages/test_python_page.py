@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import ExifTags, Image
 
 import wsss
 from wsss.cli import main
@@ -47,6 +49,24 @@ def test_loaded_run_predicts_an_image_as_a_folder(notebook: dict[str, Any]) -> N
     np.testing.assert_array_equal(wsss.predict_mask(run, image), notebook["masks"]["0"])
     assert notebook["masks"]["0"].shape == image.shape[:2]
     assert notebook["masks"]["0"].dtype == np.uint8
+
+
+@pytest.mark.slow
+def test_an_open_image_and_a_file_are_as_their_array(
+    notebook: dict[str, Any], tmp_path: Path
+) -> None:
+    run, image, path = notebook["run"], notebook["image"], tmp_path / "one.png"
+    turned = Image.fromarray(np.rot90(image))
+    turned.getexif()[ExifTags.Base.Orientation] = 6  # the camera was held upright
+    turned.save(path, exif=turned.getexif())
+    expected = wsss.predict_mask(run, image)
+    for given in (path, str(path), Image.open(path), Image.fromarray(image)):
+        np.testing.assert_array_equal(wsss.predict_mask(run, given), expected)
+    wrong = [(torch.zeros(3, 4, 4), "a Tensor"), (image[:0], r"a uint8 array \(0,")]
+    wrong += [(image[..., 0], "a uint8 array"), (tmp_path / "no.png", "no.png is missing")]
+    for given, message in wrong:
+        with pytest.raises(wsss.WSSSError, match=message):
+            wsss.predict_soft(run, given)
 
 
 @pytest.mark.slow

@@ -97,7 +97,10 @@ def test_convolutional_weights_follow_too() -> None:
     [
         ("vit_small_patch16_224", r"no pretrained tag.*pin one of: vit_small_patch16_224\.augreg"),
         ("vit_small_patch16_224.augreg", r"is not a pretrained tag.*vit_small_patch16_224\.dino"),
-        ("vit_smal_patch16_224.dino", "is not a timm model; near: vit_small_patch16_224"),
+        (
+            "vit_smal_patch16_224.dino",
+            "is not a timm model; near: vit_small_patch16_224.augreg_in1k",
+        ),
         ("resnet50", r"no plain ViT; what works is a ViT.*backbone=resnet101"),
         ("swin_tiny_patch4_window7_224.ms_in1k", "no plain ViT; what works is a ViT"),
         ("convnext_tiny.fb_in1k", "no plain ViT"),

@@ -105,7 +105,7 @@ def test_going_on_from_a_checkpoint_trains_the_rest(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["init_from=nowhere"], "init_from: nowhere: no such checkpoint"),
+        (["init_from=nowhere"], "nowhere: no such checkpoint; init_from= takes"),
         (["init_from=RUN", "ckpt_path=RUN"], "exclude each other"),
         (["ckpt_path=RUN", STEPS], "has 2 steps already, of budget.max_steps=2"),
         (["init_from=RUN", "backbone.overrides.embed_dim=96"], "keys do not fit"),

@@ -277,7 +277,7 @@ def test_bad_settings_are_named_before_anything_is_written(folder: Path) -> None
     run, node = load_run(folder), compose_walk(WALK)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     for key, value, expected in [
-        ("crf", "spa", r"random_walk\.crf='spa': expected str \(one of toco"),
+        ("crf", "spa", r"random_walk\.crf='spa': expected one of toco"),
         ("method.lr", 0, r"random_walk\.method\.lr=0: expected"),
         ("method.taps", [-1], r"method\.widths=\[4, 4, 8\]: .* 1 method\.taps"),
         ("method.taps", [-1, -2, 9], r"method\.taps: 9 is none of the encoder's 4 parts"),

@@ -10,7 +10,14 @@ from wsss.core.arguments import parse_arguments
 from wsss.core.errors import WSSSError
 from wsss.core.ranges import Seed
 from wsss.evaluation.protocol import LABEL_MAPS
-from wsss.runs.line import check_device, check_run_line, compose_line, take_folders, with_folders
+from wsss.runs.line import (
+    check_device,
+    check_root,
+    check_run_line,
+    compose_line,
+    take_folders,
+    with_folders,
+)
 
 
 @dataclass
@@ -65,7 +72,7 @@ def main(arguments: list[str]) -> int:
         check_run_line(chosen.run, overrides, chosen.device)
     else:
         check_device(chosen.device)
-        compose_line([*overrides, f"seed={chosen.seed}"])
+        check_root(compose_line([*overrides, f"seed={chosen.seed}"]).data)
         for key, folder in (("cams", chosen.cams), ("masks", chosen.masks)):
             if folder is not None and not Path(folder).expanduser().is_dir():
                 raise WSSSError(f"{key}={folder}: no such folder")

@@ -8,6 +8,7 @@ from omegaconf import MISSING
 from wsss.core.arguments import parse_arguments
 from wsss.core.ranges import Positive
 from wsss.runs.line import check_run_line
+from wsss.runs.output_forms import check_format, format_of
 
 
 @dataclass
@@ -17,7 +18,8 @@ class ExportArguments:
     Attributes:
         run: run folder or ``.ckpt`` file.
         out: the file to write.
-        format: ``onnx``, ``torchscript`` or ``pt2``.
+        format: ``onnx``, ``torchscript`` or ``pt2``; null: by the ending of ``out``, of which
+            ``.pt`` is TorchScript.
         source: ``seg`` (the segmentation head) or ``cam`` (localisation maps); null: the head
             where there is one.
         size: of the input, ``SIDE``, ``HEIGHTxWIDTH`` or ``dynamic``; null: that of the run's
@@ -29,7 +31,7 @@ class ExportArguments:
 
     run: str = MISSING
     out: str = MISSING
-    format: str = "onnx"
+    format: str | None = None
     source: str | None = None
     size: str | None = None
     images: str | None = None
@@ -40,6 +42,8 @@ class ExportArguments:
 def main(arguments: list[str]) -> int:
     """Run the verb."""
     chosen, overrides = parse_arguments(ExportArguments, arguments, passed_on=("eval", "data"))
+    kind = format_of(chosen.out, chosen.format)
+    check_format(kind, chosen.size)
     check_run_line(chosen.run, overrides)
     from wsss.runs.export import export
     from wsss.runs.folder import load_run
@@ -47,7 +51,7 @@ def main(arguments: list[str]) -> int:
     export(
         load_run(chosen.run, overrides, trust=chosen.trust),
         Path(chosen.out),
-        kind=chosen.format,
+        kind=kind,
         source=chosen.source,
         size=chosen.size,
         images=chosen.images,

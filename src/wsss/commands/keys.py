@@ -4,7 +4,9 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from wsss.core.declarations import declared
 from wsss.core.errors import WSSSError
@@ -32,6 +34,8 @@ ARGUMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
 COMPOSED = ("train", "tune", "data", "convert")
 #: verb whose line composes a run -> the dataclass of the arguments that it takes besides
 BESIDES = {"tune": "wsss.commands.tune.TuneArguments"}
+#: columns beside the keys' names that a table needs: type, default, meaning
+WIDTHS = (24, 20, 40)
 
 
 def main(verb: str, arguments: Sequence[str]) -> int:
@@ -99,14 +103,26 @@ def _of_runs(groups: Sequence[str]) -> Iterable[Key]:
 
 
 def show(keys: Sequence[Key]) -> None:
-    """Print a table, or where the output is piped one line a key with tabs between its parts."""
+    """Print a table, or one key above the other where the terminal is too narrow for one.
+
+    Where the output is piped, each key is one line with tabs between its parts.
+    """
     console = Console()
     if not console.is_terminal:
         for key in keys:
             print("\t".join((key.name, key.type, key.value, key.meaning)))
         return
+    longest = max(len(key.name) for key in keys)
+    if longest + sum(WIDTHS) > console.width:
+        for key in keys:
+            # soft: a terminal that breaks a line still copies it whole
+            console.print(Text.assemble((key.name, "bold"), f"  {key.value}"), soft_wrap=True)
+            said = Text.assemble((key.type, "dim"), f"  {key.meaning}".rstrip())
+            console.print(Padding(said, (0, 0, 0, 4)))
+        return
     table = Table(box=None, pad_edge=False)
-    for heading, style in (("key", "bold"), ("type", "dim"), ("default", ""), ("meaning", "")):
+    table.add_column("key", style="bold", no_wrap=True, min_width=longest)
+    for heading, style in (("type", "dim"), ("default", ""), ("meaning", "")):
         table.add_column(heading, style=style, overflow="fold")
     for key in keys:
         table.add_row(*(escape(text) for text in (key.name, key.type, key.value, key.meaning)))

@@ -8,6 +8,7 @@ from omegaconf import MISSING
 from wsss.core.arguments import parse_arguments
 from wsss.data.image_files import find_images
 from wsss.runs.line import check_run_line
+from wsss.runs.output_forms import check_form
 
 
 @dataclass
@@ -36,6 +37,8 @@ class PredictArguments:
 def main(arguments: list[str]) -> int:
     """Run the verb."""
     chosen, overrides = parse_arguments(PredictArguments, arguments, passed_on=("eval",))
+    check_form("cams", chosen.cams)
+    check_form("soft", chosen.soft)
     check_run_line(chosen.run, overrides, chosen.device)
     images, out = find_images(chosen.images), Path(chosen.out)
     from wsss.runs.folder import load_run

@@ -20,7 +20,7 @@ from wsss.runs.choice import choice_of
 from wsss.runs.line import (
     Composed,
     canonical,
-    check_paths,
+    check_surroundings,
     compose_open,
     composed_line,
     of_jobs,
@@ -68,7 +68,7 @@ def _check(lines: list[list[str]]) -> list[Composed]:
     """Compose and check every job: first what needs no torch, of all of them."""
     found = [composed_line(overrides) for overrides in lines]
     if len(found) == 1:  # of a sweep each job says it, and the others go on
-        check_paths(plain(found[0].config))
+        check_surroundings(plain(found[0].config))
     from wsss.runs.config import check_config
 
     for each in found:

@@ -20,7 +20,7 @@ from wsss.core.schema import plain
 from wsss.results.search import OVERLAY_FILE
 from wsss.runs.line import (
     canonical,
-    check_paths,
+    check_surroundings,
     choice_in_group,
     compose_line,
     search_folders,
@@ -99,7 +99,7 @@ def _check(jobs: Sequence[list[str]], space: str | None) -> None:
     configs = []
     for job in jobs:
         config, method = plain(compose_line(job)), choice_in_group(job, "method")
-        check_paths(config)
+        check_surroundings(config)
         declared = read_space(space or method, search_folders(job))
         settings_of(config, declared, space or method)
         configs.append((config, method))

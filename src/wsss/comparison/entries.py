@@ -282,7 +282,10 @@ def find_results(paths: Iterable[Path]) -> list[Path]:
     if not found:
         names = [folder.name for folder in unfinished_runs(paths)]
         listed = f": {', '.join(names)}" if names else ""
-        raise WSSSError(f"no finished run there{listed}; the command that began a run goes on")
+        raise WSSSError(
+            f"no finished run there{listed}; the command that began a run goes on, "
+            "unless its trainer was limited (trainer.fast_dev_run and the like)"
+        )
     return list(dict.fromkeys(found))
 
 

@@ -20,7 +20,7 @@ from wsss.core.errors import WSSSError
 from wsss.core.files import first_line
 from wsss.core.modes import evaluating
 from wsss.evaluation.folders import find_files, read_class_maps, read_label_map
-from wsss.evaluation.holdout import HOLDOUT, Holdout
+from wsss.evaluation.holdout import Holdout
 from wsss.evaluation.inference import (
     localise,
     predict,
@@ -32,6 +32,7 @@ from wsss.evaluation.inference import (
 )
 from wsss.evaluation.per_image import mean_iou
 from wsss.evaluation.protocol import Protocol
+from wsss.evaluation.watched import HOLDOUT
 from wsss.maps.pseudo_labels import cam_to_label
 from wsss.results.gallery import faded, heated, overlay, painted
 from wsss.results.store import MAP_NAMES

@@ -9,6 +9,7 @@ read is left to the check that imports the class: its type is ``Any`` here.
 
 import ast
 import builtins
+import difflib
 import functools
 import importlib
 import importlib.util
@@ -25,6 +26,8 @@ from typing import Any
 LIGHT = ("annotated_types", "pydantic", "typing_extensions", "wsss.core.ranges")
 #: bases of classes that accept plain values, which only the class itself can check
 ACCEPTING = {"Enum", "IntEnum", "StrEnum", "TypedDict", "NamedTuple", "Protocol", "BaseModel"}
+#: words of a source that may define names without writing them out
+DYNAMIC = {"__getattr__", "__dict__", "globals", "setattr", "exec", "vars", "modules"}
 #: key of a field's metadata: its line of meaning
 MEANING = "meaning"
 SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Example|Examples|Yields|Note):\s*$")
@@ -63,6 +66,38 @@ def declared(name: str) -> type | None:
         return source.stand_in(node)
     except NotReadError:
         return None
+
+
+def absent(name: str) -> str | None:
+    """Say why there can be no class of a dotted name, as far as its package's sources tell.
+
+    A module is only said to lack a name that its source does not have anywhere, and not where the
+    source may define names that it does not write out.
+
+    Args:
+        name: of the class; nothing is imported.
+
+    Returns:
+        The reason; None where only an import can say.
+    """
+    parts = name.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return None
+    prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    module = next((one for one in prefixes if _spec(one) is not None), None)
+    if module is None:
+        return f"no module {parts[0]}"
+    try:
+        source = _source(module)
+    except NotReadError:
+        return None
+    (missing, *_) = [*name.removeprefix(module).split(".")[1:], ""]
+    text = "\n".join(source.lines)
+    words = set(re.findall(r"\w+", text))
+    if not missing or missing in words or words & DYNAMIC or re.search(r"import\s+\*", text):
+        return None
+    near = difflib.get_close_matches(missing, source.names, n=1)
+    return f"{module} has no {missing}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def meanings(cls: type) -> dict[str, str]:

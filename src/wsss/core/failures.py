@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -12,20 +13,28 @@ from wsss.core.errors import WSSSError
 JOB_STEM = "WSSS_JOB"
 #: what the system says where a disk, a share of it or a file may not grow
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CLOSED_PIPE = 141  # what a shell gives a program whose reader has left
 LONGEST = 1200  # characters of a line; the end says what to do, so the middle goes
 HEAD = 800
 
 
 def exit_status_of(name: str, run: Callable[[], int]) -> int:
-    """Run something; an error becomes one line on standard error and an exit status."""
+    """Run something; an error becomes one line on standard error and an exit status.
+
+    A reader of the output that has left, as ``head`` does, is no error.
+    """
     try:
-        return run()
+        status = run()
+        sys.stdout.flush()  # here, where a reader that has left can still be noticed
+        return status
     except KeyboardInterrupt:
         print("wsss: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("WSSS_DEBUG") == "1":
             raise
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return CLOSED_PIPE
         if isinstance(error, WSSSError):
             report_error(name, str(error))
             return 2
@@ -38,6 +47,16 @@ def exit_status_of(name: str, run: Callable[[], int]) -> int:
         text = (str(error).splitlines() or [""])[0]
         report_error(name, f"{type(error).__name__}: {text} (WSSS_DEBUG=1 shows the traceback)")
         return 1
+
+
+def _reader_left() -> bool:
+    """Say whether nobody reads the output any more; then what is left of it goes nowhere."""
+    watch = select.poll()
+    watch.register(sys.stdout, 0)
+    left = any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
 def report_error(name: str, text: str) -> None:

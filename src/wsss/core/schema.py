@@ -247,8 +247,10 @@ def _expected(annotation: Any, error: ValidationError) -> str:
     """Say what a value should have been."""
     first = error.errors()[0]
     reason = first["msg"][:1].lower() + first["msg"][1:]
+    null = ", or null" if type(None) in _kinds(annotation) else ""
+    if first["type"] == "one_of":
+        return f"{reason}{null}"
     if first["type"] in RANGES:
-        null = ", or null" if type(None) in _kinds(annotation) else ""
         return f"{reason.replace('input should be', 'a number').replace('a number a', 'a')}{null}"
     if first["type"] == "too_short":
         return f"{_named(annotation)}, at least {first['ctx']['min_length']} of them"

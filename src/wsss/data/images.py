@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from wsss.core.errors import WSSSError
-from wsss.core.files import write_atomically
+from wsss.core.files import first_line, write_atomically
 from wsss.maps.pixels import IGNORE_INDEX
 
 JPEG_TAIL = 65536  # bytes in which the end marker is looked for; some cameras append data
@@ -54,15 +54,19 @@ def _decode(path: Path) -> Image.Image:
     """Open, fully decode and turn upright one file, so that truncation shows here, not later."""
     try:
         with Image.open(path) as image:
-            image.load()
-            tag = _tag(image)
-            return image.transpose(UPRIGHT[tag]) if tag > 1 else image
+            return _upright(image)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         raise _unreadable(
             path, error, "cannot be decoded", "expected a complete image file, copy or download it"
         ) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    tag = _tag(image)
+    return image.transpose(UPRIGHT[tag]) if tag > 1 else image
 
 
 def _unreadable(path: Path, error: Exception, what: str, mend: str) -> WSSSError:
@@ -174,7 +178,7 @@ def _start_of_scan(stream: BinaryIO) -> int:
         stream.seek(int.from_bytes(length) - 2, 1)
 
 
-def _sixteen_bit_to_eight(path: Path, image: Image.Image) -> NDArray[np.uint8]:
+def _sixteen_bit_to_eight(path: Path | str, image: Image.Image) -> NDArray[np.uint8]:
     """Keep the high byte of a 16-bit grey image, as Pillow does for 16-bit RGB."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
@@ -198,7 +202,23 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
     Raises:
         WSSSError: the file is missing, corrupt, truncated or of an unusable type.
     """
-    image = _decode(path)
+    return _rgb(_decode(path), path)
+
+
+def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Convert an image that Pillow has opened, as :func:`read_rgb` does a file.
+
+    Raises:
+        WSSSError: it is corrupt, truncated, closed or of an unusable type.
+    """
+    try:
+        upright = _upright(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise WSSSError(f"image cannot be decoded ({first_line(error)})") from error
+    return _rgb(upright, "image")
+
+
+def _rgb(image: Image.Image, path: Path | str) -> NDArray[np.uint8]:
     if image.mode == "F":
         raise WSSSError(f"{path} holds floating-point pixels; expected 8 or 16 bits, convert it")
     if image.mode.startswith("I"):

@@ -82,7 +82,9 @@ def read_names(path: Path, split: str) -> dict[str, int]:
         have = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "no list at all"
         mend = "put it there, name another split or give the path of a .txt file"
         if split == "train_aug":
-            mend = "`wsss data prepare voc` makes it"
+            mend = (
+                "`wsss data prepare voc` makes it with SBD; without SBD give data.train_split=train"
+            )
         raise WSSSError(
             f"list {path} of split {split!r} is missing (its folder has {have}); {mend}"
         ) from None

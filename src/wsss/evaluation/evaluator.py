@@ -27,6 +27,7 @@ from wsss.evaluation.inference import HasFurtherMaps
 from wsss.evaluation.ledger import check_ledger, record_reading
 from wsss.evaluation.protocol import Protocol
 from wsss.evaluation.tally import Batch, Tally
+from wsss.evaluation.watched import LOGGED
 
 
 def evaluate(
@@ -117,15 +118,6 @@ class Evaluator(Callback):
         history: (optimiser step, metrics) of every validation.
     """
 
-    #: key in the metrics, heading of the table; logged as ``val/<key>``
-    LOGGED = (
-        ("seg_miou", "seg mIoU"),
-        ("seed_miou", "seed mIoU"),
-        ("seed_miou_oracle", "seed oracle"),
-        ("image_map", "image mAP"),
-        ("image_f1", "image F1"),
-    )
-
     def __init__(
         self,
         *,
@@ -178,7 +170,7 @@ class Evaluator(Callback):
                 step=trainer.global_step,
                 num_images=self.last["num_images"],
             )
-        for key, _ in self.LOGGED:
+        for key in LOGGED:
             if self.last[key] is not None:
                 # the value is the same on every rank already; sync_dist only quiets Lightning
                 pl_module.log(f"val/{key}", self.last[key], sync_dist=trainer.world_size > 1)
@@ -192,9 +184,9 @@ class Evaluator(Callback):
         """Make a table of the validations so far, in percent."""
         table = Table(title="validation during training (%)", title_justify="left")
         table.add_column("step", justify="right")
-        for _, heading in self.LOGGED:
+        for heading in LOGGED.values():
             table.add_column(heading, justify="right")
         for step, metrics in self.history:
-            values = [metrics[key] for key, _ in self.LOGGED]
+            values = [metrics[key] for key in LOGGED]
             table.add_row(str(step), *("-" if v is None else f"{100 * v:.1f}" for v in values))
         return table

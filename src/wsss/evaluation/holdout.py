@@ -23,9 +23,6 @@ from wsss.evaluation.confusion import ThresholdConfusion, scores
 from wsss.evaluation.inference import localise, predict, predicted_labels
 from wsss.evaluation.protocol import Protocol
 
-#: name under which the holdout is evaluated like a split: ``wsss eval splits=[holdout]``
-HOLDOUT = "holdout"
-
 
 class Holdout(Dataset[dict[str, Any]]):
     """The holdout of a data module as an evaluation data set.

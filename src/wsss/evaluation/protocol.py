@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from wsss.core.errors import WSSSError
-from wsss.core.ranges import Fraction, Number, Scales, Side, Some
+from wsss.core.ranges import Fraction, Number, Scales, Side, Some, one_of
 from wsss.core.schema import check_fields
 from wsss.maps.refine.dense_crf import CRF_PRESETS, CRFPreset
 
@@ -82,7 +82,7 @@ class Protocol:
     scale_by: Literal["size", "factor"] = "size"
     scale_from: Literal["resized", "native"] = "resized"
     merge_at: Literal["mask", "logits"] = "mask"
-    crf: str | None = None
+    crf: one_of(CRF_PRESETS) | None = None  # type: ignore[valid-type]
     crf_prune: bool = False
     crf_backend: Literal["pydensecrf", "torch"] = "pydensecrf"
     cam_threshold: Fraction = 0.5
@@ -96,9 +96,6 @@ class Protocol:
 
     def __post_init__(self) -> None:
         check_fields(self, "eval")  # of YAML's lists it makes tuples, so that it can be hashed
-        if self.crf is not None and self.crf not in CRF_PRESETS:
-            names = ", ".join(CRF_PRESETS)
-            raise WSSSError(f"eval.crf={self.crf}: expected one of {names} or null")
         if self.crf_prune and not self.use_image_labels:
             raise WSSSError(
                 "eval.crf_prune=true uses image labels, which eval.use_image_labels=false "

@@ -169,6 +169,8 @@ def check_name(name: str, *, pretrained: bool) -> None:
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        if pretrained:
+            near = [tagged[0] for one in near if (tagged := timm.list_pretrained(f"{one}.*"))]
         hint = f"; near: {', '.join(near)}" if near else ""
         raise WSSSError(f"backbone.name={name} is not a timm model{hint}")
     tagged = timm.list_pretrained(f"{architecture}.*")

@@ -42,7 +42,7 @@ def second_stage_command(run: Run, labels: Path) -> str:
         labels: folder of its pseudo labels.
     """
     data = _data_choice(run)
-    bases = [[f"+experiments={name}"] for name in SECOND_STAGES.get(data, [])]
+    bases = [[f"experiment={name}"] for name in SECOND_STAGES.get(data, [])]
     if data not in SETTLED:
         encoder = _backbone_choice(run.config["backbone"])
         bases.append(["method=segmenter_vit", f"data={data}", f"backbone={encoder}"])

@@ -7,13 +7,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch.callbacks import EarlyStopping
-
 from wsss.core.errors import WSSSError
 from wsss.core.schema import check_node, parameters_of, target_class
-from wsss.evaluation.evaluator import Evaluator
-from wsss.evaluation.holdout import HOLDOUT
-from wsss.evaluation.protocol import Protocol
+from wsss.evaluation.watched import MONITORED
 
 #: callbacks that only look: with and without them a run is the same
 WATCHING = (
@@ -22,16 +18,14 @@ WATCHING = (
 )
 #: kinds of parameters that are no single key
 COLLECTING = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-#: what early stopping may look at: numbers of the declared holdout of the training data
-MONITORED = tuple(f"{HOLDOUT}/{key}" for key, _ in Evaluator.LOGGED)
 
 
-def check_callbacks(callbacks: Mapping[str, Any], protocol: Protocol) -> None:
+def check_callbacks(callbacks: Mapping[str, Any], holdout_per_class: int) -> None:
     """Check keys and values of every callback against its constructor.
 
     Args:
         callbacks: name -> arguments with ``_target_``.
-        protocol: declares the holdout.
+        holdout_per_class: images a class of the declared holdout.
 
     Raises:
         WSSSError: an unknown key, a wrong type, or early stopping on anything but the holdout.
@@ -50,19 +44,33 @@ def check_callbacks(callbacks: Mapping[str, Any], protocol: Protocol) -> None:
         if further and not node["_target_"].startswith("lightning."):  # it takes any key
             node = {key: value for key, value in node.items() if key in named}
         check_node(node, named, path, supplied=set())
-        if issubclass(target, EarlyStopping):
-            _check_stopping(node, path, protocol)
+        if any(is_early_stopping(f"{cls.__module__}.{cls.__name__}") for cls in target.__mro__):
+            check_stopping(node, path, holdout_per_class)
 
 
-def _check_stopping(node: Mapping[str, Any], path: str, protocol: Protocol) -> None:
-    """Refuse to stop by anything but the declared holdout: other masks are what is reported."""
+def is_early_stopping(name: Any) -> bool:
+    """Say whether the dotted name of a class is that of Lightning's early stopping."""
+    return str(name).startswith("lightning.") and str(name).endswith(".EarlyStopping")
+
+
+def check_stopping(node: Mapping[str, Any], path: str, holdout_per_class: int) -> None:
+    """Refuse to stop by anything but the declared holdout: other masks are what is reported.
+
+    Args:
+        node: the arguments of early stopping.
+        path: its dotted key.
+        holdout_per_class: images a class of the declared holdout.
+
+    Raises:
+        WSSSError: another number, no holdout, or settings under which its numbers mislead.
+    """
     monitor = node.get("monitor")
     if monitor not in MONITORED:
         raise WSSSError(
             f"{path}.monitor={monitor}: training is stopped by a number of the declared holdout "
             f"alone, one of {', '.join(MONITORED)}"
         )
-    if not protocol.holdout_per_class:
+    if not holdout_per_class:
         raise WSSSError(
             f"{path}: no holdout is declared that could stop a run; give eval.holdout_per_class=5 "
             "(and eval.holdout_split where the training list has no masks)"

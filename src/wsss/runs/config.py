@@ -441,7 +441,7 @@ def check_config(config: DictConfig) -> None:
             check_overrides(node.get("overrides") or {}, path)
         arguments_of(target, node)  # what settings say of each other
     _check_group(content["eval"], Protocol, "eval")
-    check_callbacks(content.get("callbacks") or {}, Protocol(**content["eval"]))
+    check_callbacks(content.get("callbacks") or {}, content["eval"].get("holdout_per_class", 0))
     _check_group(content["logger"], LoggerConfig, "logger")
     if content.get("maps"):
         check_maps(content)

@@ -1,7 +1,6 @@
 """``wsss export``: a run's network as a file that runs without this package, checked on images."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from wsss.core.errors import WSSSError
 from wsss.core.files import first_line, whole_file
 from wsss.core.modes import evaluating
-from wsss.core.schema import nearest
 from wsss.data.image_files import find_images
 from wsss.data.images import read_rgb, voc_palette
 from wsss.evaluation.card import package_versions
@@ -24,6 +22,7 @@ from wsss.maps.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from wsss.methods.base import WSSSModule
 from wsss.runs.export_formats import WRITERS, Graph, Outputs, import_onnx, quiet
 from wsss.runs.folder import Run
+from wsss.runs.output_forms import SIZE, check_format, format_of
 
 IMAGES = 4  # on which outputs are compared, where none are named
 #: a second size on which a file of dynamic size is compared, over the first one
@@ -99,7 +98,7 @@ def export(
     run: Run,
     out: Path,
     *,
-    kind: str = "onnx",
+    kind: str | None = None,
     source: str | None = None,
     size: str | None = None,
     images: str | None = None,
@@ -110,7 +109,8 @@ def export(
     Args:
         run: a trained run; its module is moved to the CPU.
         out: the file.
-        kind: ``onnx``, ``torchscript`` (traced) or ``pt2``, torch's own archive.
+        kind: ``onnx``, ``torchscript`` (traced) or ``pt2``, torch's own archive; None: by
+            the ending of ``out``.
         source: ``seg``, the segmentation head, or ``cam``, the localisation maps; None: the former,
             or the latter where a method has no such head.
         size: of the input: ``SIDE``, ``HEIGHTxWIDTH`` or ``dynamic``; None: the square that the
@@ -125,13 +125,11 @@ def export(
         WSSSError: an unknown format, source or size, no images, a network that no graph can hold,
             outputs that differ; no file is left behind then.
     """
-    if kind not in WRITERS:
-        raise WSSSError(f"format={kind}: expected {', '.join(WRITERS)}{nearest(kind, WRITERS)}")
+    kind = format_of(out, kind)
+    check_format(kind, size)
     if kind == "onnx":
         import_onnx()
     shape = read_size(size, run)
-    if kind == "torchscript" and shape.dynamic:
-        raise WSSSError("size=dynamic: TorchScript keeps the size it was traced with; give onnx")
     pictures = _pictures(run, images)
     run.to("cpu")
     with evaluating(run.module):
@@ -183,7 +181,7 @@ def read_size(text: str | None, run: Run) -> Size:
     side = protocol.single_resize or protocol.resize_long or run.config["budget"]["crop_size"]
     if text in (None, "dynamic"):
         return Size(side, side, dynamic=text is not None)
-    match = re.fullmatch(r"(\d{1,4})(?:x(\d{1,4}))?", str(text))
+    match = SIZE.fullmatch(str(text))
     patch = run.module.backbone.patch_size
     sides = [int(each) for each in (match[1], match[2] or match[1])] if match else [0]
     if min(sides) < patch:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wsss.core.arguments import read_override
-from wsss.core.declarations import declared, meanings
+from wsss.core.declarations import absent, declared, meanings
 from wsss.core.errors import WSSSError
 from wsss.core.failures import one_line
 from wsss.core.schema import (
@@ -28,9 +28,13 @@ from wsss.core.schema import (
     targets,
     type_in_words,
 )
+from wsss.runs.callback_settings import check_stopping, is_early_stopping
+from wsss.runs.trainer_settings import GIVEN_BY_RUN, check_trainer
 
 #: the composed configuration itself
 TOP = "wsss.runs.config.TrainConfig"
+#: characters of a line of meaning from which only its first sentence is shown
+LONGEST_MEANING = 150
 #: group without a target -> the dataclass that takes it
 GROUPS = {
     "budget": "wsss.runs.config.Budget",
@@ -71,14 +75,25 @@ def check_keys(content: Mapping[str, Any]) -> None:
     """
     check_finite(content.get("method"), "method")  # what others refer to, first
     check_finite(content)
+    for path, node in targets(content):
+        name = node["_target_"]
+        if isinstance(name, str) and (reason := absent(name)):
+            raise WSSSError(f"{path}._target_={one_line(name)}: no such class ({reason})")
     for path, node in _nodes(content).items():
         if not _at_home(path, node, content):
             continue
         parameters: dict[str, inspect.Parameter] = {}
         for one in declarations(path, node or {}):
             parameters |= parameters_of(one)
+        if path == "trainer":  # an argument that a run gives itself is no proposal
+            check_trainer(node)
+            parameters = {key: one for key, one in parameters.items() if key not in GIVEN_BY_RUN}
         if parameters:
             check_node(node, parameters, path, supplied=SUPPLIED if path else set())
+    for name, node in (content.get("callbacks") or {}).items():
+        if isinstance(node, dict) and is_early_stopping(node.get("_target_")):
+            holdout = content["eval"].get("holdout_per_class", 0)
+            check_stopping(node, f"callbacks.{name}", holdout)
 
 
 def _at_home(path: str, node: Any, content: Mapping[str, Any]) -> bool:
@@ -90,6 +105,8 @@ def _at_home(path: str, node: Any, content: Mapping[str, Any]) -> bool:
     if path in ("eval", "logger", "budget") and inside:
         return False
     if not isinstance(node, dict) or "_target_" not in node:
+        return True
+    if path.startswith("callbacks."):
         return True
     home = HOMES.get(path.removeprefix("second_stage."))
     package = str(node["_target_"]).split(".")[0]
@@ -130,7 +147,8 @@ class Key:
     """One key that may stand on a line.
 
     Attributes:
-        name: dotted; with a ``+`` where the composed configuration does not have it yet.
+        name: dotted; with a ``+`` where the line needs it, since the composed configuration does
+            not have the key yet.
         type: in words, with its range.
         value: what it is unless the line says otherwise.
         meaning: one line.
@@ -180,8 +198,10 @@ def keys_of_class(cls: type, path: str = "", node: Mapping[str, Any] | None = No
         composed = node is None or name in node
         dotted = f"{path}.{name}" if path else name
         value = parameter.default if node is None or name not in node else node[name]
-        if name in SUPPLIED or _has_rows(dotted, value, parameter.annotation):
-            continue  # given by the run, or a group with rows of its own
+        if name in SUPPLIED or (path == "trainer" and name in GIVEN_BY_RUN):
+            continue  # given by the run
+        if _has_rows(dotted, value, parameter.annotation):
+            continue
         if name == "quirks":
             keys += [
                 Key(f"+{dotted}.{one}", "bool", "as official_compat", _without_markup(meaning))
@@ -190,10 +210,10 @@ def keys_of_class(cls: type, path: str = "", node: Mapping[str, Any] | None = No
             continue
         keys.append(
             Key(
-                dotted if composed else f"+{dotted}",
+                dotted if composed or path == "trainer" else f"+{dotted}",
                 type_in_words(parameter.annotation),
                 _shown(value),
-                _without_markup(said.get(name, "")),
+                _brief(_without_markup(said.get(name, ""))),
             )
         )
     return keys
@@ -223,6 +243,12 @@ def _nodes(content: Mapping[str, Any]) -> dict[str, Any]:
 def _without_markup(text: str) -> str:
     """Give a docstring's text as a terminal shows it."""
     return re.sub(r"(:\w+:)?`+([^`]*)`+", r"\2", text).rstrip(".")
+
+
+def _brief(text: str) -> str:
+    """Shorten a text that takes several lines of a terminal to its first sentence."""
+    first = re.match(r".*?\w{2,}[)\"']*(?=\.\s+[A-Z])", text)
+    return first[0] if first and len(text) > LONGEST_MEANING else text
 
 
 def _shown(value: Any) -> str:

@@ -24,10 +24,12 @@ from wsss.core.errors import WSSSError
 from wsss.core.failures import one_line
 from wsss.core.places import config_root, declared_folders
 from wsss.core.schema import nearest, nearest_key, plain, targets
+from wsss.runs.checkpoint_paths import check_path, start_key
 from wsss.runs.choice import choice_of
 from wsss.runs.encoders import DERIVED, SOURCE, check_encoders, dependents
 from wsss.runs.keys import check_keys, with_overrides
 from wsss.runs.targets import with_current_targets
+from wsss.runs.trackers import check_trackers
 from wsss.runs.trainer_settings import check_budget_decides, check_trainer, with_trainer_keys
 
 #: chooses an experiment beside the one that holds a sweep over experiments
@@ -38,6 +40,8 @@ SEARCH_PATH = "hydra.searchpath"
 OF_JOBS = (f"{SEARCH_PATH}=", "hydra/job_logging=", "hydra.job_logging.", "hydra.verbose=")
 # choices of Hydra's own groups that further packages bring -> the extra that installs them
 HYDRA_PLUGINS = {"submitit_slurm": "slurm", "submitit_local": "slurm"}
+#: what ``backbone=`` takes beside the files of its group
+NAMED = "or a name of timm with its tag, as vit_small_patch16_224.dino, or hf_hub:ORG/NAME"
 #: settings of Hydra's that a run sets itself -> what it has, and what is to be set instead
 OF_RUNS = {
     "run.dir": (".", "a run's folder is runs_dir/study/METHOD-DATA-sSEED-HASH: set runs_dir="),
@@ -87,6 +91,17 @@ def composed_line(overrides: Sequence[str]) -> Composed:
     return composed
 
 
+def check_surroundings(content: Mapping[str, Any]) -> None:
+    """Refuse a resolved configuration that lacks a file or a package which its run needs.
+
+    Raises:
+        WSSSError: it names the key.
+    """
+    check_paths(content)
+    start_key(content)
+    check_trackers(content["logger"])
+
+
 def check_paths(content: Mapping[str, Any]) -> None:
     """Refuse folders and files of a resolved configuration that are not there.
 
@@ -95,17 +110,24 @@ def check_paths(content: Mapping[str, Any]) -> None:
     """
     data, weights = content["data"], content["backbone"].get("weights")
     if content.get("maps"):
-        _check_checkpoint(content["maps"]["run"], "maps.run")
-    if data["_target_"].startswith("wsss.") and data["root"] != "builtin":
-        root = Path(data["root"]).expanduser()
-        if not root.is_dir():
-            raise WSSSError(f"data folder {root} is missing; set data.root to where the data lies")
+        check_path(content["maps"]["run"], "maps.run")
+    check_root(data)
     is_file = isinstance(weights, str) and weights.endswith((".pth", ".safetensors"))
     if is_file and not weights.startswith("package:") and not Path(weights).expanduser().is_file():
         raise WSSSError(
             f"backbone.weights={weights}: no such file; put the weights there, or use "
             "backbone.weights=timm (needs internet once) or backbone.weights=random"
         )
+
+
+def check_root(data: Mapping[str, Any]) -> None:
+    """Raise WSSSError unless the folder of a data set is there."""
+    if data["_target_"].startswith("wsss.") and data["root"] != "builtin":
+        if not data["root"]:
+            raise WSSSError("data.root is empty; set it to where the data lies")
+        root = Path(data["root"]).expanduser()
+        if not root.is_dir():
+            raise WSSSError(f"data folder {root} is missing; set data.root to where the data lies")
 
 
 def check_run_line(run: str, overrides: Sequence[str], device: str = "auto") -> None:
@@ -123,7 +145,7 @@ def check_run_line(run: str, overrides: Sequence[str], device: str = "auto") -> 
         WSSSError: no such run, key or device, or a value of another type.
     """
     check_device(device)
-    _check_checkpoint(run, "run")
+    check_path(run, "run")
     stored = Path(run) / "config.yaml"
     if not overrides or not stored.is_file():
         return
@@ -135,18 +157,14 @@ def check_run_line(run: str, overrides: Sequence[str], device: str = "auto") -> 
     if "${" in text or not isinstance(config, dict) or not all(map(_is_ours, targets(config))):
         return  # not a configuration of ours: it is looked at with care when it is read
     try:
-        check_keys(plain(with_overrides(with_current_targets(config), overrides)))
+        changed = plain(with_overrides(with_current_targets(config), overrides))
+        check_keys(changed)
     except WSSSError as error:
         if any(str(error).startswith(one.partition("=")[0]) for one in overrides):
             raise
-
-
-def _check_checkpoint(run: str, key: str) -> None:
-    """Raise WSSSError unless a run folder has a checkpoint, or is one."""
-    path = Path(run)
-    file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
-    if not file.is_file():
-        raise WSSSError(f"{file}: no such checkpoint; {key}= takes a run folder or a .ckpt file")
+        return
+    if any(one.startswith("data.root=") for one in overrides):
+        check_root(changed["data"])
 
 
 def _is_ours(place: tuple[str, dict[str, Any]]) -> bool:
@@ -214,7 +232,9 @@ def take_folders(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             rest.append(one)
             continue
         folders.append(value if equals else next(given, ""))
-        if not Path(folders[-1] or "\0").is_dir():
+        if not folders[-1]:
+            raise WSSSError("--config-dir: a value is missing; expected a folder of groups")
+        if not Path(folders[-1]).is_dir():
             raise WSSSError(f"--config-dir {folders[-1]}: there is no such folder")
     return rest, folders
 
@@ -261,6 +281,18 @@ def search_folders(overrides: Sequence[str]) -> list[Path]:
             raise WSSSError(f"{SEARCH_PATH}: there is no folder {path}; expected file://FOLDER")
         folders.append(path)
     return folders
+
+
+def choices_of(group: str, overrides: Sequence[str] = ()) -> list[str]:
+    """List what a group offers on a line, ``toco/minivoc`` of ``experiments`` for example."""
+    root = config_root()
+    roots = (root / "conf", root, *declared_folders(), *search_folders(overrides))
+    found = {
+        file.relative_to(place / group).with_suffix("").as_posix()
+        for place in roots
+        for file in (place / group).rglob("*.yaml")
+    }
+    return sorted(found)
 
 
 def _refuse_bare_sweeps(overrides: Sequence[str]) -> None:
@@ -407,14 +439,12 @@ def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
             extra = HYDRA_PLUGINS.get(choice)
             hint = f"; it comes with pip install 'wsss[{extra}]'" if extra else ""
             return f"{group}={choice}: no such choice{hint}"
-        roots = (path.parent, path.parents[1], *declared_folders(), *search_folders(overrides))
-        options = {
-            str(file.relative_to(root / group).with_suffix(""))
-            for root in roots
-            for file in (root / group).rglob("*.yaml")
-        }
-        plus = "+" if group == "experiments" else ""
-        found = f"{plus}{group}={choice}: no such choice{nearest(choice, sorted(options))}"
+        options = choices_of(group, overrides)
+        inside = [one for one in options if one.startswith(f"{choice}/")]
+        hint = f"; there are {', '.join(inside)}" if inside else nearest(choice, options)
+        word = "experiment" if group == "experiments" else group
+        further = f"; {NAMED}" if group == "backbone" else ""
+        found = f"{word}={choice}: no such choice{hint}{further}"
         return one_line(found, 600)
     return " ".join(text.split())[:300] or f"{path} does not compose"
 

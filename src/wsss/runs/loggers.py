@@ -14,35 +14,9 @@ from wsss.core.ranks import is_first_process
 from wsss.results.gallery import Gallery
 from wsss.runs.config import LoggerConfig
 from wsss.runs.naming import group_name, run_name
-from wsss.runs.wandb import import_wandb, log_to_wandb, numbers, wandb_run
+from wsss.runs.wandb import log_to_wandb, numbers, wandb_run
 
 MLFLOW_ID = "mlflow_id.txt"
-
-
-def check_loggers(settings: LoggerConfig) -> None:
-    """Raise WSSSError where a tracker's package is not installed.
-
-    Args:
-        settings: the group ``logger`` of a configuration.
-    """
-    if settings.wandb:
-        import_wandb()
-    if settings.tensorboard:
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError as error:
-            raise _missing("tensorboard", "tensorboard") from error
-    if settings.mlflow:
-        try:
-            import mlflow  # noqa: F401
-        except ImportError as error:
-            raise _missing("mlflow", "mlflow-skinny") from error
-
-
-def _missing(choice: str, package: str) -> WSSSError:
-    return WSSSError(
-        f"logger={choice} needs the package {package} (pip install {package}), or give logger=csv"
-    )
 
 
 @contextmanager

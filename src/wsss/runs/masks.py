@@ -18,15 +18,17 @@ from wsss.core.modes import evaluating
 from wsss.core.schema import nearest
 from wsss.data.dataset import in_threads
 from wsss.data.image_files import find_images
-from wsss.data.images import image_size, read_rgb, voc_palette, write_mask
+from wsss.data.images import image_size, read_rgb, to_rgb, voc_palette, write_mask
 from wsss.evaluation.inference import localise, predict, predicted_labels, smoothed_label
 from wsss.maps.pixels import normalise
 from wsss.maps.pseudo_labels import cam_probabilities, cam_to_label
 from wsss.results.gallery import heat, overlay
 from wsss.runs.folder import Run
+from wsss.runs.output_forms import check_form
 
 Pixels = NDArray[np.uint8]
-FORMS = ("npy", "png", "both")
+#: what the functions for Python take: (H, W, 3) pixels, an image that is open, or a file
+Picture = Pixels | Image.Image | Path | str
 
 
 class MaskOfImage(NamedTuple):
@@ -58,25 +60,25 @@ class MapsOfImage(NamedTuple):
     soft: torch.Tensor
 
 
-def predict_mask(run: Run, rgb: Pixels) -> Pixels:
+def predict_mask(run: Run, rgb: Picture) -> Pixels:
     """Give the class ids of one image under the run's protocol, where the run's module is.
 
     A method without a segmentation head gives the CAMs of the classes it predicts, thresholded.
 
     Args:
         run: a trained run.
-        rgb: (H, W, 3) uint8, at its own size.
+        rgb: (H, W, 3) uint8 at its own size, a Pillow image, or an image file.
 
     Returns:
         uint8 (H, W): 0 background, k the k-th of ``run.data.class_names``.
 
     Raises:
-        WSSSError: the image is no such array.
+        WSSSError: the image is none of these, or cannot be read.
     """
-    return _maps_of(run, rgb).mask
+    return _maps_of(run, _pixels(rgb)).mask
 
 
-def predict_soft(run: Run, rgb: Pixels) -> NDArray[np.float32]:
+def predict_soft(run: Run, rgb: Picture) -> NDArray[np.float32]:
     """Give the probabilities of background and classes at each pixel of one image.
 
     They are the segmentation's over the scales of the run's protocol, before a CRF. Without a
@@ -85,15 +87,15 @@ def predict_soft(run: Run, rgb: Pixels) -> NDArray[np.float32]:
 
     Args:
         run: a trained run.
-        rgb: (H, W, 3) uint8, at its own size.
+        rgb: (H, W, 3) uint8 at its own size, a Pillow image, or an image file.
 
     Returns:
         (K+1, H, W), background first, adding up to 1.
 
     Raises:
-        WSSSError: the image is no such array.
+        WSSSError: the image is none of these, or cannot be read.
     """
-    return _maps_of(run, rgb).soft.float().cpu().numpy()
+    return _maps_of(run, _pixels(rgb)).soft.float().cpu().numpy()
 
 
 def _maps_of(run: Run, rgb: Pixels, *, with_cams: bool = False) -> MapsOfImage:
@@ -119,21 +121,22 @@ def _maps_of(run: Run, rgb: Pixels, *, with_cams: bool = False) -> MapsOfImage:
 
 
 def predict_cams(
-    run: Run, rgb: Pixels, class_names: Sequence[str] | None = None
+    run: Run, rgb: Picture, class_names: Sequence[str] | None = None
 ) -> NDArray[np.float32]:
     """Give the localisation maps of one image under the run's protocol.
 
     Args:
         run: a trained run.
-        rgb: (H, W, 3) uint8, at its own size.
+        rgb: (H, W, 3) uint8 at its own size, a Pillow image, or an image file.
         class_names: the classes that the image shows; None: those that the method predicts.
 
     Returns:
         (K, H, W) in [0, 1]; zero for all other classes.
 
     Raises:
-        WSSSError: the image is no such array, or there is no such class.
+        WSSSError: the image is none of these, or cannot be read, or there is no such class.
     """
+    rgb = _pixels(rgb)
     images, size = _batch(run, rgb), rgb.shape[:2]
     with evaluating(run.module):
         if class_names is None:
@@ -148,12 +151,28 @@ def predict_cams(
     return cams[0].cpu().numpy()
 
 
+def _pixels(image: Picture) -> Pixels:
+    """Give the pixels of an image.
+
+    Raises:
+        WSSSError: it cannot be read, or is no array of RGB pixels.
+    """
+    if isinstance(image, str | Path):
+        return read_rgb(Path(image).expanduser())
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    what = f"a {type(image).__name__}"
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
+            return image
+        what = f"a {image.dtype} array {image.shape}"
+    raise WSSSError(
+        f"image is {what}; expected uint8 (height, width, 3), RGB, a Pillow image or a file"
+    )
+
+
 def _batch(run: Run, rgb: Pixels) -> torch.Tensor:
     """Normalise one image into a batch (1, 3, H, W) beside the module."""
-    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
-        raise WSSSError(
-            f"image is a {rgb.dtype} array {rgb.shape}; expected uint8 (height, width, 3), RGB"
-        )
     return normalise(rgb)[None].to(run.device)
 
 
@@ -230,8 +249,7 @@ def write_masks(
 def _check_places(images: Mapping[str, Path], out: Path, forms: Mapping[str, str | None]) -> None:
     """Raise WSSSError where a form is unknown, or files would lie among images or other results."""
     for key, form in forms.items():
-        if form is not None and form not in FORMS:
-            raise WSSSError(f"{key}={form}: expected one of {', '.join(FORMS)}, or null")
+        check_form(key, form)
     for name, path in images.items():
         if (out / name).parent.resolve() == path.parent.resolve():
             raise WSSSError(f"out={out}: masks would lie among the images; choose another folder")

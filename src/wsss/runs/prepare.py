@@ -14,10 +14,9 @@ from wsss.evaluation.protocol import Protocol
 from wsss.maps.refine.dense_crf import import_pydensecrf
 from wsss.methods.settings import Settings
 from wsss.results.store import RESULTS_FILE, look_up, print_table, read_results
-from wsss.runs.config import LoggerConfig
 from wsss.runs.folder import Run, build_data, build_module, run_folder
-from wsss.runs.loggers import check_loggers
 from wsss.runs.starts import take_weights
+from wsss.runs.trackers import check_trackers
 
 
 def prepare(config: Mapping[str, Any]) -> Run:
@@ -54,7 +53,7 @@ def prepare(config: Mapping[str, Any]) -> Run:
     module.settings.check_crop(crop, patch)
     if protocol.crf and protocol.crf_backend == "pydensecrf":
         import_pydensecrf()
-    check_loggers(LoggerConfig(**settings["logger"]))
+    check_trackers(settings["logger"])
     return Run(module, data, protocol, settings, run_folder(settings))
 
 

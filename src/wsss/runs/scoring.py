@@ -16,8 +16,9 @@ from wsss.data.datamodule import ImageDataModule
 from wsss.data.train_masks import read_card
 from wsss.evaluation.card import protocol_card
 from wsss.evaluation.evaluator import evaluate
-from wsss.evaluation.holdout import HOLDOUT, Holdout, choose_threshold
+from wsss.evaluation.holdout import Holdout, choose_threshold
 from wsss.evaluation.ledger import check_ledger, record_reading
+from wsss.evaluation.watched import HOLDOUT
 from wsss.results.gallery import Gallery, write_gallery
 from wsss.results.store import CELLS_FILE, RESULTS_FILE, print_table, write_cells, write_results
 from wsss.runs.callback_settings import selection

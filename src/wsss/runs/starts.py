@@ -11,10 +11,11 @@ from typing import Any
 from wsss.core.errors import WSSSError
 from wsss.core.files import file_sha256
 from wsss.methods.base import WSSSModule
+from wsss.runs.checkpoint_paths import start_key, start_path
 from wsss.runs.config import config_hash
 from wsss.runs.folder import Run, load_run, restore_state
 from wsss.runs.stored import trusted_packages
-from wsss.runs.supervision import STARTS, supervision_of_run
+from wsss.runs.supervision import supervision_of_run
 
 
 def with_start(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,16 +27,13 @@ def with_start(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         WSSSError: both are given; no such checkpoint, or one that cannot be used.
     """
-    given = [key for key in STARTS if config.get(key)]
-    if not given:
+    key = start_key(config)
+    if key is None:
         return dict(config)
-    if len(given) > 1:
-        raise WSSSError("init_from and ckpt_path exclude each other: weights alone, or all")
-    (key,) = given
-    path = config[key]["path"] if isinstance(config[key], Mapping) else config[key]
+    path = start_path(config, key)
     origin = _read(key, path, config)
     start = {
-        "path": str(path),
+        "path": path,
         "sha256": file_sha256(origin.checkpoint),
         "method": origin.module.title,
         "data": origin.data.name,

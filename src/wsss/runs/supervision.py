@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from wsss.core.supervision import IMAGE_LABELS, PIXEL_MASKS, supervision_on
+from wsss.runs.checkpoint_paths import STARTS
 from wsss.runs.folder import Run
-
-#: keys of a configuration that name what a run starts from, beside its encoder's weights
-STARTS = ("init_from", "ckpt_path")
 
 
 def start_of(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le
 from omegaconf import OmegaConf
 
+from wsss.core.declarations import declared
 from wsss.core.errors import WSSSError
 from wsss.core.places import config_root
 from wsss.core.ranges import Count, Devices, Duration, Fraction, Number, Positive
+from wsss.core.schema import parameters_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class TrainerSettings(Acceleration):
     """Ranges of what ``lightning.Trainer`` takes as any number, so that no run has no end.
 
     Attributes:
+        accelerator: kind of device, of which ``gpu`` is any.
         max_steps: optimiser steps; Lightning's -1 would never stop.
         devices: processes on one machine, -1 or ``auto`` for all devices, or their numbers.
         num_nodes: machines.
@@ -61,6 +64,7 @@ class TrainerSettings(Acceleration):
         num_sanity_val_steps: validation batches before training; -1: all.
     """
 
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = "auto"
     max_steps: Count = 1
     devices: Devices = 1
     num_nodes: Count = 1
@@ -101,6 +105,14 @@ GIVEN_BY_RUN = {
     "model_registry": "checkpoints stay in the run folder; what uploads them is logger=wandb "
     "logger.checkpoints=true",
 }  # fmt: skip
+
+
+def trainer_keys() -> list[str]:
+    """List the arguments of the trainer that a line may set."""
+    cls = declared("lightning.Trainer")
+    names = [] if cls is None else list(parameters_of(cls))
+    given = {*GIVEN_BY_RUN, "max_steps"}  # the steps are the budget's
+    return [name for name in dict.fromkeys([*names, *ACCELERATION]) if name not in given]
 
 
 def check_trainer(node: Mapping[str, Any]) -> None:

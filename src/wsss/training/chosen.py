@@ -1,4 +1,4 @@
-"""The overlay that a search leaves: what ``+experiments=`` takes to have the chosen settings."""
+"""The overlay that a search leaves: what ``experiment=`` takes to have the chosen settings."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

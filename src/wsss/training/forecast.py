@@ -111,7 +111,7 @@ def _advice(config: Mapping[str, Any]) -> str:
     root = ["data.root=x"] if start == "small" else []
     if _size(config) <= _size(compose_open([f"+experiments={experiment}", *root])):
         return "a smaller budget.max_steps= is over sooner"
-    return f"+experiments={experiment} is a start that a CPU trains within minutes"
+    return f"experiment={experiment} is a start that a CPU trains within minutes"
 
 
 def _size(config: Mapping[str, Any]) -> float:

@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from wsss.core.errors import WSSSError
 from wsss.core.modes import evaluating
-from wsss.evaluation.evaluator import Evaluator
-from wsss.evaluation.holdout import HOLDOUT, Holdout
+from wsss.evaluation.holdout import Holdout
 from wsss.evaluation.ledger import record_reading
 from wsss.evaluation.tally import Tally
+from wsss.evaluation.watched import HOLDOUT, LOGGED
 from wsss.runs.folder import STOPPING_RULE, Run
 
 
@@ -80,7 +80,7 @@ class StoppingRule(Callback):
             record_reading(
                 self.ledger, split=HOLDOUT, purpose="stopping early", step=trainer.global_step
             )
-        for key, _ in Evaluator.LOGGED:
+        for key in LOGGED:
             if numbers[key] is not None:
                 # the value is the same on every rank already; sync_dist only quiets Lightning
                 several = trainer.world_size > 1

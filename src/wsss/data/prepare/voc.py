@@ -255,3 +255,5 @@ def _report(root: Path, lists: dict[str, list[str]], notes: dict[str, str]) -> N
         table.add_row(split, f"{len(lists[split]):,}", f"{official:,}", notes[split] + differs)
     Console().print(table)
     print("train_aug, val and test share no image")
+    if "train_aug" not in lists:
+        print("without SBD: give data.train_split=train data.train_mask_folder=SegmentationClass")

@@ -49,22 +49,22 @@ class CRFPreset:
 CRF_PRESETS: dict[str, CRFPreset] = {
     p.name: p
     for p in (
-        CRFPreset("toco", pos_xy=1, pos_w=1, bi_xy=121, bi_rgb=5, bi_w=4),
-        CRFPreset("toco_cam", pos_xy=3, pos_w=3, bi_xy=36, bi_rgb=3, bi_w=4),
-        CRFPreset("getam", pos_xy=3, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=4, iterations=20),
+        CRFPreset(name="toco", pos_xy=1, pos_w=1, bi_xy=121, bi_rgb=5, bi_w=4),
+        CRFPreset(name="toco_cam", pos_xy=3, pos_w=3, bi_xy=36, bi_rgb=3, bi_w=4),
+        CRFPreset(name="getam", pos_xy=3, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=4, iterations=20),
         CRFPreset(
-            "getam_bgr", pos_xy=3, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=4, iterations=20, bgr=True
+            name="getam_bgr", pos_xy=3, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=4, iterations=20, bgr=True
         ),
-        CRFPreset("psa", pos_xy=3, pos_w=3, bi_xy=80, bi_rgb=13, bi_w=10),
-        CRFPreset("irn", pos_xy=3, pos_w=3, bi_xy=50, bi_rgb=5, bi_w=10),
-        CRFPreset("afa", pos_xy=3, pos_w=3, bi_xy=64, bi_rgb=5, bi_w=4),
-        CRFPreset("clip_es", pos_xy=1, pos_w=3, bi_xy=67, bi_rgb=3, bi_w=4),
-        CRFPreset("mctformer", pos_xy=4, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=3),
-        CRFPreset("clustercam", pos_xy=4, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=3),
-        CRFPreset("tkp_pcl", pos_xy=1, pos_w=3, bi_xy=67, bi_rgb=3, bi_w=4),
-        CRFPreset("weaktr", pos_xy=3, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=3),
-        CRFPreset("weclip", pos_xy=3, pos_w=3, bi_xy=64, bi_rgb=5, bi_w=4),
-        CRFPreset("fma", pos_xy=2, pos_w=2, bi_xy=65, bi_rgb=3, bi_w=4),
+        CRFPreset(name="psa", pos_xy=3, pos_w=3, bi_xy=80, bi_rgb=13, bi_w=10),
+        CRFPreset(name="irn", pos_xy=3, pos_w=3, bi_xy=50, bi_rgb=5, bi_w=10),
+        CRFPreset(name="afa", pos_xy=3, pos_w=3, bi_xy=64, bi_rgb=5, bi_w=4),
+        CRFPreset(name="clip_es", pos_xy=1, pos_w=3, bi_xy=67, bi_rgb=3, bi_w=4),
+        CRFPreset(name="mctformer", pos_xy=4, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=3),
+        CRFPreset(name="clustercam", pos_xy=4, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=3),
+        CRFPreset(name="tkp_pcl", pos_xy=1, pos_w=3, bi_xy=67, bi_rgb=3, bi_w=4),
+        CRFPreset(name="weaktr", pos_xy=3, pos_w=3, bi_xy=83, bi_rgb=5, bi_w=3),
+        CRFPreset(name="weclip", pos_xy=3, pos_w=3, bi_xy=64, bi_rgb=5, bi_w=4),
+        CRFPreset(name="fma", pos_xy=2, pos_w=2, bi_xy=65, bi_rgb=3, bi_w=4),
     )
 }
 Image = npt.NDArray[np.uint8]

@@ -26,7 +26,7 @@ def trained(
         validated: seconds of a validation after every step.
     """
     now = [0.0]
-    forecast = Forecast(crops="4 crops of 448 px", advice=lambda: "+experiments=toco/small")
+    forecast = Forecast(crops="4 crops of 448 px", advice=lambda: "experiment=toco/small is a start")
     forecast._clock = lambda: now[0]
     trainer: Any = SimpleNamespace(
         global_step=steps.start, max_steps=steps.stop, progress_bar_callback=None
@@ -102,7 +102,7 @@ OVERLAYS = {
 @pytest.mark.parametrize("line", OVERLAYS)
 def test_the_named_start_exists_and_fits_the_data(line: str) -> None:
     run: Any = SimpleNamespace(config=compose_run(line.split()))
-    assert forecast_of(run).advice().startswith(f"+experiments={OVERLAYS[line]} is a start")
+    assert forecast_of(run).advice().startswith(f"experiment={OVERLAYS[line]} is a start")
 
 
 @pytest.mark.parametrize(

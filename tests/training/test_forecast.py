@@ -26,7 +26,9 @@ def trained(
         validated: seconds of a validation after every step.
     """
     now = [0.0]
-    forecast = Forecast(crops="4 crops of 448 px", advice=lambda: "experiment=toco/small is a start")
+    forecast = Forecast(
+        crops="4 crops of 448 px", advice=lambda: "experiment=toco/small is a start"
+    )
     forecast._clock = lambda: now[0]
     trainer: Any = SimpleNamespace(
         global_step=steps.start, max_steps=steps.stop, progress_bar_callback=None

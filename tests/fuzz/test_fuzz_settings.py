@@ -73,7 +73,7 @@ def test_fuzz_command_lines() -> None:
         if not isinstance(found, WSSSError):
             accepted += 1
             check_run(case, found)
-    assert accepted > CASES // 20, "everything is refused: nothing was tried"
+    assert accepted >= CASES // 30, "nearly everything is refused: nothing was tried"
 
 
 def test_fuzz_changes_of_a_stored_configuration() -> None:

@@ -110,9 +110,7 @@ class Varied(TKPPCL):
     def winners(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Say which patches (B, K, h, w) make the probabilities of the classes an image has."""
         probabilities = logits.softmax(1)[:, 1:].flatten(2)  # (B, K, N)
-        count = self.settings.top_k
-        if (share := self.settings.top_k_fraction) is not None:
-            count = int(-(-share * probabilities.shape[2] // 1))
+        count = self.num_pooled(probabilities.shape[2])
         chosen = torch.zeros_like(probabilities, dtype=torch.bool)
         chosen.scatter_(2, probabilities.topk(count, dim=2).indices, True)
         return (chosen & (labels > 0)[..., None]).unflatten(2, logits.shape[2:])

@@ -38,9 +38,9 @@ def override(rng: random.Random, settings: dict[str, Any]) -> str:
     value, kind = rng.choice(TEXTS), rng.random()
     if kind < 0.2:
         value = json.dumps(rng.choice(STRANGE))
-    elif kind < 0.5 and type(settings[key]) in (int, float):
+    elif kind < 0.7 and type(settings[key]) in (int, float):
         value = str(settings[key] * rng.choice([-1, 0, 0.5, 1, 2, 1000]))
-    elif kind < 0.5:
+    elif kind < 0.7:
         value = rng.choice(["null", "true", "1", "2", "3", "0.5", "0.1", "text", "[1.0]", "[text]"])
     if rng.random() < 0.1:
         key = text_altered(rng, key)
@@ -73,7 +73,7 @@ def test_fuzz_command_lines() -> None:
         if not isinstance(found, WSSSError):
             accepted += 1
             check_run(case, found)
-    assert accepted >= CASES // 30, "nearly everything is refused: nothing was tried"
+    assert accepted > CASES // 20, "everything is refused: nothing was tried"
 
 
 def test_fuzz_changes_of_a_stored_configuration() -> None:

@@ -212,12 +212,14 @@ class TKPPCL(WSSSModule):
         context = self.bilstm(tokens, grid)
         return tokens + context if self.settings.bilstm == "residual" else context
 
+    def num_pooled(self, patches: int) -> int:
+        """Give how many of an image's patches are pooled."""
+        fraction = self.settings.top_k_fraction
+        return self.settings.top_k if fraction is None else ceil(fraction * patches)
+
     def pool(self, probabilities: Tensor) -> Tensor:
         """Give image-level probabilities y (B, C) of patch probabilities Z (B, N, C)."""
-        count, fraction = self.settings.top_k, self.settings.top_k_fraction
-        if fraction is not None:
-            count = ceil(fraction * probabilities.shape[1])
-        return top_k_pool(probabilities, count)
+        return top_k_pool(probabilities, self.num_pooled(probabilities.shape[1]))
 
     @staticmethod
     def outputs(scores: PatchScores, pooled: Tensor) -> Outputs:

@@ -21,7 +21,8 @@ from wsss.comparison.tables import tables
 from wsss.core.errors import WSSSError
 from wsss.evaluation.ledger import LEDGER_FILE, check_ledger, past_readings, record_reading
 from wsss.results.store import CELLS_FILE, RESULTS_FILE
-from wsss.runs.folder import LAST_CHECKPOINT, Run, load_run
+from wsss.runs.checkpoint_paths import LAST_CHECKPOINT
+from wsss.runs.folder import Run, load_run
 from wsss.runs.origin import DATA_FILE, check_origin
 
 STORED = next((Path(__file__).parents[1] / "before").glob("tkppcl-*"))

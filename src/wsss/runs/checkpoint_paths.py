@@ -8,6 +8,13 @@ from wsss.core.errors import WSSSError
 
 #: keys of a configuration that name what a run starts from, beside its encoder's weights
 STARTS = ("init_from", "ckpt_path")
+#: of a run, inside its folder
+LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+def checkpoint_of(path: Path) -> Path:
+    """Give the last checkpoint of a run folder, or the path itself where it is no folder."""
+    return path / LAST_CHECKPOINT if path.is_dir() else path
 
 
 def check_path(run: str | Path, key: str) -> None:
@@ -17,8 +24,7 @@ def check_path(run: str | Path, key: str) -> None:
         run: the folder or the file.
         key: of the line that names it.
     """
-    path = Path(run)
-    file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    file = checkpoint_of(Path(run))
     if not file.is_file():
         raise WSSSError(f"{file}: no such checkpoint; {key}= takes a run folder or a .ckpt file")
 

@@ -47,6 +47,7 @@ from wsss.maps.refine.random_walk import WalkSettings
 from wsss.models.backbone import Backbone, check_overrides
 from wsss.results.store import NUMBERS
 from wsss.runs.callback_settings import changing, check_callbacks
+from wsss.runs.checkpoint_paths import STARTS
 from wsss.runs.encoders import check_encoders
 from wsss.runs.keys import with_overrides
 from wsss.runs.stored import check_place
@@ -249,7 +250,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 #: keys that earlier versions lacked: unset they change nothing
-LATER = ("callbacks", "init_from", "ckpt_path")
+LATER = ("callbacks", *STARTS)
 #: the same of a method's settings, with the values at which they change nothing
 LATER_SETTINGS: dict[str, dict[str, Any]] = {
     "wsss.methods.segmenter.Segmenter": {
@@ -267,7 +268,7 @@ def _later(config: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if callbacks := changing(config.get("callbacks") or {}):
         found["callbacks"] = callbacks
-    for key in ("init_from", "ckpt_path"):
+    for key in STARTS:
         start = config.get(key)
         if isinstance(start, Mapping) and not start.get("same_run"):
             found[key] = start["sha256"]  # wherever the file lies
@@ -332,7 +333,7 @@ def _on_masks(
     merged["data"]["train_masks"] = train_masks
     # what the first stage saw beside image labels is on its pseudo labels' card
     merged["data"].pop("saliency_folder", None)
-    unset = dict.fromkeys(("second_stage", "maps", "init_from", "ckpt_path"))
+    unset = dict.fromkeys(("second_stage", "maps", *STARTS))
     return merged | unset | {"callbacks": {}}
 
 
@@ -445,7 +446,7 @@ def check_config(config: DictConfig) -> None:
     _check_group(content["logger"], LoggerConfig, "logger")
     if content.get("maps"):
         check_maps(content)
-    for key in ("init_from", "ckpt_path"):
+    for key in STARTS:
         if isinstance(start := content.get(key), dict) and not start.keys() >= STARTED:
             raise WSSSError(f"{key}: expected a run folder or a checkpoint")
     if content.get("second_stage"):

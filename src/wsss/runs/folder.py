@@ -20,13 +20,12 @@ from wsss.methods.base import WSSSModule
 from wsss.models.backbone import Backbone, WeightsInfo
 from wsss.models.weights import fit_positions, load_state_dict_strictly, read_torch_file
 from wsss.results.store import CONFIG_FILE
+from wsss.runs.checkpoint_paths import LAST_CHECKPOINT, checkpoint_of
 from wsss.runs.config import config_hash, override_config
 from wsss.runs.costs import CostMeter, training_cost
 from wsss.runs.stored import check_stored
 from wsss.runs.targets import with_current_state_keys, with_current_targets
 from wsss.runs.trainer_settings import ends, limits
-
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
 def method_name(config: Mapping[str, Any]) -> str:
@@ -189,7 +188,7 @@ def load_run(path: Path | str, overrides: Sequence[str] = (), *, trust: Sequence
         WSSSError: missing or truncated checkpoint, one that is not ours, unknown keys.
     """
     path = Path(path)
-    file = path / LAST_CHECKPOINT if path.is_dir() else path
+    file = checkpoint_of(path)
     checkpoint = _read_checkpoint(file)
     meta = checkpoint["wsss"]
     stored = check_stored(with_current_targets(meta["config"]), str(file), trust)

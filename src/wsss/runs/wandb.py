@@ -26,8 +26,9 @@ from wsss.core.places import PACKAGE
 from wsss.core.supervision import IMAGE_LABELS
 from wsss.results.gallery import Gallery
 from wsss.results.store import CONFIG_FILE
+from wsss.runs.checkpoint_paths import LAST_CHECKPOINT
 from wsss.runs.config import LoggerConfig
-from wsss.runs.folder import LAST_CHECKPOINT, method_name
+from wsss.runs.folder import method_name
 from wsss.runs.naming import group_name, run_name, settings_of, varied
 
 ID_FILE = "wandb_id.txt"

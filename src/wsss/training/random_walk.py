@@ -23,9 +23,9 @@ from wsss.methods.affinity_net import AffinityNet
 from wsss.models.backbone import WeightsInfo
 from wsss.models.weights import load_state_dict_strictly, read_torch_file
 from wsss.results.schema import Cost, Size
+from wsss.runs.checkpoint_paths import LAST_CHECKPOINT
 from wsss.runs.config import affinity_config, check_walk
 from wsss.runs.folder import (
-    LAST_CHECKPOINT,
     Run,
     build,
     build_data,

@@ -17,8 +17,9 @@ from wsss.core.ranks import is_first_process
 from wsss.evaluation.evaluator import Evaluator
 from wsss.methods.base import WSSSModule
 from wsss.models.weights import save_atomically
+from wsss.runs.checkpoint_paths import LAST_CHECKPOINT, checkpoint_of
 from wsss.runs.costs import CostMeter, training_cost
-from wsss.runs.folder import LAST_CHECKPOINT, Run, build, why_unfinished
+from wsss.runs.folder import Run, build, why_unfinished
 from wsss.runs.trainer_settings import ACCELERATION, ends, limits
 from wsss.training.callbacks import (
     AtomicCheckpointIO,
@@ -201,8 +202,7 @@ def _continued(config: Mapping[str, Any]) -> Path | None:
     start = config.get("ckpt_path")
     if not start:
         return None
-    path = Path(start["path"])
-    return path / LAST_CHECKPOINT if path.is_dir() else path
+    return checkpoint_of(Path(start["path"]))
 
 
 def _why_unfinished(run: Run, step: int, stopped: dict[str, Any] | None) -> str:

@@ -216,15 +216,16 @@ def test_other_masks_or_holdouts_are_refused_if_lists_agree(tmp_path: Path) -> N
 
 
 def test_encoders_that_start_at_random_are_alike(tmp_path: Path) -> None:
-    runs = [
-        make_run(
-            tmp_path / name,
-            method=name,
-            backbone={"name": "vit", "source": "random", "state_sha256": digit * 64},
-        )
-        for name, digit in (("A", "4"), ("B", "5"))
-    ]
+    def start(method: str, digit: str, **overrides: int) -> Path:
+        vit = {"name": "vit", "source": "random", "state_sha256": digit * 64}
+        config = {"method": {}, "backbone": {"overrides": overrides}}
+        return make_run(tmp_path / digit, method=method, backbone=vit, config=config)
+
+    runs = [start("A", "4", patch_size=8), start("B", "5", patch_size=8)]
     assert grid_of(runs)
+    cut = start("B", "6", patch_size=8, depth=5)
+    with pytest.raises(WSSSError, match=r"vit \(random, depth=5, patch_size=8\)"):
+        grid_of([runs[0], cut])
 
 
 def test_thresholds_are_a_methods_but_a_group_shares_them(tmp_path: Path) -> None:

@@ -83,7 +83,8 @@ def _readable(value: Any) -> str:
             return f"{value['taken_by']} {str(value.get('sha256'))[:8]}"
         label = value.get("name")
         if value.get("source") == "random":  # every seed draws its own
-            return f"{label} (random)"
+            shape = sorted(dict(value.get("overrides") or {}).items())
+            return f"{label} ({', '.join(['random', *(f'{key}={each}' for key, each in shape)])})"
         digest = value.get("state_sha256") or value.get("file_sha256")
         if label:
             return f"{label} ({str(digest)[:8]})" if digest else str(label)

@@ -179,6 +179,16 @@ def test_contrast_of_other_constellations() -> None:
     assert (gradient[0, 0].norm(dim=-1) > 0).all()
 
 
+def test_contrast_and_pooling_keep_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    tokens, labels = torch.randn(3, 3, 4, 48), LABELS.float()
+    maps = torch.randn(2, 4, 28, 28).bfloat16()  # as the patch head gives them there
+    with torch.autocast("cpu", torch.bfloat16):
+        contrast, pooled = class_token_contrast(tokens, labels), ranking_pooling(maps, 0.996)
+    assert torch.equal(contrast, class_token_contrast(tokens, labels))
+    assert torch.equal(pooled, ranking_pooling(maps.float(), 0.996))
+
+
 def test_a_single_class_has_no_contrast() -> None:
     assert class_token_contrast(torch.randn(2, 2, 1, 4), torch.ones(2, 1)).item() == 0
 
@@ -204,6 +214,7 @@ def test_losses_are_those_of_the_page(weight: float, blocks: int) -> None:
         assert result.losses[name].item() == pytest.approx(value, rel=1e-5), name
     total = expected["cls_loss"] + weight * expected["cct_loss"] + expected["patch_loss"]
     assert result.total.item() == pytest.approx(total, rel=1e-5)
+    assert torch.equal(result.outputs.class_logits, module(batch["image"]).class_logits)
 
 
 # ---- maps ----------------------------------------------------------------------------------------

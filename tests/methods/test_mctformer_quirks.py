@@ -22,9 +22,10 @@ from torch import Tensor
 
 from wsss.core.errors import WSSSError
 from wsss.evaluation.confusion import ThresholdConfusion
-from wsss.methods.mctformer import MCTformerPlusSettings
+from wsss.methods.mctformer import MCTformerPlus, MCTformerPlusSettings
 from wsss.methods.mctformer.contrast import class_token_contrast
 from wsss.methods.mctformer.official import CORRECTED, OFFICIAL, Quirks
+from wsss.models.backbone import Backbone
 from wsss.models.vit import resize_positions
 from wsss.parity.mctformer import official_miou, stop_of
 
@@ -84,6 +85,15 @@ def test_q2_the_official_rates_are_those_of_the_page() -> None:
     expected = {0: 1.0, 1: 1.0, 2: 7.05, 5: 25.2, 6: 30.61, 25: 19.51, 44: 10.103}
     for epoch, rate in expected.items():
         assert 1e6 * LR * module.lr_multiplier(epoch) == pytest.approx(rate, abs=0.005)
+
+
+def test_q2_epochs_need_not_be_whole_steps() -> None:
+    module = tiny(OFFICIAL, max_steps=100)  # 0.45 of an epoch a step
+    epochs = {0: 0, 2: 0, 3: 1, 50: 22, 97: 43, 98: 44, 99: 44}
+    assert {step: module.epoch(step) for step in epochs} == epochs
+    assert LR * module.lr_multiplier(99) == pytest.approx(rate_at(43), abs=1e-15)
+    few = tiny(OFFICIAL, max_steps=9)
+    assert [few.epoch(step) for step in range(9)] == list(range(0, 45, 5))
 
 
 def test_q2_without_warm_up_the_rate_starts_at_its_base() -> None:
@@ -162,6 +172,14 @@ def test_q8_the_remainder_of_a_patch_is_dropped(
     resized = F.interpolate(images, (96, 112), mode="bilinear", align_corners=False)
     seen = images[..., :80, :96] if on else resized
     assert torch.equal(module(images).class_logits, module(seen).class_logits)
+    sizes = sizes_of_views(module, images, monkeypatch)
+    assert sizes == ([(90, 100), (45, 50)] if on else [(96, 112), (48, 64)])
+
+
+def sizes_of_views(
+    module: MCTformerPlus, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, ...]]:
+    """Height and width of what goes through the network for the images' maps."""
     sizes, raw_maps = [], module.raw_maps
 
     def watched(views: Tensor, classes: Tensor) -> Tensor:
@@ -169,8 +187,15 @@ def test_q8_the_remainder_of_a_patch_is_dropped(
         return raw_maps(views, classes)
 
     monkeypatch.setattr(module, "raw_maps", watched)
-    module.cams(images, torch.ones(2, NUM_CLASSES))
-    assert sizes == ([(90, 100), (45, 50)] if on else [(96, 112), (48, 64)])
+    module.cams(images, torch.ones(len(images), NUM_CLASSES))
+    return sizes
+
+
+def test_q8_views_are_whole_patches_of_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 56}
+    backbone = Backbone(name="vit_small_patch14_dinov2", weights="random", overrides=overrides)
+    module = built(backbone, scales=(1.0, 0.75)).eval()
+    assert sizes_of_views(module, make_images(60, 90), monkeypatch) == [(70, 98), (56, 70)]
 
 
 @each_way("size_of_first_scale")

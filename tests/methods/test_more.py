@@ -17,6 +17,7 @@ from wsss.evaluation.evaluator import evaluate
 from wsss.evaluation.inference import predict
 from wsss.evaluation.protocol import Protocol
 from wsss.maps.pixels import denormalise
+from wsss.maps.pseudo_labels import refine_cam_to_label
 from wsss.methods.more import MoRe, MoReSettings
 from wsss.methods.more.contrast import cle_loss, distinct_loss, select_tokens, uncertainty_map
 from wsss.methods.more.contrast import une_loss as une
@@ -312,6 +313,16 @@ def test_terms_without_weight_are_not_computed() -> None:
     ]
 
 
+@pytest.mark.parametrize("term", ["ptc", "cle", "une"])
+def test_a_term_of_tokens_works_alone(term: str) -> None:
+    """In the second half, where CLE and UNE need the final CAM and PTC does not."""
+    others = [f"{name}_weight" for name in TERMS[2:] if name != term]
+    step = losses_at(tiny(**dict.fromkeys(others, 0.0)), MAX_STEPS - 1)
+    assert list(step.losses) == ["cls_loss", "cls_aux_loss", f"{term}_loss"]
+    assert ("cam" in step.seen) is (term != "ptc")
+    assert step.losses[f"{term}_loss"].requires_grad
+
+
 def test_the_total_is_the_weighted_sum() -> None:
     module = tiny(OFFICIAL)
     step = losses_at(module, MAX_STEPS - 1)
@@ -343,8 +354,11 @@ def test_masks_and_labels_come_from_their_maps(step: int) -> None:
         inside = torch.zeros(2, 8, 8, dtype=torch.bool)
         inside[0], inside[1, 1:, :7] = True, True
         assert torch.equal(seen[name], expected.masked_fill(~inside, 255)), name
+    guide, boxes = module.guide(batch["image"]), batch["box"]
     with torch.no_grad():
-        pseudo = module.pseudo_labels(batch["image"], seen["cam"], labels, batch["box"])
+        pseudo = refine_cam_to_label(
+            module.par, guide, seen["cam"], labels, boxes=boxes, high=0.75, low=0.55
+        )
         other = module.pseudo_labels(batch["image"], seen["cam_aux"], labels, batch["box"])
     assert torch.equal(seen["pseudo_label"], pseudo)
     assert not torch.equal(pseudo, other)

@@ -90,6 +90,14 @@ def test_the_graph_equals_its_formula(neighbours: int, gate: str) -> None:
     torch.testing.assert_close(graph(tokens, patches), naive_graph(graph, tokens, patches))
 
 
+@pytest.mark.parametrize("gate", ["sums", "dot"])
+def test_the_graph_has_the_gradient_of_its_values(gate: str) -> None:
+    graph = graph_of(neighbours=3, gate=gate)
+    tokens, patches = torch.randn(1, 3, 6).double(), torch.randn(1, 4, 6).double()
+    learnt = tokens.requires_grad_(), graph.head_proj.weight, graph.tail_proj.weight
+    assert torch.autograd.gradcheck(lambda *_: graph(tokens, patches), learnt, fast_mode=True)
+
+
 def test_the_graph_follows_orders_and_gives_patches_nothing() -> None:
     graph, order, classes = graph_of(), torch.randperm(9), torch.tensor([2, 0, 3, 1])
     tokens, patches = torch.randn(2, 4, 6).double(), torch.randn(2, 9, 6).double()
@@ -363,6 +371,23 @@ def test_une_equals_its_formula() -> None:
     assert none is None, "class tokens are not moved"
 
 
+def test_terms_of_tokens_keep_float32_under_autocast() -> None:
+    tokens, patches, mask, labels = (one.float() for one in cle_inputs())
+    graph, selected = graph_of(dim=5).float(), [torch.tensor([[0, 1], [2, 3]])] * 3
+
+    def terms() -> list[Tensor]:
+        return [
+            graph(tokens, patches.flatten(2).mT),
+            distinct_loss(tokens),
+            cle_loss(tokens, patches, mask, labels, 0.5),
+            une_loss(tokens, patches, selected, labels),
+        ]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = terms()
+    assert all(torch.equal(*pair) for pair in zip(found, terms(), strict=True))
+
+
 # ---- segmentation, masks, weights ----------------------------------------------------------------
 
 
@@ -429,12 +454,22 @@ def test_weights_change_where_the_tables_say() -> None:
         assert list(coco.loss_weights(step).values()) == expected, step
 
 
+def test_shares_of_a_run_are_rounded_to_steps() -> None:
+    assert 0.29 * 100 < 29, "cut off it would be 28"
+    share = dict.fromkeys(("ptc_after", "tokens_after", "seg_after", "late_masks_after"), 0.29)
+    settings = MoReSettings(max_steps=100, **share)
+    assert list(settings.loss_weights(29).values()) == [1, 0, 0, 0, 0, 0]
+    assert all(settings.loss_weights(30).values())
+    assert (settings.masks_are_late(29), settings.masks_are_late(30)) == (False, True)
+
+
 @pytest.mark.parametrize(("low", "high"), [("low", "cle_high"), ("late_low", "late_high")])
 def test_thresholds_that_cross_are_refused(low: str, high: str) -> None:
     crossed = {f"{low}_threshold": 0.65, f"{high}_threshold": 0.6}
     message = f"expected {low}_threshold <= {high}_threshold, got 0.65 > 0.6"
     with pytest.raises(WSSSError, match=message):
         MoReSettings(max_steps=10, **crossed)
+    MoReSettings(max_steps=10, **dict.fromkeys(crossed, 0.6))  # nothing is uncertain
 
 
 # ---- routes of the gradient ----------------------------------------------------------------------

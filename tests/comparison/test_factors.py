@@ -121,6 +121,13 @@ def test_compare_ends_with_the_factors(study: Path) -> None:
     assert [name for name, _ in mean.rows][:3] == ["method=GETAM", "method=ToCo", "head=dpt"]
 
 
+def test_keys_that_end_alike_are_two_factors(study: Path) -> None:
+    (found,) = compare([study], CompareArguments(by=f"method,{BY}", resamples=50))
+    assert next(iter(found.groups)) == "ToCo, maps.method=GETAM, head=dpt, loss=balanced"
+    share = tables(found)[-2]
+    assert "(2 maps.method x 3 head x 3 loss)" in share.title
+
+
 def test_a_missing_cell_is_named_and_nothing_shared(study: Path) -> None:
     some = sorted(study.iterdir())[2:]  # 0-0 and 0-1 are the first cell
     found = compared(some)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from small_runs import FORKED, PLAIN, SMALL
 from wsss.cli import main
 from wsss.core.errors import WSSSError
 from wsss.core.places import choices, config_root
-from wsss.results.search import OVERLAY_FILE, Search, read_search
+from wsss.results.search import OVERLAY_FILE, Range, Search, read_search
 from wsss.results.store import RESULTS_FILE, read_results
 from wsss.runs.compose import compose_run
 from wsss.runs.space import MOST_KEYS, read_space, settings_of
+from wsss.training.chosen import overlay as overlay_of
 from wsss.training.run import train
-from wsss.training.search import JOURNAL, Plan, plan_search, run_search
+from wsss.training.search import JOURNAL, Plan, plan_search, run_search, settings_of_trial
 from wsss.training.sweeps import Outcome
 
 pytest.importorskip("optuna")
@@ -120,12 +123,42 @@ def test_three_kills_leave_an_undisturbed_search(tmp_path: Path, undisturbed: Pa
 
 
 def test_two_searches_with_one_seed_choose_the_same(tmp_path: Path, undisturbed: Path) -> None:
-    """A longer search goes on with the shorter one."""
+    """A longer search goes on with the shorter one, also behind a line that a power cut left."""
     short = run_search(plan(tmp_path, trials=2), here)
     assert read_search(short).choice == "tuned: 2 trials on a holdout of 6 masks"
+    with (short / JOURNAL).open("ab") as journal:
+        journal.write(b'{"op_code":4,"wor')
     again = run_search(plan(tmp_path), here)
     assert again == short
     assert found(read_search(again)) == found(read_search(undisturbed))
+    assert run_search(plan(tmp_path), here) == short, "the journal is whole"
+
+
+def test_a_folder_that_takes_no_lock_fails_no_trial(tmp_path: Path, undisturbed: Path) -> None:
+    """A trial that could not begin has not been tried: the same command goes on."""
+    search = plan(tmp_path, trials=2)
+    run = read_search(undisturbed).trials[1].run
+    assert run is not None
+    obstacle = search.folder / run / ".lock"
+    obstacle.mkdir(parents=True)
+    with pytest.raises(WSSSError, match=r"\.lock"):
+        run_search(search, here)
+    assert len(read_search(search.folder).trials) == 1
+    obstacle.rmdir()
+    assert found(read_search(run_search(search, here))) == found(read_search(undisturbed))[:2]
+
+
+def test_rounded_settings_stay_within_their_range(tmp_path: Path) -> None:
+    space = {
+        "method.lr": Range(low=1.00001e-4, high=1.00049e-4),
+        "method.weight_decay": Range(choices=[0.123456, 0.5]),
+        "method.head_lr_factor": Range(low=1.0, high=50.0),
+    }
+    values = {"method.lr": 1.00002e-4, "method.weight_decay": 0.123456,
+              "method.head_lr_factor": 2.718281}  # fmt: skip
+    rounded = settings_of_trial(replace(plan(tmp_path), space=space), 1, values)
+    assert all(choice.contains(rounded[key]) for key, choice in space.items())
+    assert rounded["method.head_lr_factor"] == 2.718
 
 
 def test_the_chosen_overlay_composes_to_the_best_trial(tmp_path: Path, undisturbed: Path) -> None:
@@ -163,16 +196,19 @@ def test_a_report_shows_a_search_that_was_run(tmp_path: Path, undisturbed: Path)
 def test_a_trial_that_fails_is_recorded_and_stops_nothing(
     tmp_path: Path, undisturbed: Path
 ) -> None:
-    """The search has another seed, which proposes others."""
+    """The search has another seed, which proposes others; TPE waits for two values."""
 
     def fails(overrides: list[str], folder: Path, number: int) -> Outcome:
         if number == 1:
             return Outcome(overrides, 2, "step 1: the loss is not finite")
-        return Outcome(overrides, 0, value=here(overrides, folder, number).value)
+        outcome = here(overrides, folder, number)
+        return replace(outcome, value=None) if number == 2 else outcome
 
-    search = read_search(run_search(plan(tmp_path, trials=3, seed=1), fails))
-    assert [trial.state for trial in search.trials] == ["finished", "failed", "finished"]
+    search = read_search(run_search(plan(tmp_path, trials=4, seed=1), fails))
+    assert [trial.state for trial in search.trials] == ["finished", "failed", "failed", "finished"]
+    assert [trial.by for trial in search.trials] == ["overlay", "random", "random", "random"]
     assert search.trials[1].error == "step 1: the loss is not finite"
+    assert search.trials[2].error == f"has no seg_miou on {search.split}"
     known = read_search(undisturbed).trials
     assert search.trials[0].settings == known[0].settings
     assert search.trials[1].settings != known[1].settings
@@ -205,6 +241,24 @@ def test_a_trial_of_a_living_process_is_left_to_it(tmp_path: Path) -> None:
     run_search(search, inner)
     assert seen == [0, 1]
     assert read_search(search.folder).status == "finished"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["+experiments=[minivoc/protocol,segmenter/minivoc]", "init_from=RUN"],
+        ["method=segmenter_vit", "data=minivoc", "+maps.run=RUN", "+maps.refine=random_walk",
+         "+random_walk@maps.random_walk=minivoc"],
+    ],
+)  # fmt: skip
+def test_an_overlay_keeps_what_training_starts_from(tmp_path: Path, line: list[str]) -> None:
+    config = compose_run(line)
+    file = tmp_path / "experiments" / "mine" / "tuned.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(overlay_of(line, config, {}, "tuned", Path("search") / "search.json"))
+    again = compose_run(["+experiments=mine/tuned", f"hydra.searchpath=[file://{tmp_path}]"])
+    for key in ("init_from", "maps", "method", "data", "eval"):
+        assert again[key] == config[key]
 
 
 SPACES = choices("space")
@@ -250,3 +304,22 @@ def test_settings_outside_of_a_space_are_named() -> None:
         settings_of(compose_run(["method=getam", "data=minivoc"]), space, "toco")
     with pytest.raises(WSSSError, match=r"space=nothing: no such search space .*clustercam"):
         read_space("nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('data.val_split: {choices: [val, "train:holdout:3"]}', "data.val_split: a search varies"),
+        ("budget.max_steps: {low: 100, high: 400, whole: true}", "budget.max_steps: a search va"),
+        ("method.lr: {low: 1e-5, hi: 1e-3}", "method.lr.hi: unknown key; did you mean high"),
+        ("method.lr: {low: 1e-3, high: 1e-5}", "low=0.001 is not below high=1e-05"),
+        ("method.lr: 3", "method.lr: 3: input should be"),
+        ("method.lr: [1, 2", "cannot be read (while parsing a flow sequence)"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_named(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "space" / "own.yaml"
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.raises(WSSSError, match=re.escape(f"{file}: ") + ".*" + re.escape(said)):
+        read_space("own", [tmp_path])

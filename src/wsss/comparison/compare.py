@@ -9,7 +9,7 @@ import numpy as np
 from annotated_types import Ge, Le
 
 from wsss.comparison.bootstrap import Draws, draw
-from wsss.comparison.entries import MIOUS, Entry, load, unfinished_runs
+from wsss.comparison.entries import MIOUS, Entry, keys_of, load, unfinished_runs
 from wsss.comparison.factors import Factors, factors_of
 from wsss.comparison.protocols import MEASURING, TRAINING, differing_fields
 from wsss.core.errors import WSSSError
@@ -180,7 +180,7 @@ def _compare_alike(supervision: str, entries: list[Entry], chosen: CompareArgume
     for entry in entries:
         groups.setdefault(entry.group, []).append(entry)
     factors = factors_of(
-        [key.rpartition(".")[2] for key in chosen.by.split(",")],
+        [*keys_of(chosen.by).values()],
         {name: members[0].levels for name, members in groups.items()},
     )
     if factors and not factors.missing:

@@ -1,6 +1,7 @@
 """Results of runs, read and grouped."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -325,11 +326,18 @@ def _read(folder: Path) -> dict[str, Any]:
     return results | {"config": with_current_targets(results.get("config", {}))}
 
 
+def keys_of(by: str) -> dict[str, str]:
+    """Give the keys of ``by`` with their names: the last part, or all where two end alike."""
+    ends = {key: key.rpartition(".")[2] for key in by.split(",")}
+    times = Counter(ends.values())
+    return {key: end if times[end] == 1 else key for key, end in ends.items()}
+
+
 def _levels(results: Mapping[str, Any], folder: Path, by: str) -> tuple[str, ...]:
-    return tuple(_named(results, folder, key) for key in by.split(","))
+    return tuple(_named(results, folder, key, name) for key, name in keys_of(by).items())
 
 
-def _named(results: Mapping[str, Any], folder: Path, key: str) -> str:
+def _named(results: Mapping[str, Any], folder: Path, key: str, name: str) -> str:
     if key == "run":
         return folder.name
     if key in ("method", "study"):
@@ -342,7 +350,7 @@ def _named(results: Mapping[str, Any], folder: Path, key: str) -> str:
         raise WSSSError(
             f"by={key}: {folder} has no such key; use method, study, run or a key of it"
         )
-    return f"{key.rpartition('.')[2]}={node}"
+    return f"{name}={node}"
 
 
 def _check_groups(entries: Sequence[Entry], by: str) -> None:

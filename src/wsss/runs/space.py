@@ -6,8 +6,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from wsss.core.errors import WSSSError
+from wsss.core.files import first_line
 from wsss.core.places import choices, config_root, declared_folders
 from wsss.core.records import check_record
 from wsss.core.schema import nearest
@@ -15,6 +17,9 @@ from wsss.results.search import Range
 
 #: more keys than this no short search can tell apart
 MOST_KEYS = 8
+#: how keys begin that may be varied; with others trials would read other lists, or differ in terms
+VARIED = ("method.", "backbone.", "data.train_transform.", "budget.warmup_steps",
+          "eval.cam_threshold", "eval.cam_high", "eval.cam_low")  # fmt: skip
 Space = dict[str, Range]
 
 
@@ -27,7 +32,7 @@ def read_space(name: str, further: Sequence[Path] = ()) -> Space:
         further: folders of the user's.
 
     Raises:
-        WSSSError: there is none, or a key has no range.
+        WSSSError: there is none, a key has no range, or is none of a method's settings.
     """
     folders = (config_root() / "conf", *declared_folders(), *further)
     places = [folder / "space" / f"{name}.yaml" for folder in folders]
@@ -35,22 +40,27 @@ def read_space(name: str, further: Sequence[Path] = ()) -> Space:
     if path is None:
         raise WSSSError(
             f"space={name}: no such search space is declared (there are "
-            f"{', '.join(choices('space', *further))}); write {places[-1]}"
+            f"{', '.join(choices('space', *further))}); write conf/space/{name}.yaml, or "
+            f"DIR/space/{name}.yaml with --config-dir DIR"
         )
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except OmegaConfBaseException as error:
-        raise WSSSError(f"{path}: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise WSSSError(f"{path}: cannot be read ({first_line(error)}); mend it") from error
     if not isinstance(content, dict) or not 0 < len(content) <= MOST_KEYS:
         raise WSSSError(f"{path}: expected 1 to {MOST_KEYS} keys, each with its range")
     space = {}
     for name_of_key, node in content.items():
         key = str(name_of_key)
-        check_record(Range, node, f"{path}: {key}", "give low and high, or choices")
-        unknown = [each for each in node if each not in Range.model_fields]
+        if not key.startswith(VARIED):
+            raise WSSSError(f"{path}: {key}: a search varies no such key, only {', '.join(VARIED)}")
+        known = list(Range.model_fields)
+        unknown = (
+            [str(each) for each in node if each not in known] if isinstance(node, dict) else []
+        )
         if unknown:
-            near = nearest(str(unknown[0]), list(Range.model_fields))
-            raise WSSSError(f"{path}: {key}.{unknown[0]}: unknown key{near}")
+            raise WSSSError(f"{path}: {key}.{unknown[0]}: unknown key{nearest(unknown[0], known)}")
+        check_record(Range, node, f"{path}: {key}", "give low and high, or choices")
         space[key] = Range.model_validate(node)
     return space
 
@@ -66,13 +76,13 @@ def settings_of(config: Mapping[str, Any], space: Space, origin: str) -> dict[st
     found = {key: OmegaConf.select(node, key, default=...) for key in space}
     for key, value in found.items():
         if value is ...:
-            raise WSSSError(f"conf/space/{origin}.yaml: {key}: the method has no such setting")
+            raise WSSSError(f"space={origin}: {key}: the method has no such setting")
     for key, choice in space.items():
         value = found[key]
         if not choice.contains(value):
             said = choice.choices or f"{choice.low:g} to {choice.high:g}"
             raise WSSSError(
-                f"{key}={value}: outside of {said}, which conf/space/{origin}.yaml searches; "
+                f"{key}={value}: outside of {said}, which space={origin} searches; "
                 "widen it there, or begin elsewhere"
             )
     return found

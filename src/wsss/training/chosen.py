@@ -12,8 +12,9 @@ from wsss.runs.choice import is_setting
 
 #: what a line says of where things lie, which an overlay leaves to the next line
 PLACES = ("runs_dir", "study", "logger", "gallery", "hydra")
-#: what training sees, without which the settings would be another supervision's
-SEEN = ("data.train_split", "data.train_masks", "data.label_source")
+#: what training sees or starts from, without which the settings would be another supervision's
+SEEN = ("data.train_split", "data.train_masks", "data.label_source", "init_from")
+SEEN_GROUP = "maps."
 
 
 def overlay(
@@ -36,15 +37,19 @@ def overlay(
         record: of the search.
     """
     groups = {path.name for path in (config_root() / "conf").iterdir() if path.is_dir()}
+    resolved = OmegaConf.create(dict(config))
     bases, replaced, fixed, others = [], [], {}, []
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
+        place = key.rpartition("@")[2]  # of a group that is laid elsewhere, random_walk@maps.x
         if key in ("experiments", "experiments@_global_"):
-            bases.append(value)
+            bases += _listed(value)
         elif key in groups and value in choices(key):
             replaced.append({f"override /{key}": value})
-        elif (is_setting(override) or key in SEEN) and key not in settings:
-            fixed[key] = OmegaConf.select(OmegaConf.create(dict(config)), key)
+        elif place in SEEN or place.startswith(SEEN_GROUP):
+            fixed[place] = OmegaConf.select(resolved, place)
+        elif is_setting(override) and key not in settings:
+            fixed[key] = OmegaConf.select(resolved, key)
         elif key.partition(".")[0] not in PLACES and key not in ("data.root", "objective"):
             others.append(override)
     study = config["study"] if config["study"] != "default" else config["data"]["name"]
@@ -62,3 +67,8 @@ def overlay(
         head.append(f"# Of the search alone: {' '.join(others)}")
     body = yaml.safe_dump(defaults) + yaml.safe_dump(OmegaConf.to_container(node), sort_keys=False)
     return "\n".join(head) + "\n" + body
+
+
+def _listed(value: str) -> list[str]:
+    """List the experiments that an override names, ``a/b`` or ``[a/b,c/d]``."""
+    return [one.strip() for one in value.removeprefix("[").removesuffix("]").split(",")]

@@ -15,10 +15,10 @@ import fcntl
 import hashlib
 import json
 import os
-import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +30,8 @@ from wsss.results.search import (
     OVERLAY_FILE,
     SEARCH_FILE,
     SEARCHES,
+    Range,
+    Setting,
     Trial,
     best_of,
     write_search,
@@ -50,7 +52,6 @@ if TYPE_CHECKING:
 JOURNAL = "journal.log"
 NEED = "wsss tune needs Optuna"
 TRIALS = "trials"  # study of the trials, and their folder
-SECONDS_OF_ORPHANS = 120  # in which the run of a killed search has saved and ended
 #: keys of the line that a trial has otherwise, and that change nothing of what is searched
 NOT_OF_TRIALS = ("runs_dir", "study", "gallery", "second_stage", "logger", "choice")
 NOT_OF_TRIALS_BELOW = ("logger.", "second_stage.", "hydra.", "hydra/")
@@ -250,9 +251,17 @@ def _turn(folder: Path) -> Iterator[None]:
     handle = os.open(folder / ".turn", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
+        _cut_unfinished_line(folder / JOURNAL)
         yield
     finally:
         os.close(handle)
+
+
+def _cut_unfinished_line(path: Path) -> None:
+    """Cut the part of a line that a power cut or a full disk left; Optuna would write behind it."""
+    with suppress(FileNotFoundError), path.open("rb+") as journal:
+        content = journal.read()
+        journal.truncate(content.rfind(b"\n") + 1)
 
 
 def _claim(path: Path, held: ExitStack) -> bool:
@@ -323,10 +332,14 @@ def settings_of_trial(plan: Plan, number: int, values: Mapping[str, Any]) -> dic
     """Give a trial's settings: those of the line for trial 0, else of four digits."""
     if number == 0:
         return dict(plan.start)
-    return {
-        key: float(f"{value:.4g}") if isinstance(value, float) else value
-        for key, value in values.items()
-    }
+    return {key: _rounded(value, plan.space[key]) for key, value in values.items()}
+
+
+def _rounded(value: Setting, choice: Range) -> Setting:
+    """Give a number of a range four digits, as far as its ends allow; a choice is as declared."""
+    if choice.low is None or choice.high is None or not isinstance(value, float):
+        return value
+    return min(max(float(f"{value:.4g}"), choice.low), choice.high)
 
 
 def _run_trial(study: "optuna.Study", plan: Plan, trial: "optuna.Trial", run: Runner) -> None:
@@ -337,17 +350,21 @@ def _run_trial(study: "optuna.Study", plan: Plan, trial: "optuna.Trial", run: Ru
     folder, details = None, {}
     try:
         folder = run_folder(compose_run(overrides))
-        _wait_for_orphan(folder)
-        outcome = run(overrides, plan.folder / TRIALS, trial.number)
     except WSSSError as error:  # settings that contradict each other
         outcome = Outcome(overrides, 2, str(error))
+    else:
+        _wait_for_others(folder)
+        outcome = run(overrides, plan.folder / TRIALS, trial.number)
     if outcome.status in STOPPED:
         raise SystemExit(outcome.status if outcome.status > 0 else 128 - outcome.status)
     if outcome.status == 0 and outcome.value is None:
-        raise WSSSError(
-            f"objective={plan.config['objective']}: trial {trial.number} has no such number on "
-            f"{plan.judging.split}; choose another one, {_numbers_of(folder, plan)}"
-        )
+        objective, split = plan.config["objective"], plan.judging.split
+        if trial.number == 0:
+            raise WSSSError(
+                f"objective={objective}: trial 0 has no such number on {split}; choose another "
+                f"one, {_numbers_of(folder, plan)}"
+            )
+        outcome = replace(outcome, error=f"has no {objective} on {split}")
     if outcome.status and trial.number == 0:
         raise WSSSError(f"trial 0, the settings as they are, failed: {outcome.error}")
     if outcome.status == 0 and folder is not None:
@@ -363,17 +380,11 @@ def _run_trial(study: "optuna.Study", plan: Plan, trial: "optuna.Trial", run: Ru
         _write_record(study, plan)
 
 
-def _wait_for_orphan(folder: Path) -> None:
-    """Wait until the run of a killed search has saved and ended."""
-    deadline = time.monotonic() + SECONDS_OF_ORPHANS
-    while folder.is_dir():
-        try:
-            with lock(folder, "waiting"):
-                return
-        except WSSSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
+def _wait_for_others(folder: Path) -> None:
+    """Wait until a killed search's run has saved and ended, or another trial of these settings."""
+    if folder.is_dir():
+        with lock(folder, "waiting", patient=True):
+            pass
 
 
 def _details(folder: Path, plan: Plan) -> dict[str, Any]:
@@ -400,7 +411,8 @@ def _write_record(study: "optuna.Study", plan: Plan) -> None:
     optuna = import_optuna(NEED)
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
     ended = study.get_trials(deepcopy=False, states=states)
-    trials = [_recorded(plan, frozen, frozen.state == states[0]) for frozen in ended]
+    known = sorted(each.number for each in ended if each.state == states[0])
+    trials = [_recorded(plan, each, known) for each in ended]
     best = best_of({each.number: each.value for each in trials if each.value is not None})
     judging, done = plan.judging, len(trials) >= plan.trials
     choice = f"tuned: {len(trials)} trials on a holdout of {judging.masks} masks" if done else None
@@ -433,22 +445,34 @@ def _write_record(study: "optuna.Study", plan: Plan) -> None:
         write_atomically(plan.folder / OVERLAY_FILE, text.encode())
 
 
-def _recorded(plan: Plan, frozen: "optuna.trial.FrozenTrial", finished: bool) -> Trial:
-    """Give a trial that has ended as the record has it."""
+def _recorded(plan: Plan, frozen: "optuna.trial.FrozenTrial", finished: Sequence[int]) -> Trial:
+    """Give a trial that has ended as the record has it.
+
+    Args:
+        plan: the search.
+        frozen: the trial.
+        finished: numbers of all trials that have a value, in ascending order.
+    """
     settings = settings_of_trial(plan, frozen.number, {k: frozen.params[k] for k in plan.space})
     known = {key: frozen.user_attrs.get(key) for key in ("seconds", "commit", "run", "error")}
     return Trial(
         number=frozen.number,
-        state="finished" if finished else "failed",
-        by=_by(plan, frozen.number),
+        state="finished" if frozen.number in finished else "failed",
+        by=_by(plan, frozen.number, bisect_left(finished, frozen.number)),
         settings=settings,
-        value=frozen.value if finished else None,
+        value=frozen.value if frozen.number in finished else None,
         **known,
     )
 
 
-def _by(plan: Plan, number: int) -> Literal["overlay", "random", "TPE"]:
-    """Say who proposed a trial, where one process runs the search."""
+def _by(plan: Plan, number: int, known: int) -> Literal["overlay", "random", "TPE"]:
+    """Say who proposed a trial, where one process runs the search.
+
+    Args:
+        plan: the search.
+        number: of the trial.
+        known: trials before it that have a value; TPE needs ``startup`` of them.
+    """
     if number == 0:
         return "overlay"
-    return "random" if number < plan.startup else "TPE"
+    return "random" if known < plan.startup else "TPE"

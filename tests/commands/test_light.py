@@ -105,6 +105,7 @@ WRONG = [
     (["tune", "data=minivoc", "space=nothing"], "space=nothing: no such search space"),
     (["tune", "data=minivoc", "method.lr=0.9"], "method.lr=0.9: outside of 1e-05 to 0.001"),
     (["tune", "data=minivoc", "budget.max_steps=2,3"], "budget.max_steps is not the same for all"),
+    (["tune", "data=minivoc", "eval.holdout_per_class=3,6"], "same for all (3 of toco, 6 of toco)"),
     (["tune", "--show", "no/search"], "no search.json there"),
     (["eval", "rum=x"], "did you mean run?"),
     (["eval", "run=no/run"], "no/run: no such checkpoint"),

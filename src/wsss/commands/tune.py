@@ -108,7 +108,7 @@ def _check(jobs: Sequence[list[str]], space: str | None) -> None:
 
 def _check_equal(configs: Sequence[tuple[dict[str, Any], str]]) -> None:
     """Raise WSSSError where searches of one command are no equal terms."""
-    for key in ("objective", "budget.max_steps"):
+    for key in ("objective", "budget.max_steps", "eval.holdout_per_class"):
         group, _, name = key.rpartition(".")
         values = [((one[group] if group else one)[name], method) for one, method in configs]
         if len({value for value, _ in values}) > 1:

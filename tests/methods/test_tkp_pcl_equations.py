@@ -62,6 +62,10 @@ def test_pooling_is_the_mean_of_the_largest() -> None:
 def test_a_fraction_of_the_patches_is_rounded_up() -> None:
     scores = torch.arange(16.0).view(1, 16, 1) / 16
     assert tiny(top_k_fraction=0.2).pool(scores).item() == pytest.approx((12 + 13 + 14 + 15) / 64)
+    assert 0.07 * 100 > 7, "rounded up it would be 8"
+    few = tiny(top_k_fraction=0.07)
+    assert [few.num_pooled(patches) for patches in (100, 101, 400)] == [7, 8, 28]
+    assert tiny(top_k_fraction=1e-9).num_pooled(100) == 1
 
 
 # ---- contrast ------------------------------------------------------------------------------------

@@ -215,6 +215,14 @@ def test_10c_maps_grow_with_images() -> None:
     assert resize_positions(positions, (24, 24), 1) is positions
 
 
+def test_maps_of_an_image_that_is_not_square() -> None:
+    module, images = tiny().eval(), torch.randn(1, 3, 24, 40)
+    scores = module.score(images)
+    assert scores.grid == (3, 5)
+    assert torch.equal(scores.embeddings, module.bilstm(scores.tokens, (3, 5)))
+    assert module.cams(images, torch.ones(1, CLASSES)).shape == (1, CLASSES, 24, 40)
+
+
 def test_10d_the_main_view_is_turned_and_never_cropped() -> None:
     rgb = np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8)
     views = SquareViews(size=16, patch_size=4)

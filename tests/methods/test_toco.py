@@ -307,6 +307,19 @@ def test_teacher_follows_the_student_slowly() -> None:
         torch.testing.assert_close(teacher, value)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_teacher_moves_once_an_optimiser_step(first: bool) -> None:
+    """With the first of the batches whose gradients are accumulated."""
+    others = dict.fromkeys(("ptc_weight", "seg_weight", "reg_weight"), 0.0)
+    module = tiny(**others)
+    student, teacher = (head.mlp[0].weight for head in (module.ctc_student, module.ctc_teacher))
+    student.data += 1
+    before = teacher.clone()
+    module.first_of_step = first
+    losses_at(module, 99)
+    torch.testing.assert_close(teacher, before + 0.1 if first else before)
+
+
 def test_every_parameter_is_in_exactly_one_group() -> None:
     module = tiny(lr=1e-4, head_lr_factor=5.0)
     groups = module.param_groups()

@@ -15,6 +15,7 @@ NAMES = {
     "plain": "vit_tiny_patch16_224",
     "distilled": "deit_tiny_distilled_patch16_224",
     "hybrid": "vit_base_r50_s16_384",
+    "fourteen": "vit_small_patch14_dinov2",
 }
 
 

@@ -358,6 +358,11 @@ def test_gallery_maps_are_of_the_strongest_labelled_class() -> None:
     peak = divmod(int(rows.argmax()), 7)
     place = divmod(int(maps["class attention"][0].argmax()), 112)
     assert (place[0] // 16, place[1] // 16) == peak
+    assert module(images).class_logits[1].argmax() == 2
+    labels[1] = torch.tensor([1.0, 0, 1, 0])
+    both = module.gallery_maps(images, labels)
+    labels[1, 0] = 0
+    torch.testing.assert_close(both, module.gallery_maps(images, labels))
     # a cluster's number is one of 2 x 3
     assert set((maps["clusters"].unique() * 5).round(decimals=4).tolist()) <= set(range(6))
 
@@ -373,6 +378,15 @@ def test_segmentation_begins_with_its_epoch(epochs: int, first: int, per_epoch: 
     assert not module.learns_segmentation(first * per_epoch - 1)
     assert module.learns_segmentation(first * per_epoch)
     assert module.epoch(epochs * per_epoch - 1) == epochs - 1
+
+
+def test_epochs_need_not_be_whole_steps() -> None:
+    module = tiny(max_steps=100, epochs=80, seg_from_epoch=50)  # 0.8 of an epoch a step
+    epochs = {0: 0, 1: 0, 2: 1, 62: 49, 63: 50, 99: 79}
+    assert {step: module.epoch(step) for step in epochs} == epochs
+    assert [module.learns_segmentation(step) for step in (62, 63)] == [False, True]
+    few = tiny(max_steps=9, epochs=80)
+    assert [few.epoch(step) for step in range(9)] == [0, 8, 17, 26, 35, 44, 53, 62, 71]
 
 
 def test_first_phase_computes_neither_cams_nor_segmentation(

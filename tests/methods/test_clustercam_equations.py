@@ -5,15 +5,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_clustercam import MAX_STEPS, NUM_CLASSES, losses_at, make_batch, make_images, tiny
+from small_clustercam import (
+    MAX_STEPS,
+    NUM_CLASSES,
+    built,
+    losses_at,
+    make_batch,
+    make_images,
+    tiny,
+)
 from torch import Tensor
 
+from wsss.maps.pseudo_labels import refine_cam_to_label
 from wsss.methods.clustercam.method import ClusterCAM
 from wsss.methods.clustercam.network import (
     BlockOutput,
     initial_centres,
     run_block,
 )
+from wsss.models.backbone import Backbone
 from wsss.models.class_tokens import sum_of_last, whole_patches
 
 GRID = (5, 4)
@@ -160,6 +170,38 @@ def test_an_image_is_enlarged_to_whole_patches() -> None:
     assert whole_patches(found, 16) is found
 
 
+@torch.no_grad()
+def test_whole_patches_are_those_of_the_backbone() -> None:
+    overrides = {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 56}
+    backbone = Backbone(name="vit_small_patch14_dinov2", weights="random", overrides=overrides)
+    module = built(backbone, decoder_channels=8).eval()
+    images = make_images(60, 90)
+    logits = module(images).seg_logits
+    assert logits.shape == (2, NUM_CLASSES + 1, 5, 7)
+    resized = F.interpolate(images, (70, 98), mode="bilinear", align_corners=False)
+    assert torch.equal(logits, module(resized).seg_logits)
+
+
+@torch.no_grad()
+def test_both_branches_and_the_mlp_drop_their_paths_apart() -> None:
+    module = tiny(drop_path=0.5)
+    block: Any = module.backbone.vit.blocks[-1]
+    torch.manual_seed(0)
+    count = NUM_CLASSES + GRID[0] * GRID[1]
+    tokens = torch.randn(1, count, 48).expand(64, -1, -1)
+    output = run_block(block, module.branches[-1], tokens, GRID)
+    kinds = set()
+    for index in range(64):
+        for a, b in ((0, 0), (0, 2), (2, 0), (2, 2)):  # what is kept counts twice
+            plain, update = output.plain[index], output.clustered.update[index]
+            after = tokens[index] + a * plain + b * update
+            mlp = block.mlp(block.norm2(after))
+            for c in (0, 2):
+                if torch.allclose(output.tokens[index], after + c * mlp, atol=1e-4):
+                    kinds.add((a, b, c))
+    assert len(kinds) == 8
+
+
 def test_paths_are_dropped_more_often_in_later_blocks() -> None:
     blocks: Any = tiny(drop_path=0.3).backbone.vit.blocks
     for index, block in enumerate(blocks):
@@ -170,6 +212,16 @@ def test_paths_are_dropped_more_often_in_later_blocks() -> None:
 def test_refinement_has_the_page_epsilon_and_iterations() -> None:
     par = tiny().par
     assert (par.eps, par.num_iter, par.dilations) == (1e-5, 10, (1, 2, 4, 8, 12, 24))
+
+
+def test_labels_are_refined_against_both_thresholds() -> None:
+    module, batch = tiny(high_threshold=0.6, low_threshold=0.3), make_batch()
+    with torch.no_grad():
+        targets = module.targets(batch["image"], batch["labels"])
+        guide, cam = module.guide(batch["image"]), targets["cam"]
+        expected = refine_cam_to_label(module.par, guide, cam, batch["labels"], high=0.6, low=0.3)
+    assert torch.equal(targets["pseudo_label"], expected)
+    assert (expected == 255).any()
 
 
 def test_total_has_the_weight_of_the_settings() -> None:

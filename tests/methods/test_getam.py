@@ -110,6 +110,21 @@ def test_gallery_shows_every_block_of_the_map() -> None:
     assert all(float(one.max()) == pytest.approx(1.0) for one in maps.values())
 
 
+@pytest.mark.parametrize("strongest", [0, 2])
+def test_gallery_is_of_the_strongest_present_class(strongest: int) -> None:
+    """The second image has fewer classes; its empty slot counts for nothing."""
+    module, batch = tiny().eval(), make_batch()
+    module.classifier.bias.data[strongest] += 9
+    alone = batch["labels"].clone()
+    alone[0] = torch.eye(4)[strongest]
+    with torch.no_grad():
+        found, expected = (
+            module.gallery_maps(batch["image"], labels) for labels in (batch["labels"], alone)
+        )
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name], one)
+
+
 @pytest.mark.parametrize(
     ("depth", "taps"), [(12, [2, 5, 8, 11]), (6, [0, 2, 3, 5]), (4, [0, 1, 2, 3])]
 )
@@ -126,7 +141,10 @@ def test_every_backbone_segments_at_any_size(kind: str, size: tuple[int, int]) -
     outputs = module(torch.randn(1, 3, *size))
     assert outputs.class_logits.shape == (1, 4)
     assert outputs.seg_logits is not None
-    assert outputs.seg_logits.shape == (1, 5, size[0] // 16 * 16, size[1] // 16 * 16)
+    patch = module.backbone.patch_size
+    assert patch == (14 if kind == "fourteen" else 16)
+    assert outputs.seg_logits.shape[:2] == (1, 5)
+    assert outputs.seg_logits.shape[2:] == tuple(side // patch * patch for side in size)
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
@@ -299,6 +317,15 @@ def test_terms_of_zero_weight_are_not_computed(monkeypatch: pytest.MonkeyPatch) 
     assert set(losses_at(module, 99).losses) == {"cls_loss"}
     without = losses_at(tiny(), 99, saliency=False)
     assert set(without.losses) == {"cls_loss", "seg_loss", "reg_loss"}
+
+
+@pytest.mark.parametrize("term", ["seg", "sal", "reg"])
+def test_a_term_works_alone(term: str) -> None:
+    names = {"seg": "seg_weight", "sal": "saliency_weight", "reg": "energy_weight"}
+    others = dict.fromkeys(set(names.values()) - {names[term]}, 0.0)
+    result = losses_at(tiny(**others), 99)
+    assert list(result.losses) == ["cls_loss", f"{term}_loss"]
+    assert result.total.item() == pytest.approx(sum(v.item() for v in result.losses.values()))
 
 
 def test_total_is_the_sum_of_terms_and_reaches_every_parameter() -> None:

@@ -41,6 +41,17 @@ def test_attention_and_slope_of_one_head_by_hand() -> None:
     assert not any(one.requires_grad for one in attention_and_slope(learned, gradient))
 
 
+def test_maps_and_saliency_keep_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    parts, gradient = AttentionParts(*torch.randn(4, 1, 2, 5, 8)), torch.randn(1, 2, 5, 8)
+    logits = torch.randn(1, 3, 4, 4).bfloat16()  # as the decoder gives them there
+    completed = torch.tensor([0, 1, 255, 0], dtype=torch.uint8).expand(1, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = *attention_and_slope(parts, gradient), saliency_loss(logits, completed)
+    expected = *attention_and_slope(parts, gradient), saliency_loss(logits.float(), completed)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_negative_slopes_are_cut_before_the_mean_over_heads() -> None:
     """Heads of slope 2, -4 and attention 0.5, 0.25: means of (1, 0) and of (2, 0)."""
     attention = torch.tensor([0.5, 0.25]).view(1, 2, 1, 1)
@@ -186,6 +197,8 @@ def test_phase_two_begins_two_steps_after_its_share() -> None:
     """Phase 1 while t - 1 < T / 2: of 10 steps, 0 to 5 (getam.md section 4)."""
     module = tiny(max_steps=10, phase_one=0.5, phase_two_lr_scale=0.1)
     assert [t for t in range(11) if module.in_phase_two(t)] == [6, 7, 8, 9, 10]
+    odd = tiny(max_steps=9, phase_one=0.5)  # while t - 1 < 4.5
+    assert [t for t in range(9) if odd.in_phase_two(t)] == [6, 7, 8]
     rates = [module.lr_multiplier(t) for t in (0, 5, 6, 9, 10)]
     expected = [1, 0.5**0.9, 0.1 * 0.4**0.9, 0.1 * 0.1**0.9, 0.1 * 0.1**0.9]
     assert rates == pytest.approx(expected)

@@ -57,9 +57,9 @@ def test_bilinear_positions(on: bool, mode: str) -> None:
     torch.testing.assert_close(tokens[:, 1:] - patches, positions.expand_as(patches))
 
 
-@pytest.mark.parametrize(("on", "momentum", "decay"), [(False, 0.0, 5e-4), (True, 5e-4, 0.0)])
+@pytest.mark.parametrize(("on", "momentum", "decay"), [(False, 0.25, 5e-4), (True, 5e-4, 0.0)])
 def test_decay_in_momentum(on: bool, momentum: float, decay: float) -> None:
-    module = tiny(quirks=only("decay_in_momentum", on))
+    module = tiny(quirks=only("decay_in_momentum", on), momentum=0.25)
     settings = module.optimizer(module.param_groups()).defaults
     assert (settings["momentum"], settings["weight_decay"]) == (momentum, decay)
 
@@ -169,6 +169,10 @@ def test_padding_as_background(on: bool, expected: int) -> None:
     batch["saliency"][1, outside] = False  # as the views make it
     made = module.losses(batch, 99).seen["labels"]
     assert (made.label[1, outside] == expected).all()
+    labels, box, ids = batch["labels"], batch["box"], torch.tensor([[0], [1]])
+    without = module.make_labels(torch.zeros(2, 1, SIDE, SIDE), ids, labels, box, None)
+    assert (without.label[1, outside] == expected).all()
+    assert not without.label[1, ~outside].any()
     default = tiny(quantile=None).losses(batch, 99).seen["labels"]
     assert torch.equal(made.label[1, ~outside], default.label[1, ~outside])
 

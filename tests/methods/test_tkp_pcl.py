@@ -5,12 +5,14 @@ Properties 1, 2, 4 to 7 and 9 are in test_tkp_pcl_patches.py, 10a in test_tkp_pc
 
 from typing import Any
 
+import lightning
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from small_tkp_pcl import CLASSES, SIDE, make_batch, random_scores, tiny, without_dropout
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from wsss.core.errors import WSSSError
 from wsss.data.views.tkp_pcl import SquareViews
@@ -18,7 +20,7 @@ from wsss.maps.pseudo_labels import cam_probabilities, cam_to_label
 from wsss.methods.base import Batch
 from wsss.methods.tkp_pcl import TKPPCL, TKPPCLSettings
 from wsss.methods.tkp_pcl.equivariance import apply_symmetry, label_merge
-from wsss.methods.tkp_pcl.patches import top_k_pool
+from wsss.methods.tkp_pcl.patches import confident_sets, top_k_pool
 from wsss.models.backbone import Backbone
 from wsss.models.vit import resize_positions
 
@@ -161,6 +163,31 @@ def test_10b_heads_learn_first_then_the_last_five_blocks() -> None:
     assert changed == expected
 
 
+@pytest.mark.parametrize(("trained", "blocks"), [(0, []), (2, [1, 2]), (9, [0, 1, 2])])
+def test_10b_blocks_are_counted_from_the_last(trained: int, blocks: list[int]) -> None:
+    parameters = tiny(depth=3, trained_blocks=trained).backbone.named_parameters()
+    learning = {name.rsplit(".", 1)[0] for name, p in parameters if p.requires_grad}
+    assert {int(name.split(".")[2]) for name in learning - {"vit.norm"}} == set(blocks)
+    assert "vit.norm" in learning
+
+
+def test_10b_adam_starts_afresh_when_the_encoder_joins() -> None:
+    module = tiny(depth=1, warmup_steps=2)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=5,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    batches: Any = [make_batch()] * 5
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    state = trainer.optimizers[0].state
+    for parameter in (module.classifier.weight, module.backbone.vit.norm.weight):
+        assert state[parameter]["step"] == 3  # steps 2, 3 and 4
+
+
 def test_10b_frozen_blocks_keep_their_dropout() -> None:
     module = tiny(depth=4, trained_blocks=1, dropout=0.0)
     first = module.backbone.vit.blocks[0]
@@ -186,6 +213,14 @@ def test_10c_maps_grow_with_images() -> None:
         assert outputs.seg_logits.shape == (1, 4, grid, grid)
     positions = backbone.vit.pos_embed
     assert resize_positions(positions, (24, 24), 1) is positions
+
+
+def test_maps_of_an_image_that_is_not_square() -> None:
+    module, images = tiny().eval(), torch.randn(1, 3, 24, 40)
+    scores = module.score(images)
+    assert scores.grid == (3, 5)
+    assert torch.equal(scores.embeddings, module.bilstm(scores.tokens, (3, 5)))
+    assert module.cams(images, torch.ones(1, CLASSES)).shape == (1, CLASSES, 24, 40)
 
 
 def test_10d_the_main_view_is_turned_and_never_cropped() -> None:
@@ -225,6 +260,8 @@ def test_a_step_gives_the_outputs_of_its_forward_pass() -> None:
     assert torch.equal(step.outputs.class_logits, outputs.class_logits)
     assert torch.equal(step.outputs.seg_logits, outputs.seg_logits)
     assert step.outputs.class_logits.shape == (4, CLASSES)
+    pooled = module.pool(module.score(make_batch()["image"]).probabilities)
+    torch.testing.assert_close(outputs.class_logits.sigmoid(), pooled[:, 1:])
     targets = F.pad(make_batch()["labels"], (1, 0), value=1.0)
     assert torch.equal(step.seen["targets"], targets)
     assert not (step.seen["sets"].high | step.seen["sets"].low)[targets == 0].any()
@@ -253,6 +290,25 @@ def test_every_option_changes_the_contrast(options: dict[str, Any]) -> None:
         return module.losses(make_batch(), 5).losses["pce_loss"].item()
 
     assert contrast() != contrast(**options)
+
+
+def test_sets_without_dropout_are_those_of_evaluation() -> None:
+    module, batch = tiny(pce_sets="no_dropout"), make_batch()
+    module.classifier.weight.data *= 20
+    step = module.losses(batch, 5)
+    assert all(child.training for child in module.modules()), "its mode is given back"
+    probabilities = module.eval().score(batch["image"]).probabilities
+    expected = confident_sets(probabilities, step.seen["targets"] > 0, 0.5)
+    assert all(torch.equal(*pair) for pair in zip(step.seen["sets"], expected, strict=True))
+
+
+def test_probabilities_are_float32_under_autocast() -> None:
+    module = without_dropout()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = module.score(make_batch()["image"])
+        probabilities = scores.probabilities
+    assert scores.logits.dtype == torch.bfloat16
+    assert torch.equal(probabilities, scores.logits.float().softmax(-1))
 
 
 def test_coverage_is_the_share_of_present_pairs_with_two_anchors(

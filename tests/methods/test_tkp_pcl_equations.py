@@ -62,6 +62,10 @@ def test_pooling_is_the_mean_of_the_largest() -> None:
 def test_a_fraction_of_the_patches_is_rounded_up() -> None:
     scores = torch.arange(16.0).view(1, 16, 1) / 16
     assert tiny(top_k_fraction=0.2).pool(scores).item() == pytest.approx((12 + 13 + 14 + 15) / 64)
+    assert 0.07 * 100 > 7, "rounded up it would be 8"
+    few = tiny(top_k_fraction=0.07)
+    assert [few.num_pooled(patches) for patches in (100, 101, 400)] == [7, 8, 28]
+    assert tiny(top_k_fraction=1e-9).num_pooled(100) == 1
 
 
 # ---- contrast ------------------------------------------------------------------------------------
@@ -145,18 +149,22 @@ def test_contrast_moves_the_lstms_and_not_the_classifier() -> None:
     assert module.classifier.weight.grad is None
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 def test_equivariance_is_cross_entropy_over_the_categories(
-    monkeypatch: pytest.MonkeyPatch,
+    mixed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of float32 probabilities where the patches' logits are bfloat16, too."""
     module = without_dropout(equivariance_weight=1.0)
     batch = make_batch() | {"view": torch.randn(4, 3, SIDE // 2, SIDE // 2)}
     target = torch.rand(4, CLASSES + 1, 2, 2)
     monkeypatch.setattr(module, "equivariance_target", lambda *_: target)
     seen: list[Tensor] = []
     module.classifier.register_forward_hook(lambda _, __, logits: seen.append(logits))
-    loss = module.equivariance(batch, torch.ones(4, CLASSES + 1), frozen=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        loss = module.equivariance(batch, torch.ones(4, CLASSES + 1), frozen=True)
+    assert seen[0].dtype == (torch.bfloat16 if mixed else torch.float32)
     # one mosaic of 4 x 4 patches: view v lies at row 2 (v // 2) and column 2 (v % 2)
-    logits = seen[0][0].unflatten(0, (4, 4))
+    logits = seen[0][0].float().unflatten(0, (4, 4))
     every = []
     for v in range(4):
         for row in range(2):

@@ -108,6 +108,24 @@ def test_view_shows_the_box_that_it_names() -> None:
     assert 3 <= parts <= 20
 
 
+def test_targets_of_views_have_no_dropout() -> None:
+    module = tiny(equivariance_weight=1.0)
+    batch = equivariance_batch(np.random.default_rng(0))
+    targets = F.pad(batch["labels"], (1, 0), value=1.0)
+    first, second = (module.equivariance_target(batch, targets, (2, 2)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(child.training for child in module.modules()), "its mode is given back"
+
+
+def test_equivariance_leaves_a_frozen_encoder_alone() -> None:
+    module = tiny(equivariance_weight=1.0)
+    batch = equivariance_batch(np.random.default_rng(0))
+    for step, learns in ((1, False), (2, True)):
+        module.losses(batch, step).losses["equivariance_loss"].backward()
+        assert module.classifier.weight.grad is not None
+        assert (module.backbone.vit.norm.weight.grad is not None) is learns
+
+
 def test_equivariance_trains_and_says_what_it_misses() -> None:
     module = tiny(equivariance_weight=1.0)
     result = module.losses(equivariance_batch(np.random.default_rng(0)), 5)

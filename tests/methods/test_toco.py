@@ -307,6 +307,19 @@ def test_teacher_follows_the_student_slowly() -> None:
         torch.testing.assert_close(teacher, value)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_teacher_moves_once_an_optimiser_step(first: bool) -> None:
+    """With the first of the batches whose gradients are accumulated."""
+    others = dict.fromkeys(("ptc_weight", "seg_weight", "reg_weight"), 0.0)
+    module = tiny(**others)
+    student, teacher = (head.mlp[0].weight for head in (module.ctc_student, module.ctc_teacher))
+    student.data += 1
+    before = teacher.clone()
+    module.first_of_step = first
+    losses_at(module, 99)
+    torch.testing.assert_close(teacher, before + 0.1 if first else before)
+
+
 def test_every_parameter_is_in_exactly_one_group() -> None:
     module = tiny(lr=1e-4, head_lr_factor=5.0)
     groups = module.param_groups()
@@ -372,6 +385,14 @@ def test_weights_of_coco(step: int, expected: tuple[float, ...], from_aux: bool)
     assert tiny(max_steps=20000).labels_from_aux(0) is False  # VOC: never
 
 
+def test_shares_of_a_run_are_rounded_to_steps() -> None:
+    assert 0.29 * 100 < 29, "cut off it would be 28"
+    module = tiny(contrast_after=0.29, seg_after=0.29, aux_labels_until=0.29)
+    assert not any(module.loss_weights(29).values())
+    assert all(module.loss_weights(30).values())
+    assert (module.labels_from_aux(29), module.labels_from_aux(30)) == (True, False)
+
+
 def forbid(module: nn.Module, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError(f"{name} was computed")
@@ -389,6 +410,14 @@ def test_terms_of_zero_weight_are_not_computed(monkeypatch: pytest.MonkeyPatch) 
     assert "pseudo_label" not in result.seen
     result.total.backward()
     assert all(p.grad is None for p in module.decoder.parameters())
+
+
+@pytest.mark.parametrize("term", ["ptc", "ctc", "seg", "reg"])
+def test_a_term_works_alone(term: str) -> None:
+    others = [f"{name}_weight" for name in ("ptc", "ctc", "seg", "reg") if name != term]
+    result = losses_at(tiny(**dict.fromkeys(others, 0.0)), 99)
+    assert list(result.losses) == ["cls_loss", "cls_aux_loss", f"{term}_loss"]
+    assert result.losses[f"{term}_loss"].requires_grad
 
 
 def test_without_any_weight_even_the_cam_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,6 +479,28 @@ def test_q1_box_masks_tokens_on_their_own_grid() -> None:
     assert (tiny().token_labels(cam, labels, whole, (6, 6)) == 3).all()
 
 
+def test_patches_and_tokens_are_those_of_the_backbone() -> None:
+    """Patches of 14 px, and four registers beside the class token."""
+    overrides = {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 56}
+    backbone = Backbone(name="vit_small_patch14_reg4_dinov2", weights="random", overrides=overrides)
+    settings = ToCoSettings(max_steps=1, aux_layer=-1, decoder_channels=8)
+    module = ToCo(backbone=backbone, num_classes=4, settings=settings)
+    labels, box = torch.tensor([[0.0, 0, 1, 0]]), torch.tensor([[14, 70, 0, 83]])
+    expected = torch.full((1, 6, 6), 255)
+    expected[0, 1:5, 0:5] = 3
+    found = module.token_labels(torch.ones(1, 4, 84, 84), labels, box, (6, 6))
+    assert torch.equal(found, expected)
+
+    seen: list[Tensor] = []
+    module.ctc_student.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    features, crops = module.encode(torch.randn(2, 3, 56, 56)), torch.randn(8, 1, 3, 28, 28)
+    module.class_token_contrast(features, LocalCrops(crops, torch.ones(1, 10), torch.zeros(1)))
+    local = backbone(crops.flatten(0, 1))
+    torch.testing.assert_close(
+        seen[0], torch.cat([features.cls_tokens[:, 0], local.cls_tokens[:, 0]])
+    )
+
+
 @pytest.mark.parametrize("on", [False, True])
 def test_q5_no_token_pair(on: bool) -> None:
     """Officially 0.5 with zero gradient, by default no such term."""
@@ -485,6 +536,9 @@ def test_training_shares_the_cam_of_evaluation() -> None:
     batch = make_batch()
     result = losses_at(module, 99)
     expected = module.cams(batch["image"], batch["labels"])
+    outputs = module(batch["image"])
+    torch.testing.assert_close(result.outputs.class_logits, outputs.class_logits)
+    torch.testing.assert_close(result.outputs.seg_logits, outputs.seg_logits)
     masked = result.seen["cam"] * batch["labels"][..., None, None]
     torch.testing.assert_close(masked, expected, rtol=0, atol=2e-6)
     assert not expected[0, 1].any()

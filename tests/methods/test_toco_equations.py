@@ -71,6 +71,20 @@ def test_the_projection_is_of_a_unit_vector_by_unit_rows() -> None:
     assert rows.requires_grad
 
 
+def test_contrasts_keep_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    pairs = pair_masks(torch.randint(0, 3, (2, 3, 3)))
+    flags = torch.tensor([[1.0, 1, 0, 1, 0], [1.0, 1, 1, 0, 0]])
+    # as encoder and heads give them there
+    tokens, student, teacher = (
+        torch.randn(shape).bfloat16() for shape in ((2, 8, 3, 3), (10, 16), (4, 16))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        ptc, ctc = ptc_loss(tokens, *pairs), ctc_loss(student, teacher, flags, 0.5)
+    assert torch.equal(ptc, ptc_loss(tokens.float(), *pairs))
+    assert torch.equal(ctc, ctc_loss(student.float(), teacher.float(), flags, 0.5))
+
+
 # ---- local crops ---------------------------------------------------------------------------------
 
 

@@ -42,6 +42,7 @@ Departures, from ViT-PCM and from the page:
 """
 
 from dataclasses import dataclass
+from decimal import Decimal
 from math import ceil
 from typing import Annotated, Any, Literal
 
@@ -215,7 +216,10 @@ class TKPPCL(WSSSModule):
     def num_pooled(self, patches: int) -> int:
         """Give how many of an image's patches are pooled."""
         fraction = self.settings.top_k_fraction
-        return self.settings.top_k if fraction is None else ceil(fraction * patches)
+        if fraction is None:
+            return self.settings.top_k
+        # as written: the float 0.07 times 100 is a little more than 7
+        return ceil(Decimal(str(fraction)) * patches)
 
     def pool(self, probabilities: Tensor) -> Tensor:
         """Give image-level probabilities y (B, C) of patch probabilities Z (B, N, C)."""

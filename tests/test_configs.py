@@ -97,6 +97,23 @@ def test_a_league_is_a_sweep_and_nothing_else(experiment: str) -> None:
         compose_config([f"+experiments={experiment}", *GIVEN])
 
 
+@pytest.mark.parametrize(
+    ("data", "steps", "box", "layers", "start"),
+    [("voc", 30_000, 0.4, 6, 9145), ("coco", 80_000, 0.7, 10, 40_001)],
+)
+def test_weclips_overlays_have_the_papers_numbers(
+    data: str, steps: int, box: float, layers: int, start: int
+) -> None:
+    config = plain(compose_config([f"+experiments=weclip/{data}", *GIVEN, *NEEDS["weclip"]]))
+    method, budget = config["method"], config["budget"]
+    assert (method["box_threshold"], method["rfm_layers"], method["rfm_start"]) == (
+        box, layers, start,
+    )  # fmt: skip
+    assert (budget["max_steps"], method["max_steps"]) == (steps, steps)
+    assert (budget["global_batch_size"], budget["crop_size"]) == (4, 320)
+    assert budget["scale_range"] == [0.5, 2.0]
+
+
 def test_the_demo_trains_every_method_briefly_in_one_study() -> None:
     every = sweep_jobs(["+experiments=league_minivoc/brief"])
     configs = [plain(compose_config(job)) for job in every.samples]

@@ -1,5 +1,6 @@
 """A WeCLIP of a few thousand parameters, on a CLIP tower with random weights."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,13 +30,17 @@ SMALL: dict[str, Any] = {
 }
 
 
-def tower(*, frozen: bool = True, **overrides: Any) -> Backbone:
+def tower(
+    *, frozen: bool = True, colours: Mapping[str, Any] | None = None, **overrides: Any
+) -> Backbone:
     """A CLIP tower whose attention and tokens differ from patch to patch."""
     name = "vit_base_patch16_clip_quickgelu_224"
     changed = {**TOWER, **overrides}
     if not frozen:  # it has no projection
         del changed["num_classes"]
-    backbone = Backbone(name=name, weights="random", overrides=changed, frozen=frozen)
+    backbone = Backbone(
+        name=name, weights="random", overrides=changed, frozen=frozen, **(colours or {})
+    )
     for parameter in backbone.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(4)

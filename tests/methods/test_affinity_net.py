@@ -91,6 +91,18 @@ def test_total_weighs_a_quarter_a_quarter_and_a_half() -> None:
     assert step.outputs.class_logits.shape == (2, 0)
 
 
+def test_losses_are_float32_under_autocast() -> None:
+    """In bfloat16 1 + 1e-5 is 1: the loss of equal features of two classes is infinite."""
+    module = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        features = module.features(make_batch()["image"])
+        losses = module.losses(make_batch(), 0).losses
+    assert features.dtype == torch.float32
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    target = grid_labels(make_batch()["target"], 8)
+    assert {**losses} == pair_losses(features, target, radius=3)
+
+
 def block(**counts: int) -> torch.Tensor:
     """A block of 4 x 4 pixels, with so many of each label."""
     pixels = [int(label[1:]) for label, count in counts.items() for _ in range(count)]
@@ -162,6 +174,8 @@ def test_biases_learn_twice_as_fast_without_decay() -> None:
     optimizer = module.optimizer(list(groups.values()))
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.1, 0.0]
     assert [group["momentum"] for group in optimizer.param_groups] == [0.0] * 4
+    (first, *_) = make(momentum=0.9).optimizer(module.param_groups()).param_groups
+    assert first["momentum"] == 0.9
     members = [parameter for group in groups.values() for parameter in group["params"]]
     assert {*members} == {*module.parameters()}
     assert len(members) == len({*members})

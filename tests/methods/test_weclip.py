@@ -19,6 +19,7 @@ from wsss.evaluation.tally import Tally
 from wsss.methods.official import load_official
 from wsss.methods.weclip.gradcam import class_slots
 from wsss.methods.weclip.official import official_name
+from wsss.methods.weclip.tower import CLIP_MEAN, CLIP_STD
 from wsss.models.backbone import Backbone
 from wsss.models.text import TextFeatures, write_text_features
 from wsss.models.weights import state_sha256
@@ -60,6 +61,10 @@ def test_logits_and_maps_have_their_shapes() -> None:
     assert outputs.seg_logits.shape == (2, 4, 6, 5)
     odds = outputs.seg_logits[:, 1:] - outputs.seg_logits[:, :1]
     assert torch.equal(outputs.class_logits, odds.amax((2, 3)))
+    for size in ((48, 37), (45, 40)):  # one side that is no whole number of patches
+        odd = model(images[..., : size[0], : size[1]]).seg_logits
+        assert odd is not None
+        assert odd.shape == (2, 4, *size)
     for method in (model, tiny_cam()):
         cams = method.cams(images, LABELS)
         assert cams.shape == (2, 3, 48, 40)
@@ -118,19 +123,27 @@ def test_classes_compete_and_the_evaluator_knows() -> None:
 
 
 @torch.no_grad()
-def test_clips_own_normalisation_is_a_choice() -> None:
+@pytest.mark.parametrize("make", [tiny, tiny_cam])
+def test_clips_own_normalisation_is_a_choice(make: Any) -> None:
     images = torch.randn(1, 3, 32, 32)
-    ours, clip = (
-        tiny().encode(images).tokens[0],
-        tiny(normalisation="clip").encode(images).tokens[0],
-    )
+    ours, clip = (make(**how).encode(images).tokens[0] for how in ({}, {"normalisation": "clip"}))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     own_mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
     own_std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
     pixels = images * std[:, None, None] + mean[:, None, None]
     again = (pixels - own_mean[:, None, None]) / own_std[:, None, None]
-    torch.testing.assert_close(clip, tiny().encode(again).tokens[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(clip, make().encode(again).tokens[0], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(ours, clip, atol=1e-2)
+
+
+@torch.no_grad()
+def test_colours_are_the_methods_and_not_the_backbones() -> None:
+    """CLIP's weights come with CLIP's own, and ``method.normalisation`` decides (Q1)."""
+    images, colours = torch.randn(1, 3, 32, 32), {"mean": CLIP_MEAN, "std": CLIP_STD}
+    torch.manual_seed(0)
+    plain = tiny(backbone=tower()).encode(images).tokens[0]
+    torch.manual_seed(0)
+    assert torch.equal(tiny(backbone=tower(colours=colours)).encode(images).tokens[0], plain)
 
 
 # ---- training ------------------------------------------------------------------------------------

@@ -358,6 +358,48 @@ def test_maps_are_masked_and_then_spread(learned: bool) -> None:
     assert not torch.equal(masked, cam)
 
 
+@torch.no_grad()
+def test_every_phase_reads_its_own_last_blocks() -> None:
+    """Three before RFM; then the two among which it chooses."""
+    model, batch, slots = tiny(rfm_layers=2), batch_of(LABELS), class_slots(LABELS)
+    for step, layers, other in ((9, 3, 2), (10, 2, 3)):
+        seen = model.losses(batch, step).seen
+        related = seen["affinity"] if step == 10 else None
+        expected, wrong = (
+            refined_maps(
+                model.encode(batch["image"], layers=count), model.texts(), slots,
+                box_threshold=0.4, layers=count, related=related,
+            )
+            for count in (layers, other)
+        )  # fmt: skip
+        assert torch.equal(seen["refined"], expected)
+        assert not torch.allclose(unit_range(wrong), unit_range(expected), atol=0.05)
+
+
+@torch.no_grad()
+def test_settings_reach_boxes_filter_and_labels() -> None:
+    images, slots, found = torch.randn(3, 3, 48, 48), class_slots(LABELS), []
+    for how in ("signed", "absolute"):
+        model = tiny(rfm_filter=how, box_threshold=0.6)
+        encoded = model.encode(images, layers=3)
+        related = encoded.patch_attention(3)[:, 0]  # that block is nearest
+        found.append(model.refined_maps(encoded, slots, related))
+        expected = refined_maps(
+            encoded, model.texts(), slots, box_threshold=0.6, layers=3, related=related,
+            rfm_filter=how,  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert torch.equal(found[-1], expected)
+    assert not torch.allclose(*found)
+    boxes = batch_of(LABELS)["box"]
+    plain, wide = (
+        tiny(margin=margin).pseudo_labels(images, found[0], slots, boxes) for margin in (0.0, 0.2)
+    )
+    undecided = wide == 255
+    assert 0 < undecided.sum() < undecided.numel()
+    assert torch.equal(wide[~undecided], plain[~undecided])
+    assert not (plain == 255).any()
+
+
 # ---- labels --------------------------------------------------------------------------------------
 
 
@@ -390,6 +432,9 @@ def test_the_best_class_of_the_image_wins() -> None:
     assert label_maps(scores, slots).flatten().tolist() == [2, 0]  # class 0 is not there
     assert label_maps(scores, slots, margin=0.15).flatten().tolist() == [2, 255]
     assert label_maps(scores, slots, margin=0.3).flatten().tolist() == [255, 255]
+    even = torch.tensor([[0.25, 0.5, 0.125]])[..., None, None]  # exactly the margin apart
+    first = slots[0][:1], slots[1][:1]
+    assert label_maps(even, first, margin=0.25).flatten().tolist() == [2]
 
 
 def test_images_without_a_class_are_background() -> None:
@@ -493,6 +538,8 @@ def test_the_total_is_the_weighted_sum() -> None:
     expected = step.losses["seg_loss"] + 0.25 * step.losses["aff_loss"]
     torch.testing.assert_close(step.total, expected)
     assert step.outputs.seg_logits is not None
+    odds = step.outputs.seg_logits[:, 1:] - step.outputs.seg_logits[:, :1]
+    assert torch.equal(step.outputs.class_logits, odds.amax((2, 3)))
     full = F.interpolate(step.outputs.seg_logits, (48, 48), mode="bilinear")
     every = F.cross_entropy(full, step.seen["pseudo_label"], reduction="none")
     shown = step.seen["pseudo_label"] > 0
@@ -504,6 +551,18 @@ def test_the_total_is_the_weighted_sum() -> None:
     (gradient,) = torch.autograd.grad(loss, model.decoder.fuse.weight)
     assert gradient.any()  # what affinity learns
     assert list(tiny(aff_weight=0.0).losses(batch, 0).losses) == ["seg_loss"]
+
+
+@torch.no_grad()
+def test_crops_of_odd_sides_are_whole_patches_with_a_box() -> None:
+    model, batch = tiny(), batch_of(LABELS)
+    batch["image"], batch["box"] = batch["image"][..., :45, :41], torch.tensor([[0, 45, 0, 41]] * 3)
+    whole = {**batch, "image": F.pad(batch["image"], (0, 7, 0, 3), mode="replicate")}
+    own, expected = model.losses(batch, 10), model.losses(whole, 10)
+    assert torch.equal(own.total, expected.total)
+    label = own.seen["pseudo_label"]
+    assert torch.equal(label, expected.seen["pseudo_label"])
+    assert not (label[:, :45, :41] == 255).any()
 
 
 def refinement_of(model: WeCLIP, step: int, monkeypatch: pytest.MonkeyPatch) -> bool:

@@ -19,6 +19,7 @@ from wsss.methods.tkp_pcl import TKPPCL, TKPPCLSettings
 from wsss.methods.toco import ToCo, ToCoSettings
 from wsss.models.backbone import Backbone, Features
 from wsss.models.clip import image_tower, timm_name
+from wsss.models.conv_backbone import ConvBackbone
 from wsss.models.vit import block_with_attention
 from wsss.models.weights import read_torch_file
 
@@ -271,6 +272,17 @@ def test_a_frozen_encoder_keeps_nothing() -> None:
     state = tokens.detach().requires_grad_()
     block_with_attention(backbone.vit.blocks[1], state)[0].sum().backward()
     assert state.grad is not None, "a method may take gradients in tokens"
+
+
+def test_a_thawed_encoder_is_one_that_was_never_frozen() -> None:
+    backbone, never = tower(depth=2), tower(depth=2, frozen=False)
+    backbone.thaw()
+    assert backbone.state_dict().keys() == never.state_dict().keys()
+    assert all(module.training for module in backbone.train().modules())
+    assert backbone(torch.randn(1, 3, 64, 64)).patch_tokens.requires_grad
+    convolutions = ConvBackbone(name="mobilenet_v3_small").requires_grad_(False)
+    convolutions.thaw()
+    assert all(parameter.requires_grad for parameter in convolutions.parameters())
 
 
 def test_methods_that_train_the_encoder_refuse_a_frozen_one() -> None:

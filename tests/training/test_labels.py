@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,14 @@ def test_other_maps_are_not_mixed_in(
             MapCache(run)
     finally:
         card.write_text(stored)
+
+
+def test_maps_of_another_size_are_other_maps(source: Path) -> None:
+    run = load_run(source)
+    free = replace(run.protocol, single_resize=None, cam_resize=None)
+    changes: list[dict[str, int]] = [{}, {"cam_resize": 32}, {"resize_long": 96}]
+    others = [replace(run, protocol=replace(free, **change)) for change in changes]  # type: ignore[arg-type]
+    assert len({MapCache(each).folder for each in (run, *others)}) == 4
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from small_runs import PLAIN, SMALL
+from small_runs import METHODS, PLAIN, SMALL
 
 from wsss.cli import main
 from wsss.core.errors import WSSSError
@@ -24,9 +24,9 @@ from wsss.evaluation.inference import localise
 from wsss.maps.pixels import normalise
 from wsss.maps.pseudo_labels import alpha_background, confident_labels
 from wsss.maps.refine.dense_crf import CRF_PRESETS, dense_crf
-from wsss.maps.refine.random_walk import walked_maps
-from wsss.methods.affinity_net import AffinityNet
-from wsss.models.backbone import WeightsInfo
+from wsss.maps.refine.random_walk import WalkSettings, walked_maps
+from wsss.methods.affinity_net import AffinityNet, AffinityNetSettings
+from wsss.models.backbone import Backbone, WeightsInfo
 from wsss.models.weights import save_atomically
 from wsss.runs.compose import compose_run
 from wsss.runs.config import check_refinement, check_walk, override_config
@@ -148,7 +148,15 @@ def test_card_names_the_refinement_and_its_cost(walked: Path) -> None:
         "name": "random_walk", "beta": 8.0, "steps": 64, "background": 0.39,
         "affinity_sha256": checkpoint,
     }  # fmt: skip
+    labels = card_of(only(walked, "random_walk/labels-*"))["made_from"]
+    assert {key: labels[key] for key in ("alphas", "crf", "split", "resize_long")} == {
+        "alphas": [1.0, 12.0], "crf": "psa", "split": "train", "resize_long": None,
+    }  # fmt: skip
     trained = card["refinement"]["affinity_network"]
+    assert trained["made_from"]["labels"] == labels
+    assert trained["made_from"]["budget"] == {
+        "max_steps": 4, "global_batch_size": 4, "crop_size": 48, "scale_range": [1.0, 1.0],
+    }  # fmt: skip
     assert trained == card_of(network, "affinity_network.json")
     assert trained["steps"] == 4
     assert trained["cost"]["train_wall_hours"] > 0
@@ -323,6 +331,49 @@ def test_second_stage_needs_a_refinement_and_its_settings() -> None:
     ]:
         with pytest.raises(WSSSError, match=expected):
             check_refinement({**config, "second_stage": second | change})
+
+
+@torch.no_grad()
+def test_walk_takes_radius_and_stride_from_its_network() -> None:
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 24, "depth": 1, "num_heads": 3, "img_size": 16, "patch_size": 4}
+    backbone = Backbone(name="vit_tiny_patch16_224", weights="random", overrides=sizes)
+    chosen = AffinityNetSettings(max_steps=1, taps=(0,), widths=(8,), radius=3)
+    network = AffinityNet(backbone=backbone, num_classes=8, settings=chosen).eval()
+    walk = RandomWalk(network, WalkSettings(beta=2.0, steps=5, background=0.5), "0" * 64, {})
+    image, cams, shown = torch.randn(1, 3, 22, 29), torch.rand(1, 8, 22, 29), torch.zeros(1, 8)
+    shown[0, [2, 5]] = 1
+    found = []
+    for radius in (3, 5):
+        features = network.features(image)
+        maps = walked_maps(
+            features, cams[:, [2, 5]], stride=4, radius=radius, settings=walk.settings
+        )
+        found.append(torch.tensor([0, 3, 6])[maps[0].argmax(0)].numpy())
+    assert np.array_equal(walk.label(image, cams, shown), found[0])
+    assert not np.array_equal(*found)
+
+
+def test_network_learns_on_a_copy_of_a_frozen_encoder(tmp_path: Path) -> None:
+    line = ["method=weclip", *SMALL, *METHODS["weclip"], *PLAIN, "data.limit=2"]
+    config = compose_run([*line, "eval.crf_backend=torch", "budget.max_steps=2"])
+    module = build_module(config, 8)
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict(), "global_step": 2}
+    module.on_save_checkpoint(checkpoint)
+    save_atomically(checkpoint, tmp_path / "checkpoints" / "last.ckpt")
+    run = load_run(tmp_path)
+    assert run.module.backbone.frozen
+    before = {name: value.clone() for name, value in run.module.state_dict().items()}
+    short = [*WALK, "random_walk.budget.max_steps=1", "random_walk.budget.global_batch_size=2"]
+    network = trained_walk(run, compose_walk(short), alone=True).network
+    for name, value in run.module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for name, value in network.backbone.vit.named_parameters():
+        learnt = not torch.equal(value, before[f"backbone.vit.{name}"])
+        assert learnt != name.startswith("norm."), name  # which no tap reads
+    assert network.backbone.projection is None
+    stored = OmegaConf.load(only(tmp_path, "random_walk/network-*/config.yaml"))
+    assert stored.backbone.frozen is False
 
 
 @torch.no_grad()

@@ -266,6 +266,11 @@ class Backbone(nn.Module):
         self.frozen = True
         self.requires_grad_(False).eval()
 
+    def thaw(self) -> None:
+        """Learn from now on, as an encoder that was never frozen; it has no :attr:`projection`."""
+        self.frozen, self.projection = False, None
+        self.requires_grad_(True)
+
     def train(self, mode: bool = True) -> "Backbone":
         """Set the mode; a frozen encoder stays in eval mode."""
         super().train(mode and not self.frozen)

@@ -61,6 +61,10 @@ class ConvBackbone(nn.Module):
             name, source, pretraining, file_hash, state_sha256(self.body.state_dict())
         )
 
+    def thaw(self) -> None:
+        """Learn from now on, all of it."""
+        self.requires_grad_(True)
+
     def _encoder_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take a file's encoder under our names; its heads are left out."""
         # files older than torch 1.0 lack the counters, which nothing here reads

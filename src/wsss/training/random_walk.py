@@ -97,6 +97,8 @@ def trained_walk(
     if alone:
         where = "cpu" if run.device.type == "cpu" else "gpu"
         config["trainer"] = {**config["trainer"], **ONE_DEVICE, "accelerator": where}
+    if own and config["backbone"].get("frozen"):  # the copy learns
+        config["backbone"] = {**config["backbone"], "frozen": False}
     network = _network(config, encoder, run.data.num_classes)
     labels, made_from = write_confident_labels(run, settings, crf_jobs=crf_jobs, maps=maps)
     config["data"]["train_masks"] = str(labels)
@@ -116,7 +118,8 @@ def _encoder(run: Run, node: Mapping[str, Any]) -> tuple[Any, bool]:
     if node.get("backbone"):
         return build(dict(node["backbone"])), False
     encoder = deepcopy(run.module.backbone).cpu()
-    return encoder.requires_grad_(True), True  # a method may have kept parts as they were
+    encoder.thaw()  # the method may have kept it, or parts of it, as they were
+    return encoder, True
 
 
 def _network(config: dict[str, Any], encoder: Any, num_classes: int) -> AffinityNet:

@@ -178,7 +178,9 @@ class WeCLIP(WSSSModule):
                 start, row end, column start, column end).
             step: decides how maps are refined.
         """
-        images, learned = batch["image"], self.refines_by_decoder(step)
+        learned, cut = self.refines_by_decoder(step), self.quirks.dropped_remainder
+        # so that a patch, its logits and its label lie on the same pixels in any crop (Q18)
+        images = tower.whole_patches(batch["image"], self.backbone.patch_size, cut=cut)
         with self.phase("encoder"):
             encoded = self.encode(images, layers=self.layers(learned))
         with self.phase("forward"):

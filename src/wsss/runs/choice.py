@@ -7,14 +7,12 @@ settings that were chosen so, which is said too.
 from collections.abc import Sequence
 
 #: groups and keys of settings; budget and evaluation are on the card of a number already
-SETTINGS = (
-    *("method", "backbone", "data", "second_stage", "random_walk"),
-    *("data.train_transform", "budget.warmup_steps"),
-    *("eval.cam_threshold", "eval.cam_high", "eval.cam_low"),
-)
+SINGLE = ("budget.warmup_steps", "eval.cam_threshold", "eval.cam_high", "eval.cam_low")
+WHOLE = ("method", "backbone", "data", "data.train_transform", "second_stage", "random_walk")
+#: groups all of whose keys are settings: of a run, and of those that follow on it
+OF_RUN = ("method.", "backbone.", "data.train_transform.")
+OF_FOLLOWING = ("second_stage.", "random_walk.")
 CHANGED = ", then changed"
-#: groups all of whose keys are settings
-GROUPS = ("method.", "backbone.", "data.train_transform.", "second_stage.", "random_walk.")
 
 
 def choice_of(declared: str | None, overrides: Sequence[str]) -> str | None:
@@ -35,4 +33,4 @@ def is_setting(override: str) -> bool:
     key = override.lstrip("+~").partition("=")[0]
     if override == "second_stage=null":
         return False
-    return key in SETTINGS or key.startswith(GROUPS)
+    return key in (*SINGLE, *WHOLE) or key.startswith((*OF_RUN, *OF_FOLLOWING))

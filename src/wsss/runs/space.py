@@ -14,12 +14,10 @@ from wsss.core.places import choices, config_root, declared_folders
 from wsss.core.records import check_record
 from wsss.core.schema import nearest
 from wsss.results.search import Range
+from wsss.runs.choice import OF_RUN, SINGLE
 
 #: more keys than this no short search can tell apart
 MOST_KEYS = 8
-#: how keys begin that may be varied; with others trials would read other lists, or differ in terms
-VARIED = ("method.", "backbone.", "data.train_transform.", "budget.warmup_steps",
-          "eval.cam_threshold", "eval.cam_high", "eval.cam_low")  # fmt: skip
 Space = dict[str, Range]
 
 
@@ -52,8 +50,10 @@ def read_space(name: str, further: Sequence[Path] = ()) -> Space:
     space = {}
     for name_of_key, node in content.items():
         key = str(name_of_key)
-        if not key.startswith(VARIED):
-            raise WSSSError(f"{path}: {key}: a search varies no such key, only {', '.join(VARIED)}")
+        # with other keys trials would read other lists, or differ in their terms
+        if key not in SINGLE and not key.startswith(OF_RUN):
+            varied = ", ".join((*OF_RUN, *SINGLE))
+            raise WSSSError(f"{path}: {key}: a search varies no such key, only {varied}")
         known = list(Range.model_fields)
         unknown = (
             [str(each) for each in node if each not in known] if isinstance(node, dict) else []

@@ -226,6 +226,11 @@ def test_encoders_that_start_at_random_are_alike(tmp_path: Path) -> None:
     cut = start("B", "6", patch_size=8, depth=5)
     with pytest.raises(WSSSError, match=r"vit \(random, depth=5, patch_size=8\)"):
         grid_of([runs[0], cut])
+    results = json.loads((cut / RESULTS_FILE).read_text())
+    results["config"]["backbone"]["overrides"] = "damaged"
+    (cut / RESULTS_FILE).write_text(json.dumps(results))
+    with pytest.raises(WSSSError, match=r"vit \(random\)"):
+        grid_of([runs[0], cut])
 
 
 def test_thresholds_are_a_methods_but_a_group_shares_them(tmp_path: Path) -> None:

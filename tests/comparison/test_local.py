@@ -23,12 +23,14 @@ def _no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-def add_run(folder: Path, weight: float, seed: int, *, name: str = ATTACK) -> Path:
+def add_run(
+    folder: Path, weight: float, seed: int, *, name: str = ATTACK, **groups: dict[str, Any]
+) -> Path:
     """Add a run of a study that varies one weight, with a log."""
     run = make_run(folder / f"toco-w{weight}-s{seed}", seed=seed, quality=0.5 + weight)
     config: dict[str, Any] = {
         "method": {"_target_": "wsss.methods.toco.ToCo", "ptc_weight": weight},
-        "study": folder.name, "seed": seed, "gallery": 0, "logger": {"project": "wsss"},
+        "study": folder.name, "seed": seed, "gallery": 0, "logger": {"project": "wsss"}, **groups,
     }  # fmt: skip
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     results = json.loads((run / RESULTS_FILE).read_text())
@@ -117,6 +119,16 @@ def test_csv_logs_are_enough_and_names_stay_text(
     assert "2 runs" in page
     assert "protocol.supervision is missing" in page, "why they are not compared"
     assert "<th>group</th></tr>" not in page, "no table without a row"
+
+
+def test_settings_that_end_alike_are_two_columns(tmp_path: Path) -> None:
+    for seed, (weight, other) in enumerate(((0.1, 0.2), (0.2, 0.1), (0.2, 0.2))):
+        add_run(tmp_path / "s", weight, seed, eval={"ptc_weight": other})
+    assert main(["dashboard", "study=s", f"runs_dir={tmp_path}"]) == 0
+    page = (tmp_path / "s" / "dashboard.html").read_text()
+    for name in ("method.ptc_weight", "eval.ptc_weight"):
+        assert f">{name}</th>" in page
+    assert "method.ptc_weight=0.1 eval.ptc_weight=0.2" in page
 
 
 def test_runs_that_are_not_ranked_say_what_differs_in_a_table(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ import numpy as np
 from annotated_types import Ge, Le
 
 from wsss.comparison.bootstrap import Draws, draw
-from wsss.comparison.entries import MIOUS, Entry, keys_of, load, unfinished_runs
+from wsss.comparison.entries import MIOUS, Entry, load, unfinished_runs
 from wsss.comparison.factors import Factors, factors_of
 from wsss.comparison.protocols import MEASURING, TRAINING, differing_fields
 from wsss.core.errors import WSSSError
 from wsss.core.schema import check_value
-from wsss.results.store import CELLS_FILE, ROWS, look_up
+from wsss.results.store import CELLS_FILE, ROWS, look_up, short_names
 
 MANY = 12  # groups, beyond which all of them are not listed by name, nor as columns
 Resamples = Annotated[int, Ge(1), Le(10**6)]
@@ -180,7 +180,7 @@ def _compare_alike(supervision: str, entries: list[Entry], chosen: CompareArgume
     for entry in entries:
         groups.setdefault(entry.group, []).append(entry)
     factors = factors_of(
-        [*keys_of(chosen.by).values()],
+        [*short_names(chosen.by.split(",")).values()],
         {name: members[0].levels for name, members in groups.items()},
     )
     if factors and not factors.missing:

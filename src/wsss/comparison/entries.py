@@ -1,7 +1,6 @@
 """Results of runs, read and grouped."""
 
 import csv
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ from wsss.results.store import (
     look_up,
     read_cells,
     read_results,
+    short_names,
 )
 from wsss.runs.targets import with_current_targets
 
@@ -326,15 +326,16 @@ def _read(folder: Path) -> dict[str, Any]:
     return results | {"config": with_current_targets(results.get("config", {}))}
 
 
-def keys_of(by: str) -> dict[str, str]:
-    """Give the keys of ``by`` with their names: the last part, or all where two end alike."""
-    ends = {key: key.rpartition(".")[2] for key in by.split(",")}
-    times = Counter(ends.values())
-    return {key: end if times[end] == 1 else key for key, end in ends.items()}
+def changes_of_encoder(backbone: Mapping[str, Any]) -> list[str]:
+    """List what a card's encoder has otherwise than its timm model: ``depth=5``."""
+    overrides = backbone.get("overrides")
+    listed = dict(overrides) if isinstance(overrides, Mapping) else {}
+    return [f"{key}={value}" for key, value in sorted(listed.items())]
 
 
 def _levels(results: Mapping[str, Any], folder: Path, by: str) -> tuple[str, ...]:
-    return tuple(_named(results, folder, key, name) for key, name in keys_of(by).items())
+    names = short_names(by.split(","))
+    return tuple(_named(results, folder, key, name) for key, name in names.items())
 
 
 def _named(results: Mapping[str, Any], folder: Path, key: str, name: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from wsss.comparison.bootstrap import Draws
 from wsss.comparison.charts import Chart, Point, draw
 from wsss.comparison.compare import Comparison
-from wsss.comparison.entries import MIOUS, Entry
+from wsss.comparison.entries import MIOUS, Entry, changes_of_encoder
 from wsss.comparison.grids import Cell, Grid
 from wsss.comparison.tables import (
     EVALUATION,
@@ -190,8 +190,6 @@ def _encoder(backbone: Any) -> str:
     if not isinstance(backbone, Mapping):
         return str(backbone or "not stated")
     pretraining = backbone.get("pretraining") or backbone.get("source")
-    overrides = backbone.get("overrides")
-    listed = dict(overrides) if isinstance(overrides, Mapping) else {}
-    changed = ", ".join(f"{key}={value}" for key, value in listed.items())
+    changed = ", ".join(changes_of_encoder(backbone))
     name = f"{backbone.get('name')} with {changed}" if changed else str(backbone.get("name"))
     return f"{name}, {pretraining}" if pretraining else name

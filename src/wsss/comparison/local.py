@@ -28,7 +28,7 @@ from wsss.comparison.render import render
 from wsss.comparison.tables import COSTS, EVALUATION, heading_of, mean_and_deviation
 from wsss.core.errors import WSSSError
 from wsss.core.failures import one_line
-from wsss.results.store import MAP_NAMES, look_up
+from wsss.results.store import MAP_NAMES, look_up, short_names
 
 PAGE_FILE = "dashboard.html"
 DRAWN = ("val/seed_miou", "val/seg_miou")  # by the charts of training
@@ -89,9 +89,10 @@ def local_dashboard(name: str, runs: Sequence[LoggedRun]) -> str:
 
 
 def _settings(run: LoggedRun, varied: Sequence[str]) -> dict[str, str]:
-    """Give a run's values of the settings that vary, by the last word of their keys."""
-    found = {key.rpartition(".")[2]: look_up(run.config, key.split(".")) for key in varied}
-    return {key: str(value) for key, value in found.items() if value is not None}
+    """Give a run's values of the settings that vary, by their short names."""
+    names = short_names(varied)
+    found = {name: look_up(run.config, key.split(".")) for key, name in names.items()}
+    return {name: str(value) for name, value in found.items() if value is not None}
 
 
 def _values(runs: Sequence[LoggedRun], split: str, path: Sequence[str]) -> list[float]:
@@ -108,7 +109,7 @@ def _summary(groups: Groups, splits: Sequence[str], varied: Sequence[str]) -> Gr
         for key in (*SEGMENTATIONS, *SEEDS)
         if any(_values(runs, split, [key]) for runs in groups.values())
     ]
-    names = [key.rpartition(".")[2] for key in varied]
+    names = [*short_names(varied).values()]
     heads = [f"{split}: {heading_of(key)}" for split, key in keys]
     grid = Grid("finished runs: mean ± deviation (%)", ["group", "runs", *names, *heads])
     for group, runs in groups.items():

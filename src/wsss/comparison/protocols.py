@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wsss.comparison.entries import Entry
+from wsss.comparison.entries import Entry, changes_of_encoder
 
 #: what must be equal for any number
 IDENTITY = ("data", "split", "list_sha256", "num_images", "label_source", "masks_sha256", "metric",
@@ -83,8 +83,7 @@ def _readable(value: Any) -> str:
             return f"{value['taken_by']} {str(value.get('sha256'))[:8]}"
         label = value.get("name")
         if value.get("source") == "random":  # every seed draws its own
-            shape = sorted(dict(value.get("overrides") or {}).items())
-            return f"{label} ({', '.join(['random', *(f'{key}={each}' for key, each in shape)])})"
+            return f"{label} ({', '.join(['random', *changes_of_encoder(value)])})"
         digest = value.get("state_sha256") or value.get("file_sha256")
         if label:
             return f"{label} ({str(digest)[:8]})" if digest else str(label)

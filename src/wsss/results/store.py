@@ -17,6 +17,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,13 @@ def look_up(values: Mapping[str, Any], path: Sequence[str]) -> Any:
     for step in path:
         found = found.get(step) if isinstance(found, Mapping) else None
     return found
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Name dotted keys by their last part, or in full where two end alike: ``method.name``."""
+    ends = {key: key.rpartition(".")[2] for key in keys}
+    times = Counter(ends.values())
+    return {key: end if times[end] == 1 else key for key, end in ends.items()}
 
 
 def per_class_table(metrics: Mapping[str, Any], *, title: str | None = None) -> Table:

@@ -12,7 +12,7 @@ from pydantic import Field
 from wsss.core.errors import WSSSError
 from wsss.core.files import first_line
 from wsss.core.records import Record, check_record
-from wsss.results.store import CONFIG_FILE
+from wsss.results.store import CONFIG_FILE, short_names
 from wsss.runs.folder import method_name
 
 #: order in which one of several settings that vary together gives its name to a grouping
@@ -110,11 +110,9 @@ def varied(config: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """
     keys = config["logger"].get("varied") or varying([config, *_others(folder)])
     own = dict(_leaves(config))
-    last = [key.rpartition(".")[2] for key in keys]
     return {
-        # two keys of one name keep their groups: method.name, backbone.name
-        (name if last.count(name) == 1 else key): own[key].strip('"')
-        for key, name in zip(keys, last, strict=True)
+        name: own[key].strip('"')
+        for key, name in short_names(keys).items()
         if key in own  # another method's setting is none of this run
     }
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from wsss.comparison.protocols import MEASURING
@@ -89,6 +90,14 @@ def test_every_job_of_an_ablation_composes_and_builds(experiment: str) -> None:
         assert config["study"] not in ("default", f"{experiment.split('/')[0]}-minivoc")
         if config["data"]["name"] == "minivoc":
             build_module(config, 1)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_may_be_the_base_of_another(experiment: str) -> None:
+    """Its own base is written from the top: Hydra looks for another one beside the new one."""
+    text = (ROOT / "experiments" / f"{experiment}.yaml").read_text()
+    for default in yaml.safe_load(text).get("defaults", []):
+        assert default == "_self_" or not isinstance(default, str) or default[0] == "/"
 
 
 @pytest.mark.parametrize("experiment", LEAGUES)

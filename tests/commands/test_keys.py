@@ -92,6 +92,15 @@ def test_a_folder_of_the_users_has_groups_beside_ours(tmp_path: Path) -> None:
     assert compose_line([*overrides, "+experiments=toco/minivoc"]).study == "toco-minivoc"
     with pytest.raises(WSSSError, match=r"method=mien: no such choice; did you mean mine\?"):
         compose_line(["method=mien", "data=minivoc", overrides[-1]])
+    # Hydra looks for the base of a base beside the one that begins from it
+    (tmp_path / "experiments" / "lab").mkdir(parents=True)
+    for name, base in (("first", "toco/minivoc"), ("next", "lab/first")):
+        (tmp_path / "experiments" / "lab" / f"{name}.yaml").write_text(
+            f"# @package _global_\ndefaults: [{base}]\n"
+        )
+    assert compose_line(["+experiments=lab/first", overrides[-1]]).study == "toco-minivoc"
+    with pytest.raises(WSSSError, match="base of a base is written /experiments/toco/minivoc in"):
+        compose_line(["+experiments=lab/next", overrides[-1]])
     # what a sweep's jobs get beside their own overrides
     assert of_jobs([overrides[-1], "hydra.mode=RUN"]) == [overrides[-1]]
 

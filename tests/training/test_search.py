@@ -247,6 +247,7 @@ def test_a_trial_of_a_living_process_is_left_to_it(tmp_path: Path) -> None:
     "line",
     [
         ["+experiments=[minivoc/protocol,segmenter/minivoc]", "init_from=RUN"],
+        ["+experiments=few_shot/minivoc"],  # whose base has one of its own
         ["method=segmenter_vit", "data=minivoc", "+maps.run=RUN", "+maps.refine=random_walk",
          "+random_walk@maps.random_walk=minivoc"],
     ],

@@ -442,6 +442,9 @@ def _one_line(error: Exception, path: Path, overrides: Sequence[str]) -> str:
         options = choices_of(group, overrides)
         inside = [one for one in options if one.startswith(f"{choice}/")]
         hint = f"; there are {', '.join(inside)}" if inside else nearest(choice, options)
+        base = choice.partition("/")[2]  # Hydra looks beside the experiment that begins from it
+        if group == "experiments" and base in options:
+            hint += f"; a base of a base is written /experiments/{base} in its defaults"
         word = "experiment" if group == "experiments" else group
         further = f"; {NAMED}" if group == "backbone" else ""
         found = f"{word}={choice}: no such choice{hint}{further}"

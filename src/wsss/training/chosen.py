@@ -57,7 +57,9 @@ def overlay(
     node = OmegaConf.create(said)
     for key, value in {**fixed, **settings}.items():
         OmegaConf.update(node, key, value, force_add=True)
-    defaults = {"defaults": [*bases, "_self_", *replaced]}
+    # with the group, for what they begin from in turn is looked for beside them otherwise
+    begun = [f"/experiments/{base}" for base in bases]
+    defaults = {"defaults": [*begun, "_self_", *replaced]}
     head = [
         "# @package _global_",
         f"# {choice}; the whole record: {record.parent.name}/{record.name}",

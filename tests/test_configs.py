@@ -83,7 +83,8 @@ def test_every_job_of_an_ablation_composes_and_builds(experiment: str) -> None:
     given = [] if swept else needs(experiment)
     every = sweep_jobs([f"+experiments={experiment}", *GIVEN, *given])
     jobs = [job for job in every.samples if "seed=0" in job]  # the others differ in that alone
-    assert every.count == len(every.samples) == 3 * len(jobs)
+    seeds = 5 if experiment in LEAGUES else 3
+    assert every.count == len(every.samples) == seeds * len(jobs)
     configs = [plain(compose_config(job)) for job in jobs]
     assert len({config_hash(config) for config in configs}) == len(jobs) > 2
     for config in configs:

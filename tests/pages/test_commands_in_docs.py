@@ -79,7 +79,8 @@ def take_tune(arguments: list[str]) -> None:
     chosen, lines = tune.parse(arguments)
     assert chosen.trials >= chosen.startup
     for line in lines:
-        assert settings_of(compose_run(line), read_space(choice_in_group(line, "method")), "")
+        space = chosen.space or choice_in_group(line, "method")
+        assert settings_of(compose_run(line), read_space(space), space)
 
 
 def take_data(arguments: list[str]) -> None:

@@ -16,7 +16,7 @@ from wsss.results.search import read_search
 SEARCHES = config_root() / "experiments" / "league_minivoc" / "searches"
 
 
-def test_every_search_of_the_league_is_a_curve_from_the_mean_to_the_best_trial() -> None:
+def test_every_search_is_a_curve_from_the_mean_to_the_best() -> None:
     folders = [path.parent for path in SEARCHES.rglob("search.json")]
     searches = [read_search(folder) for folder in folders]
     assert sorted(search.study for search in searches) == sorted(NAMES)

@@ -1,12 +1,11 @@
 """Draw what each search of the league found: the expected best of so many trials.
 
-    python tools/league_searches.py [SEARCHES] [OUT]
-
-SEARCHES is ``experiments/league_minivoc/searches``, OUT ``docs/images/league_searches.svg``.
+``python tools/league_searches.py [SEARCHES] [OUT]`` reads the committed records and writes the
+figure of ``docs/league.md``.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import vl_convert
@@ -14,6 +13,8 @@ import vl_convert
 from wsss.comparison.search import expected_bests
 from wsss.comparison.searches import read_searches
 
+SEARCHES = Path("experiments/league_minivoc/searches")
+OUT = Path("docs/images/league_searches.svg")
 NAMES = {  # the study of a search: its row in the league
     "toco-minivoc": "ToCo",
     "more-minivoc": "MoRe",
@@ -28,8 +29,7 @@ NAMES = {  # the study of a search: its row in the league
     "tkp_pcl-minivoc-second": "TKP-PCL",
     "cam_only-minivoc-second": "plain CAM",
 }
-MAPS = "maps of first stages"
-PARTS = (MAPS, "segmentation", "second stages, full supervision")  # the frames of the figure
+PARTS = ("maps of first stages", "segmentation", "second stages, full supervision")  # its frames
 
 
 def rows(folder: Path) -> list[dict[str, object]]:
@@ -87,6 +87,8 @@ def figure(values: list[dict[str, object]]) -> str:
 
 
 if __name__ == "__main__":
-    usual = ["experiments/league_minivoc/searches", "docs/images/league_searches.svg"]
-    searches, out = (*sys.argv[1:], *usual[len(sys.argv) - 1 :])
-    Path(out).write_text(figure(rows(Path(searches))))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("searches", nargs="?", type=Path, default=SEARCHES)
+    parser.add_argument("out", nargs="?", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    arguments.out.write_text(figure(rows(arguments.searches)))

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,11 +59,14 @@ def parse(arguments: Sequence[str]) -> tuple[TuneArguments, list[list[str]]]:
     """Split the verb's own arguments from the lines that its searches begin from.
 
     Raises:
-        WSSSError: a flag, or an argument that cannot be read.
+        WSSSError: a flag, a key nearly of the verb, or an argument that cannot be read.
     """
     rest, folders = take_folders(arguments)
     for flag in (each for each in rest if each.startswith("-")):
         raise WSSSError(f"{flag}: wsss tune takes no such flag; a,b are searches of their own")
+    for key in (each.partition("=")[0] for each in rest):
+        if key not in OWN and (near := get_close_matches(key, OWN, n=1, cutoff=0.8)):
+            raise WSSSError(f"{key}: unknown key; did you mean {near[0]}?")
     own = [each for each in rest if each.partition("=")[0] in OWN]
     line = with_folders([each for each in rest if each not in own], folders)
     return parse_arguments(TuneArguments, own)[0], sweep_jobs(canonical(line)).samples

@@ -197,7 +197,11 @@ def canonical(overrides: Sequence[str]) -> list[str]:
 
     ``experiment=NAME`` becomes ``+experiments=NAME``, and ``trainer.KEY=`` may be any argument.
     An ``experiment`` folder on a search path of the user's keeps its name.
+
+    Raises:
+        WSSSError: an argument that has no value.
     """
+    _check_values(overrides)
     folders = search_folders(overrides)
     own = any((folder / "experiment").is_dir() for folder in folders)
     renamed = [
@@ -208,6 +212,17 @@ def canonical(overrides: Sequence[str]) -> list[str]:
     ]
     rest = [one for one in renamed if not one.startswith(f"{SEARCH_PATH}=")]
     return [*with_trainer_keys(rest), search_path(overrides)]
+
+
+def _check_values(overrides: Sequence[str]) -> None:
+    """Raise WSSSError where an argument has no value, with the key whose choice it is."""
+    for one in overrides:
+        if "=" in one or one.startswith("~"):
+            continue
+        groups = {"method": "method", "experiment": "experiments", "data": "data"}
+        keys = [key for key, group in groups.items() if one in choices_of(group, overrides)]
+        hint = f"; did you mean {keys[0]}={one}?" if keys else ""
+        raise WSSSError(f"{one_line(one)}: expected KEY=VALUE{hint}")
 
 
 def with_folders(overrides: Sequence[str], folders: Sequence[str]) -> list[str]:

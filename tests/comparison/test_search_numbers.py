@@ -164,6 +164,7 @@ def test_tables_show_every_trial_and_what_fewer_give() -> None:
             "0.5 to 16.0 are no ends of whole numbers",
         ),
         ({"space": SPACE | {"method.lr": {}}}, "expected low and high, or choices"),
+        ({"space": SPACE | {"method.lr": {"choices": [1, True]}}}, "a choice is given twice"),
     ],
 )
 def test_a_record_that_says_something_else_is_refused(

@@ -115,6 +115,28 @@ def test_a_search_on_reported_images_is_refused_by_name(tmp_path: Path, root: Pa
         judging_of(compose_run([*line, "eval.holdout_per_class=0"]))
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["data.test_splits=[]", "eval.holdout_split=val_unseen"], "eval.holdout_split=val_unseen"),
+        (["data.val_split=val_unseen", "eval.holdout_split=val"], "eval.holdout_split=val"),
+        (["data.val_split=train", "data.train_split=val"], "data.train_split=val"),
+    ],
+)
+def test_no_line_makes_a_reported_list_a_holdout(line: list[str], said: str) -> None:
+    """What the data set declares as reported stays so where a line names other lists."""
+    with pytest.raises(WSSSError, match=rf"{said}: .* of its images are in"):
+        plan_search(["method=toco", "data=minivoc", *line], trials=1, startup=1, seed=0)
+
+
+def test_masks_of_unknown_origin_are_not_judged_on(root: Path) -> None:
+    """The ground truth by its path is the ground truth."""
+    masks = f"data.train_masks={root}/SegmentationClass"
+    line = ["method=segmenter_vit", *SMALL, f"data.root={root}", masks]
+    judging = judging_of(compose_run(line))
+    assert (judging.train_split, judging.masks, judging.trained_on) == ("train:without:2", 6, 6)
+
+
 def test_full_supervision_is_not_judged_on_what_it_saw(root: Path) -> None:
     line = ["method=segmenter_vit", *SMALL, f"data.root={root}", "data.train_masks=ground_truth"]
     data, judging = build_data(compose_run(line)), judging_of(compose_run(line))

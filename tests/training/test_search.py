@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 from small_runs import FORKED, PLAIN, SMALL
 
 from wsss.cli import main
@@ -134,6 +135,39 @@ def test_two_searches_with_one_seed_choose_the_same(tmp_path: Path, undisturbed:
     assert run_search(plan(tmp_path), here) == short, "the journal is whole"
 
 
+def test_a_damaged_journal_is_named(tmp_path: Path, undisturbed: Path) -> None:
+    search = plan(tmp_path)
+    search.folder.mkdir(parents=True)
+    lines = (undisturbed / JOURNAL).read_text().splitlines(keepends=True)
+    gone = next(i for i, line in enumerate(lines) if '"param_name":"method.weight_decay"' in line)
+    for damaged, said in (
+        ([*lines[:3], "{no line}\n", *lines[3:]], "damaged"),
+        ([*lines[:3], '{"op_code":99,"worker_id":"x"}\n', *lines[3:]], "damaged"),
+        (lines[:gone] + lines[gone + 1 :], "trial 0 has no method.weight_decay"),
+    ):
+        (search.folder / JOURNAL).write_text("".join(damaged))
+        with pytest.raises(WSSSError, match=f"{said}.*bring back a copy"):
+            run_search(search, here)
+
+
+def test_who_proposed_is_what_was_known_then(tmp_path: Path) -> None:
+    """Trial 1 is asked for while trial 0 runs, so TPE knows nothing yet, as with two processes."""
+    search = plan(tmp_path, trials=2, startup=1)
+
+    def slow(overrides: list[str], folder: Path, number: int) -> Outcome:
+        if number == 0:
+            run_search(search, lambda line, *_: Outcome(line, 1, "failed"))
+        return here(overrides, folder, number)
+
+    trials = read_search(run_search(search, slow)).trials
+    assert [(each.number, each.by) for each in trials] == [(0, "overlay"), (1, "random")]
+
+
+def test_nothing_stops_a_trial_early(tmp_path: Path) -> None:
+    with pytest.raises(WSSSError, match=r"callbacks\.early_stopping: it would stop a trial"):
+        plan(tmp_path, *LINE, "callbacks=early_stopping")
+
+
 def test_a_folder_that_takes_no_lock_fails_no_trial(tmp_path: Path, undisturbed: Path) -> None:
     """A trial that could not begin has not been tried: the same command goes on."""
     search = plan(tmp_path, trials=2)
@@ -166,7 +200,7 @@ def test_the_chosen_overlay_composes_to_the_best_trial(tmp_path: Path, undisturb
     (tmp_path / "experiments" / "mine").mkdir(parents=True)
     text = (undisturbed / OVERLAY_FILE).read_text()
     assert str(undisturbed) not in text
-    assert "Of the search alone: budget.crop_size=64" in text
+    assert "Of the search alone: data.limit=8" in text
     (tmp_path / "experiments" / "mine" / "tuned.yaml").write_text(text)
     places = f"hydra.searchpath=[file://{config_root()},file://{tmp_path}]"
     config = compose_run(["+experiments=mine/tuned", places])
@@ -262,6 +296,51 @@ def test_an_overlay_keeps_what_training_starts_from(tmp_path: Path, line: list[s
         assert again[key] == config[key]
 
 
+def test_an_overlay_takes_choices_of_the_users_folders(tmp_path: Path) -> None:
+    conf = config_root() / "conf"
+    texts = {
+        "method/mine": (conf / "method" / "toco.yaml").read_text().replace("lr: 6e-5", "lr: 7e-5"),
+        "data/mydata": (conf / "data" / "minivoc.yaml").read_text(),
+        "further/strong": "# @package _global_\nmethod: {momentum: 0.8, temperature: 0.6}\n",
+    }
+    folders = f"hydra.searchpath=[file://{tmp_path}]"
+    line = ["method=mine", "data=mydata", "+further=strong", "method.temperature=0.7", folders]
+    for name, text in texts.items():
+        file = tmp_path / f"{name}.yaml"
+        file.parent.mkdir()
+        file.write_text(text)
+    config = compose_run(line)
+    assert [config["method"][key] for key in ("lr", "momentum", "temperature")] == [7e-5, 0.8, 0.7]
+    text = overlay_of(line, config, {}, "tuned", Path("search") / "search.json")
+    content = yaml.safe_load(text)
+    groups = [{"override /method": "mine"}, {"override /data": "mydata"}]
+    assert content["defaults"] == [{"/further": "strong"}, "_self_", *groups]
+    assert content["method"] == {"temperature": 0.7}
+    assert "data" not in content
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "tuned.yaml").write_text(text)
+    again = compose_run(["+experiments=tuned", folders])
+    for key in ("method", "data", "eval", "budget", "backbone"):
+        assert again[key] == config[key]
+
+
+def test_an_overlay_keeps_what_trials_were_shown(tmp_path: Path) -> None:
+    """Augmentation, batch and sides, but neither steps nor devices."""
+    kept = ["budget.scale_range=[0.9,1.0]", "budget.blur_radius=[0.1,0.2]", "budget.local_size=16",
+            "budget.crop_size=64", "budget.global_batch_size=4", "budget.cam_size=80",
+            "budget.warmup_steps=3"]  # fmt: skip
+    left = ["budget.max_steps=9", "budget.eval_every=7", "trainer.devices=2"]
+    line = ["+experiments=toco/minivoc", *kept, *left]
+    config = compose_run(line)
+    file = tmp_path / "experiments" / "tuned.yaml"
+    file.parent.mkdir()
+    file.write_text(overlay_of(line, config, {}, "tuned", Path("search") / "search.json"))
+    again = compose_run(["+experiments=tuned", f"hydra.searchpath=[file://{tmp_path}]"])
+    assert f"# Of the search alone: {' '.join(left)}\n" in file.read_text()
+    assert again["budget"] == config["budget"] | {"max_steps": 400, "eval_every": 1000}
+    assert again["data"] == config["data"]
+
+
 SPACES = choices("space")
 ON_PICO = {"weclip": ["method.text=random", "method.static_layers=3", "method.rfm_layers=3"],
            "segmenter": ["backbone=resnet101", "backbone.weights=random"]}  # fmt: skip
@@ -312,6 +391,8 @@ def test_settings_outside_of_a_space_are_named() -> None:
     [
         ('data.val_split: {choices: [val, "train:holdout:3"]}', "data.val_split: a search varies"),
         ("budget.max_steps: {low: 100, high: 400, whole: true}", "budget.max_steps: a search va"),
+        ("backbone.weights: {choices: [random, timm]}", "one encoder's weights"),
+        ("method._target_: {choices: [wsss.ToCo]}", "all trials have one method"),
         ("method.lr: {low: 1e-5, hi: 1e-3}", "method.lr.hi: unknown key; did you mean high"),
         ("method.lr: {low: 1e-3, high: 1e-5}", "low=0.001 is not below high=1e-05"),
         ("method.lr: 3", "method.lr: 3: input should be"),

@@ -13,6 +13,7 @@ from wsss.core.records import Record, check_record
 from wsss.core.supervision import IMAGE_LABELS, PIXEL_MASKS
 
 GROUND_TRUTH = "ground_truth"
+UNSTATED = "unstated masks"  # of a folder that nothing says about what made it
 CARD_FILE = "pseudo_labels.json"  # lies among the masks that `wsss pseudo` writes
 
 
@@ -80,4 +81,4 @@ def supervision_of(train_masks: str | None) -> str:
     if train_masks == GROUND_TRUTH:
         return PIXEL_MASKS
     card = read_card(train_masks)
-    return str(card["supervision"]) if card and "supervision" in card else "unstated masks"
+    return str(card["supervision"]) if card and "supervision" in card else UNSTATED

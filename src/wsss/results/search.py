@@ -1,6 +1,7 @@
 """``search.json``: the whole record of a search for settings, checked when it is read back."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -50,6 +51,11 @@ class Range(Record):
         ranged = self.low is not None and self.high is not None
         if ranged == (self.choices is not None) or (self.choices is not None and not self.choices):
             raise ValueError("expected low and high, or choices")
+        given = self.choices or []
+        if len({*given}) < len(given):  # to Optuna 1, 1.0 and true are one
+            raise ValueError("a choice is given twice")
+        if any(isinstance(choice, float) and not math.isfinite(choice) for choice in given):
+            raise ValueError("a choice is not finite")
         if self.low is not None and self.high is not None:
             if not self.low < self.high:
                 raise ValueError(f"low={self.low} is not below high={self.high}")

@@ -6,9 +6,11 @@ settings that were chosen so, which is said too.
 
 from collections.abc import Sequence
 
-#: groups and keys of settings; budget and evaluation are on the card of a number already
+#: groups and keys of settings; the rest of budget and evaluation is on the card of a number already
 SINGLE = ("budget.warmup_steps", "eval.cam_threshold", "eval.cam_high", "eval.cam_low")
 WHOLE = ("method", "backbone", "data", "data.train_transform", "second_stage", "random_walk")
+#: of the budget, what augmentation takes; no search varies it
+AUGMENTATION = ("budget.scale_range", "budget.blur_radius", "budget.local_size")
 #: groups all of whose keys are settings: of a run, and of those that follow on it
 OF_RUN = ("method.", "backbone.", "data.train_transform.")
 OF_FOLLOWING = ("second_stage.", "random_walk.")
@@ -33,4 +35,4 @@ def is_setting(override: str) -> bool:
     key = override.lstrip("+~").partition("=")[0]
     if override == "second_stage=null":
         return False
-    return key in (*SINGLE, *WHOLE) or key.startswith((*OF_RUN, *OF_FOLLOWING))
+    return key in (*SINGLE, *AUGMENTATION, *WHOLE) or key.startswith((*OF_RUN, *OF_FOLLOWING))

@@ -357,6 +357,13 @@ def choice_in_group(overrides: Sequence[str], group: str) -> str:
     return name
 
 
+def declared_reported(overrides: Sequence[str]) -> list[str]:
+    """List what the line's choice of ``data`` reports scores of, whatever the line makes of it."""
+    alone = [f"data={choice_in_group(overrides, 'data')}", search_path(overrides)]
+    data = _compose(alone, "train").config.data
+    return [name for name in (data.val_split, *(data.get("test_splits") or ())) if name]
+
+
 @dataclass(frozen=True)
 class SweepJobs:
     """What ``-m`` will run, as far as that is known before.

@@ -18,6 +18,8 @@ from wsss.runs.choice import OF_RUN, SINGLE
 
 #: more keys than this no short search can tell apart
 MOST_KEYS = 8
+#: keys that choose an encoder and what it was trained on
+OF_ENCODER = ("backbone.name", "backbone.weights", "backbone.pretraining")
 Space = dict[str, Range]
 
 
@@ -54,6 +56,8 @@ def read_space(name: str, further: Sequence[Path] = ()) -> Space:
         if key not in SINGLE and not key.startswith(OF_RUN):
             varied = ", ".join((*OF_RUN, *SINGLE))
             raise WSSSError(f"{path}: {key}: a search varies no such key, only {varied}")
+        if key.endswith("._target_") or key.startswith(OF_ENCODER):
+            raise WSSSError(f"{path}: {key}: all trials have one method, and one encoder's weights")
         known = list(Range.model_fields)
         unknown = (
             [str(each) for each in node if each not in known] if isinstance(node, dict) else []

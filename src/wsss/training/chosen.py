@@ -7,14 +7,16 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
-from wsss.core.places import choices, config_root
 from wsss.runs.choice import is_setting
+from wsss.runs.line import choices_of
 
 #: what a line says of where things lie, which an overlay leaves to the next line
 PLACES = ("runs_dir", "study", "logger", "gallery", "hydra")
 #: what training sees or starts from, without which the settings would be another supervision's
 SEEN = ("data.train_split", "data.train_masks", "data.label_source", "init_from")
 SEEN_GROUP = "maps."
+#: what trials ran under too, though it is no setting: the card of a number has it
+CONDITIONS = ("budget.global_batch_size", "budget.crop_size", "budget.cam_size")
 
 
 def overlay(
@@ -26,29 +28,33 @@ def overlay(
 ) -> str:
     """Write the overlay of a search: its base, groups and settings of its line, the chosen ones.
 
-    What the line says beside settings (steps, devices, places) belonged to the search and is only
-    named in a comment.
+    Batch and sides of images are kept too. What else the line says (steps, devices, places)
+    belonged to the search and is only named in a comment.
 
     Args:
-        overrides: the line that the search began from.
+        overrides: the line that the search began from, with the folders where it finds groups.
         config: its resolved configuration.
         settings: the chosen values by dotted key.
         choice: how they were chosen, as it is declared.
         record: of the search.
     """
-    groups = {path.name for path in (config_root() / "conf").iterdir() if path.is_dir()}
     resolved = OmegaConf.create(dict(config))
-    bases, replaced, fixed, others = [], [], {}, []
+    begun: list[str | dict[str, str]] = []
+    replaced, fixed, others = [], {}, []
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         place = key.rpartition("@")[2]  # of a group that is laid elsewhere, random_walk@maps.x
         if key in ("experiments", "experiments@_global_"):
-            bases += _listed(value)
-        elif key in groups and value in choices(key):
-            replaced.append({f"override /{key}": value})
+            # with the group, for what they begin from in turn is looked for beside them otherwise
+            begun += [f"/experiments/{base}" for base in _listed(value)]
+        elif not key.startswith("hydra/") and value in choices_of(key, overrides):
+            if override.startswith("+"):  # a group of the user's own, which has no choice before
+                begun.append({f"/{key}": value})
+            else:
+                replaced.append({f"override /{key}": value})
         elif place in SEEN or place.startswith(SEEN_GROUP):
             fixed[place] = OmegaConf.select(resolved, place)
-        elif is_setting(override) and key not in settings:
+        elif (is_setting(override) or key in CONDITIONS) and key not in settings:
             fixed[key] = OmegaConf.select(resolved, key)
         elif key.partition(".")[0] not in PLACES and key not in ("data.root", "objective"):
             others.append(override)
@@ -57,8 +63,6 @@ def overlay(
     node = OmegaConf.create(said)
     for key, value in {**fixed, **settings}.items():
         OmegaConf.update(node, key, value, force_add=True)
-    # with the group, for what they begin from in turn is looked for beside them otherwise
-    begun = [f"/experiments/{base}" for base in bases]
     defaults = {"defaults": [*begun, "_self_", *replaced]}
     head = [
         "# @package _global_",

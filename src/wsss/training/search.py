@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import json
 import os
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -37,11 +36,12 @@ from wsss.results.search import (
     write_search,
 )
 from wsss.results.store import RESULTS_FILE, look_up, read_results
+from wsss.runs.callback_settings import is_early_stopping
 from wsss.runs.compose import compose_run
 from wsss.runs.config import config_hash
 from wsss.runs.folder import method_name, run_folder
 from wsss.runs.judging import Judging, judging_of
-from wsss.runs.line import choice_in_group, of_jobs, quoted, search_folders
+from wsss.runs.line import choice_in_group, declared_reported, of_jobs, quoted, search_folders
 from wsss.runs.space import Space, read_space, settings_of
 from wsss.training.chosen import overlay
 from wsss.training.sweeps import STOPPED, Outcome, run_jobs
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.log"
 NEED = "wsss tune needs Optuna"
+BY = "by"  # attribute of a trial: who proposed it
 TRIALS = "trials"  # study of the trials, and their folder
 #: keys of the line that a trial has otherwise, and that change nothing of what is searched
 NOT_OF_TRIALS = ("runs_dir", "study", "gallery", "second_stage", "logger", "choice")
@@ -137,6 +138,12 @@ def plan_search(
             holdout, or one among images whose scores are reported.
     """
     config = compose_run(list(overrides))
+    for name, node in (config.get("callbacks") or {}).items():
+        if is_early_stopping(node.get("_target_")):
+            raise WSSSError(
+                f"callbacks.{name}: it would stop a trial by the holdout that judges it, and all "
+                "trials are of the same length; leave it out"
+            )
     method = choice_in_group(overrides, "method")
     name = space or method
     keys = read_space(name, search_folders(overrides))
@@ -146,7 +153,7 @@ def plan_search(
         method,
         keys,
         settings_of(config, keys, name),
-        judging_of(config),
+        judging_of(config, declared_reported(overrides)),
         trials,
         startup,
         seed,
@@ -225,11 +232,22 @@ def _open_study(plan: Plan) -> "optuna.Study":
         )
         if not study.trials:
             study.enqueue_trial(dict(plan.start))
-    except (ValueError, KeyError, TypeError) as error:  # of lines that are not Optuna's
-        raise WSSSError(
-            f"{path}: damaged ({first_line(error)}); remove its last line, or {plan.folder}"
-        ) from error
+    except (ValueError, KeyError, TypeError, AssertionError) as error:  # lines not Optuna's
+        raise _damaged(plan, first_line(error)) from error
+    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
+    for ended in study.get_trials(deepcopy=False, states=states):
+        known = {*ended.params, *ended.user_attrs}
+        if missing := [key for key in (*plan.space, BY) if key not in known]:
+            raise _damaged(plan, f"trial {ended.number} has no {missing[0]}")
     return study
+
+
+def _damaged(plan: Plan, what: str) -> WSSSError:
+    """Say that the journal is damaged, and how the search goes on."""
+    return WSSSError(
+        f"{plan.folder / JOURNAL}: damaged ({what}); bring back a copy of it, or remove "
+        f"{plan.folder} and search again"
+    )
 
 
 class _InTurn:
@@ -292,6 +310,9 @@ def _next_trial(study: "optuna.Study", plan: Plan, held: ExitStack) -> "optuna.T
         trial = study.ask()
         if not _claim(_lock_file(plan, trial.number), held):
             raise WSSSError(f"{plan.folder}: another process has taken trial {trial.number} too")
+    if BY not in trial.user_attrs:
+        known = sum(each.state == optuna.trial.TrialState.COMPLETE for each in every)
+        trial.set_user_attr(BY, _by(plan, trial.number, known))
     for key in plan.space:
         study.sampler = _sampler(plan, trial.number, key)
         _suggest(trial, plan.space, key)
@@ -458,7 +479,7 @@ def _recorded(plan: Plan, frozen: "optuna.trial.FrozenTrial", finished: Sequence
     return Trial(
         number=frozen.number,
         state="finished" if frozen.number in finished else "failed",
-        by=_by(plan, frozen.number, bisect_left(finished, frozen.number)),
+        by=frozen.user_attrs[BY],
         settings=settings,
         value=frozen.value if frozen.number in finished else None,
         **known,
@@ -466,12 +487,12 @@ def _recorded(plan: Plan, frozen: "optuna.trial.FrozenTrial", finished: Sequence
 
 
 def _by(plan: Plan, number: int, known: int) -> Literal["overlay", "random", "TPE"]:
-    """Say who proposed a trial, where one process runs the search.
+    """Say who proposes a trial.
 
     Args:
         plan: the search.
         number: of the trial.
-        known: trials before it that have a value; TPE needs ``startup`` of them.
+        known: trials that have a value when it is asked for; TPE needs ``startup`` of them.
     """
     if number == 0:
         return "overlay"

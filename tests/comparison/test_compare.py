@@ -235,10 +235,15 @@ def test_encoders_that_start_at_random_are_alike(tmp_path: Path) -> None:
 
 def test_thresholds_are_a_methods_but_a_group_shares_them(tmp_path: Path) -> None:
     one, other = (
-        make_run(tmp_path / str(seed), seed=seed, cam_threshold=0.4 + seed / 10)
+        make_run(
+            tmp_path / str(seed),
+            seed=seed,
+            cam_threshold=0.4 + seed / 10,
+            config={"method": {}, "eval": {"cam_threshold": 0.4 + seed / 10}},
+        )
         for seed in range(2)
     )
-    with pytest.raises(WSSSError, match=r"eval\.cam_threshold differs; use by=eval\.cam_thr"):
+    with pytest.raises(WSSSError, match=r"cam_threshold differs; use by=method,eval\.cam_thresh"):
         grid_of([one, other])
     assert grid_of([one, make_run(tmp_path / "b", method="B", cam_threshold=0.3)])
 
@@ -307,7 +312,7 @@ def test_runs_of_a_group_differ_in_their_seed_alone(tmp_path: Path) -> None:
     other = make_run(tmp_path / "c", seed=1)
     text = (other / RESULTS_FILE).read_text().replace('"weight": 0.2', '"weight": 0.5')
     (other / RESULTS_FILE).write_text(text)
-    with pytest.raises(WSSSError, match=r"by=method\.weight"):
+    with pytest.raises(WSSSError, match=r"by=method,method\.weight"):
         grid_of([runs[0], other])
     numbers, *_ = grid_of([runs[0], other], by="method.weight")
     assert numbers.header[1:] == ["weight=0.2 (n=1)", "weight=0.5 (n=1)"]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -132,16 +133,69 @@ def test_a_missing_cell_is_named_and_nothing_shared(study: Path) -> None:
     some = sorted(study.iterdir())[2:]  # 0-0 and 0-1 are the first cell
     found = compared(some)
     assert any(
-        note == "no shares of variance: of method x head x loss 1 cells are missing, the first "
+        note == "no shares of variance: of method x head x loss 1 cell is missing, the first "
         "method=GETAM, head=dpt, loss=balanced"
         for note in found.notes
     )
     assert not any("share of the variance" in grid.title for grid in tables(found))
+    notes = compared(some[2:]).notes
+    assert any("of method x head x loss 2 cells are missing, the first" in note for note in notes)
 
 
 def test_a_group_has_the_maps_of_one_method(study: Path) -> None:
-    with pytest.raises(WSSSError, match=r"mixes settings .*: maps\.method differs; use by=maps\.m"):
-        compare([study], CompareArguments(by="method.head,method.loss"))
+    own = "method.head,method.loss"
+    said = rf"mixes settings .*: maps\.method differs; use by={own},maps\.method or by=study"
+    with pytest.raises(WSSSError, match=said):
+        compare([study], CompareArguments(by=own))
+
+
+@pytest.mark.parametrize("by", ["method", "maps.method", "method.loss,method.head", "study"])
+def test_the_keys_that_are_advised_make_groups(study: Path, by: str) -> None:
+    with pytest.raises(WSSSError, match=r"mixes settings .* differs?; use by=") as raised:
+        compare([study], CompareArguments(by=by))
+    ways = [word.removeprefix("by=").rstrip(",") for word in str(raised.value).split()]
+    advised = next(way for way in ways if way.startswith(f"{by},"))
+    assert {*advised.split(",")} == {*by.split(","), *BY.split(",")}
+    (found,) = compare([study], CompareArguments(by=advised, resamples=5))
+    assert len(found.groups) == 18
+    assert by not in ways
+
+
+def test_keys_that_make_no_groups_are_not_advised(tmp_path: Path) -> None:
+    settings = ({"head": "dpt"}, {"head": "dpt", "width": 3})
+    runs = [
+        make_run(tmp_path / str(seed), seed=seed, config={"method": method})
+        for seed, method in enumerate(settings)
+    ]
+    for by, said in (
+        ("method.head", r"use by=study or by=run, or leave"),
+        ("study", r"use by=run, or leave"),
+    ):
+        with pytest.raises(WSSSError, match=rf"method\.width differs; {said}"):
+            compare(runs, CompareArguments(by=by))
+    for seed, name in enumerate("ab"):
+        config = {"method": {"_target_": f"{name}.Net"}}
+        make_run(tmp_path / name, seed=seed, method="Net", config=config)
+    nets = [tmp_path / name for name in "ab"]
+    with pytest.raises(WSSSError, match=r"several methods .*; use by=method,method\._target_ or"):
+        compare(nets, CompareArguments())
+    with pytest.raises(WSSSError, match=r"several methods .*; use by=study,method or by=run"):
+        compare(nets, CompareArguments(by="study"))
+
+
+@pytest.mark.parametrize(
+    "by", [f"{BY},", f"[{BY}]", f"[ {BY.replace(',', ', ')} ]", f",{BY},,method.head"]
+)
+def test_keys_may_stand_in_brackets_and_be_empty(study: Path, by: str) -> None:
+    (found,) = compare([study], CompareArguments(by=by, resamples=5))
+    assert found.factors is not None
+    assert [*found.factors.levels] == ["method", "head", "loss"]
+
+
+@pytest.mark.parametrize("by", ["", ",", "[]", "[method", "method]", "["])
+def test_half_a_bracket_and_no_key_are_named(study: Path, by: str) -> None:
+    with pytest.raises(WSSSError, match=rf"^by={re.escape(by)}: expected a key, or several as by="):
+        compare([study], CompareArguments(by=by))
 
 
 def test_report_has_a_part_on_factors(

@@ -157,6 +157,23 @@ def test_the_runs_that_took_the_chosen_settings_are_named(tmp_path: Path) -> Non
     assert dict(found.facts)["taken by"] == "a (n=1)"
 
 
+def test_show_takes_what_report_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    searches = tmp_path / "runs" / "searches"
+    for name in "ab":
+        write_search(searches / name, record(VALUES))
+    (searches / "a" / "chosen.yaml").write_text("{}")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for given in (searches, tmp_path / "runs", searches / "a" / "search.json"):
+        assert main(["tune", "--show", str(given)]) == 0
+        printed = capsys.readouterr().out
+        assert ("\nb " in printed) == (given.suffix == ""), "all below a folder"
+        assert printed.endswith(f"{searches / 'a' / 'chosen.yaml'}\n")
+    for missing in (empty, empty / "search.json", searches / "c"):
+        assert main(["tune", "--show", str(searches), str(missing)]) == 2
+        assert f"{missing}: no search.json there or below" in capsys.readouterr().err
+
+
 def test_unfinished_runs_beside_searches_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

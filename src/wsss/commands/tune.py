@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from wsss.comparison.grids import print_grids
-from wsss.comparison.searches import read_searches, search_grids
+from wsss.comparison.searches import part_searches, read_searches, search_grids
 from wsss.core.arguments import parse_arguments
 from wsss.core.errors import WSSSError
 from wsss.core.extras import import_optuna
 from wsss.core.failures import exit_status_of
 from wsss.core.ranges import Count, Seed
 from wsss.core.schema import plain
-from wsss.results.search import OVERLAY_FILE
+from wsss.results.search import OVERLAY_FILE, SEARCH_FILE
 from wsss.runs.line import (
     canonical,
     check_surroundings,
@@ -91,6 +91,7 @@ def main(arguments: list[str]) -> int:
         )
         for job in jobs
     ]
+    _check_masks(plans)
     return max(exit_status_of("tune", partial(_search, plan)) for plan in plans)
 
 
@@ -115,11 +116,23 @@ def _check_equal(configs: Sequence[tuple[dict[str, Any], str]]) -> None:
     for key in ("objective", "budget.max_steps", "eval.holdout_per_class"):
         group, _, name = key.rpartition(".")
         values = [((one[group] if group else one)[name], method) for one, method in configs]
-        if len({value for value, _ in values}) > 1:
-            said = ", ".join(f"{value} of {method}" for value, method in values)
-            raise WSSSError(
-                f"{key} is not the same for all ({said}); give {key}=VALUE, or search apart"
-            )
+        _check_same(key, values, f"give {key}=VALUE, or search apart")
+
+
+def _check_masks(plans: Sequence["Plan"]) -> None:
+    """Raise WSSSError where searches of one command are judged by more masks than others."""
+    values = [
+        (plan.judging.masks, f"{plan.method} on {plan.config['data']['name']} {plan.judging.split}")
+        for plan in plans
+    ]
+    _check_same("the number of masks that judge", values, "search apart")
+
+
+def _check_same(what: str, values: Sequence[tuple[Any, str]], mend: str) -> None:
+    """Raise WSSSError where a value is not the same of every holder."""
+    if len({value for value, _ in values}) > 1:
+        said = ", ".join(f"{value} of {holder}" for value, holder in values)
+        raise WSSSError(f"{what} is not the same for all ({said}); {mend}")
 
 
 def _search(plan: "Plan") -> int:
@@ -131,10 +144,18 @@ def _search(plan: "Plan") -> int:
 
 
 def _show(arguments: Sequence[str]) -> int:
-    """Print searches that were run."""
+    """Print searches that were run: those given, and those below a given folder."""
     if not arguments:
         raise WSSSError("--show: no search is given; expected folders that hold search.json")
-    _print([Path(argument) for argument in arguments])
+    found: list[Path] = []
+    for path in map(Path, arguments):
+        _, below = part_searches([path])
+        if not below or not path.exists():
+            raise WSSSError(
+                f"{path}: no {SEARCH_FILE} there or below; give a folder that `wsss tune` wrote"
+            )
+        found += below
+    _print(found)
     return 0
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from annotated_types import Ge, Le
 
 from wsss.comparison.bootstrap import Draws, draw
-from wsss.comparison.entries import MIOUS, Entry, load, unfinished_runs
+from wsss.comparison.entries import MIOUS, Entry, keys_of, load, unfinished_runs
 from wsss.comparison.factors import Factors, factors_of
 from wsss.comparison.protocols import MEASURING, TRAINING, differing_fields
 from wsss.core.errors import WSSSError
@@ -180,7 +180,7 @@ def _compare_alike(supervision: str, entries: list[Entry], chosen: CompareArgume
     for entry in entries:
         groups.setdefault(entry.group, []).append(entry)
     factors = factors_of(
-        [*short_names(chosen.by.split(",")).values()],
+        [*short_names(keys_of(chosen.by)).values()],
         {name: members[0].levels for name, members in groups.items()},
     )
     if factors and not factors.missing:
@@ -209,9 +209,10 @@ def _compare_alike(supervision: str, entries: list[Entry], chosen: CompareArgume
     draws = {} if chosen.unranked else _bootstrap(groups, metrics, chosen.resamples)
     notes = [f"differs: {name}: {_in_words(values)}" for name, values in different.items()]
     if factors and factors.missing:
+        said = "1 cell is" if factors.missing == 1 else f"{factors.missing} cells are"
         notes.append(
-            f"no shares of variance: of {' x '.join(factors.levels)} {factors.missing} cells are "
-            f"missing, the first {', '.join(factors.first_missing)}"
+            f"no shares of variance: of {' x '.join(factors.levels)} {said} missing, "
+            f"the first {', '.join(factors.first_missing)}"
         )
     notes += _notes(groups, chosen)
     return Comparison(supervision, groups, metrics, primary, draws, baseline, notes, factors)

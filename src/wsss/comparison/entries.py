@@ -296,6 +296,7 @@ def load(paths: Iterable[Path], *, by: str, split: str | None) -> list[Entry]:
     Raises:
         WSSSError: no common split, an unknown one, or a group that is no group.
     """
+    keys = keys_of(by)
     read = {folder: _read(folder) for folder in find_results(paths)}
     shared = [
         name
@@ -309,14 +310,14 @@ def load(paths: Iterable[Path], *, by: str, split: str | None) -> list[Entry]:
         if split not in results["splits"]:
             raise WSSSError(f"{folder}: has no split {split}, only {', '.join(results['splits'])}")
     entries = [
-        Entry(folder, results, split, _levels(results, folder, by))
+        Entry(folder, results, split, _levels(results, folder, keys))
         for folder, results in read.items()
     ]
     for entry in entries:
         if "maps" not in entry.metrics:
             raise WSSSError(f"{entry.folder}: evaluated by an older version; {entry.mend}")
         check_entry(entry)
-    _check_groups(entries, by)
+    _check_groups(entries, keys)
     return entries
 
 
@@ -333,9 +334,24 @@ def changes_of_encoder(backbone: Mapping[str, Any]) -> list[str]:
     return [f"{key}={value}" for key, value in sorted(listed.items())]
 
 
-def _levels(results: Mapping[str, Any], folder: Path, by: str) -> tuple[str, ...]:
-    names = short_names(by.split(","))
-    return tuple(_named(results, folder, key, name) for key, name in names.items())
+def keys_of(by: str) -> list[str]:
+    """Part ``by`` into its keys; it may stand in brackets, as lists of other arguments do.
+
+    Raises:
+        WSSSError: it names no key, or has one bracket of two.
+    """
+    text = by.strip()
+    inner = text[1:-1] if text.startswith("[") else text
+    found = [key.strip() for key in inner.split(",")]
+    if text.startswith("[") != text.endswith("]") or not any(found):
+        raise WSSSError(
+            f"by={one_line(by, 200)}: expected a key, or several as by=maps.refine,method.head"
+        )
+    return [key for key in dict.fromkeys(found) if key]
+
+
+def _levels(results: Mapping[str, Any], folder: Path, keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(_named(results, folder, key, name) for key, name in short_names(keys).items())
 
 
 def _named(results: Mapping[str, Any], folder: Path, key: str, name: str) -> str:
@@ -343,50 +359,72 @@ def _named(results: Mapping[str, Any], folder: Path, key: str, name: str) -> str
         return folder.name
     if key in ("method", "study"):
         return str(results.get(key))
-    missing = object()
-    node: Any = results.get("config", {})
-    for step in key.split("."):
-        node = node.get(step, missing) if isinstance(node, Mapping) else missing
-    if node is missing:
+    found = _settings(results, key)
+    if not found:
         raise WSSSError(
             f"by={key}: {folder} has no such key; use method, study, run or a key of it"
         )
-    return f"{name}={node}"
+    return f"{name}={found[0]}"
 
 
-def _check_groups(entries: Sequence[Entry], by: str) -> None:
+def _settings(results: Mapping[str, Any], key: str) -> list[Any]:
+    """Give the value of a dotted key of a run's configuration alone, or nothing."""
+    nodes: list[Any] = [results.get("config", {})]
+    for step in key.split("."):
+        nodes = [node[step] for node in nodes if isinstance(node, Mapping) and step in node]
+    return nodes
+
+
+def _check_groups(entries: Sequence[Entry], keys: Sequence[str]) -> None:
     """Raise WSSSError where runs of one group differ in more than their seed."""
-    seen: dict[tuple[str, str], Entry] = {}
+    firsts: dict[tuple[str, str], Entry] = {}
+    mixed: dict[str, tuple[Entry, Entry]] = {}  # key -> the first two of a group that differ in it
+    for entry in entries:
+        first = firsts.setdefault((entry.card["supervision"], entry.group), entry)
+        for key in _changed_keys(first, entry):
+            mixed.setdefault(key, (first, entry))
+    if pair := mixed.get("method._target_"):
+        further = "method" if "method" not in keys else "method._target_"
+        raise WSSSError(
+            f"group {pair[0].group} holds several methods ({pair[0].folder.name}, "
+            f"{pair[1].folder.name}); {_advice(keys, [further])}"
+        )
+    if mixed:
+        pair = next(iter(mixed.values()))
+        differ = "differs" if len(mixed) == 1 else "differ"
+        # a key that some run has not is none to group by, one that is there has parted nothing
+        parts = all(key not in keys and _settings(e.results, key) for key in mixed for e in entries)
+        raise WSSSError(
+            f"group {pair[0].group} mixes settings ({pair[0].folder.name}, "
+            f"{pair[1].folder.name}): {', '.join(mixed)} {differ}; "
+            f"{_advice(keys, [*mixed] if parts else [])}"
+        )
     seeds: dict[tuple[str, str, Any], Entry] = {}
     for entry in entries:
-        group = (entry.card["supervision"], entry.group)
-        first = seen.setdefault(group, entry)
-        changed = _differing_keys(
-            first.results.get("config", {}).get("method", {}),
-            entry.results.get("config", {}).get("method", {}),
-        )
-        changed = [f"method.{key}" for key in changed]
-        theirs = [each.results.get("config", {}).get("maps") or {} for each in (first, entry)]
-        changed += [f"maps.{key}" for key in OF_MAPS if theirs[0].get(key) != theirs[1].get(key)]
-        changed += [
-            f"eval.{key}" for key in THRESHOLDS if first.card.get(key) != entry.card.get(key)
-        ]
-        if "method._target_" in changed:
-            raise WSSSError(
-                f"group {entry.group} holds several methods ({first.folder.name}, "
-                f"{entry.folder.name}); use by={by},method or by=run"
-            )
-        if changed:
-            raise WSSSError(
-                f"group {entry.group} mixes settings ({first.folder.name}, {entry.folder.name}): "
-                f"{changed[0]} differs; use by={changed[0]}, by=study or by=run"
-            )
-        double = seeds.setdefault((*group, entry.results["seed"]), entry)
+        seed = entry.results["seed"]
+        double = seeds.setdefault((entry.card["supervision"], entry.group, seed), entry)
         if double is not entry:
             raise WSSSError(
-                f"group {entry.group} holds seed {entry.results['seed']} twice "
-                f"({double.folder}, {entry.folder}); use by=study or by=run, or leave one out"
+                f"group {entry.group} holds seed {seed} twice ({double.folder}, {entry.folder}); "
+                f"{_advice(keys)}"
             )
+
+
+def _changed_keys(one: Entry, other: Entry) -> list[str]:
+    """List the keys, beside the seed, by which two runs differ."""
+    configs = [entry.results.get("config", {}) for entry in (one, other)]
+    found = [f"method.{k}" for k in _differing_keys(*(c.get("method", {}) for c in configs))]
+    maps = [config.get("maps") or {} for config in configs]
+    found += [f"maps.{key}" for key in OF_MAPS if maps[0].get(key) != maps[1].get(key)]
+    return found + [f"eval.{k}" for k in THRESHOLDS if one.card.get(k) != other.card.get(k)]
+
+
+def _advice(keys: Sequence[str], further: Sequence[str] = ()) -> str:
+    """Say how to part a group that these keys make, with further ones or other ones."""
+    ways = [",".join((*keys, *further))] if further else []
+    ways += [name for name in ("study", "run") if name not in keys]
+    use = f"use {' or '.join(f'by={way}' for way in ways)}, or " if ways else ""
+    return f"{use}leave one out"
 
 
 def _differing_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -2,9 +2,10 @@
 
 Trials are runs whose ``data.val_split`` is the holdout as a list (`wsss.data.lists`) and that have
 no test list, so nothing of them opens another mask. Images that the data set declares as reported
-never judge, whatever a line makes of its lists. Where training sees the ground truth, or
-masks of which nothing says what made them, the images it is judged on are left out of the training list; a few-shot run, which has no further
-masks, is judged on ``N // 3`` images a class, at least one, of its ``train:holdout:N``.
+never judge, whatever a line makes of its lists. Where training sees the ground truth, or masks of
+which nothing says what made them, the images it is judged on are left out of the training list; a
+few-shot run, which has no further masks, is judged on ``N // 3`` images a class, at least one, of
+its ``train:holdout:N``.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -56,7 +56,7 @@ def commands() -> list[str]:
             found += [line for line in lines if line.startswith("wsss ")]
         inline = (" ".join(code.split()) for code in INLINE.findall(text))
         found += [code for code in inline if "=" in code]
-    plain_ones = (" ".join(shlex.split(command, comments=True)) for command in found)
+    plain_ones = (shlex.join(shlex.split(command, comments=True)) for command in found)
     return [command for command in dict.fromkeys(plain_ones) if not SHAPE.search(command)]
 
 

@@ -100,6 +100,7 @@ WRONG = [
     (["data", "prepare", "coco", "root=x", "crowd=drop"], "crowd=drop: expected"),
     (["tune", "data=minivoc", "method=tocco"], "did you mean toco?"),
     (["tune", "-m", "data=minivoc"], "-m: wsss tune takes no such flag"),
+    (["tune", "data=minivoc", "trial=3"], "trial: unknown key"),
     (["tune", "data=minivoc", "trails=3"], "trails: unknown key; did you mean trials?"),
     (["tune", "toco"], "toco: expected KEY=VALUE; did you mean method=toco?"),
     (["train", "toco/minivoc"], "did you mean experiment=toco/minivoc?"),

@@ -32,7 +32,7 @@ from wsss.methods.official import CONVERTERS
 from wsss.parity import METHODS
 from wsss.runs.compose import compose_config, compose_run
 from wsss.runs.config import check_walk, override_config
-from wsss.runs.line import choice_in_group, compose_walk, sweep_jobs
+from wsss.runs.line import choices_made, compose_walk, sweep_jobs
 from wsss.runs.space import read_space, settings_of
 
 PROJECT = Path(__file__).parents[2]
@@ -79,7 +79,7 @@ def take_tune(arguments: list[str]) -> None:
     chosen, lines = tune.parse(arguments)
     assert chosen.trials >= chosen.startup
     for line in lines:
-        space = chosen.space or choice_in_group(line, "method")
+        space = chosen.space or choices_made(line)["method"]
         assert settings_of(compose_run(line), read_space(space), space)
 
 

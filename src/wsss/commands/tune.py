@@ -22,7 +22,7 @@ from wsss.results.search import OVERLAY_FILE, SEARCH_FILE
 from wsss.runs.line import (
     canonical,
     check_surroundings,
-    choice_in_group,
+    choices_made,
     compose_line,
     search_folders,
     sweep_jobs,
@@ -64,10 +64,8 @@ def parse(arguments: Sequence[str]) -> tuple[TuneArguments, list[list[str]]]:
     rest, folders = take_folders(arguments)
     for flag in (each for each in rest if each.startswith("-")):
         raise WSSSError(f"{flag}: wsss tune takes no such flag; a,b are searches of their own")
-    for key in (each.partition("=")[0] for each in rest):
-        if key not in OWN and (near := get_close_matches(key, OWN, n=1, cutoff=0.8)):
-            raise WSSSError(f"{key}: unknown key; did you mean {near[0]}?")
-    own = [each for each in rest if each.partition("=")[0] in OWN]
+    # a key that is nearly one of these is refused as theirs
+    own = [a for a in rest if get_close_matches(a.partition("=")[0], OWN, cutoff=0.8)]
     line = with_folders([each for each in rest if each not in own], folders)
     return parse_arguments(TuneArguments, own)[0], sweep_jobs(canonical(line)).samples
 
@@ -103,7 +101,7 @@ def _check(jobs: Sequence[list[str]], space: str | None) -> None:
     """
     configs = []
     for job in jobs:
-        config, method = plain(compose_line(job)), choice_in_group(job, "method")
+        config, method = plain(compose_line(job)), choices_made(job)["method"]
         check_surroundings(config)
         declared = read_space(space or method, search_folders(job))
         settings_of(config, declared, space or method)

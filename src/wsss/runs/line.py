@@ -36,6 +36,8 @@ from wsss.runs.trainer_settings import check_budget_decides, check_trainer, with
 OVERLAY = "+experiments@_global_"
 #: the word that most Hydra programs use for an experiment, with and without its plus
 EXPERIMENT = re.compile(r"^\+?experiments?=")
+#: keys that a word alone may have been meant for -> the groups of their choices
+MEANT = {"method": "method", "experiment": "experiments", "data": "data"}
 SEARCH_PATH = "hydra.searchpath"
 OF_JOBS = (f"{SEARCH_PATH}=", "hydra/job_logging=", "hydra.job_logging.", "hydra.verbose=")
 # choices of Hydra's own groups that further packages bring -> the extra that installs them
@@ -219,8 +221,7 @@ def _check_values(overrides: Sequence[str]) -> None:
     for one in overrides:
         if "=" in one or one.startswith("~"):
             continue
-        groups = {"method": "method", "experiment": "experiments", "data": "data"}
-        keys = [key for key, group in groups.items() if one in choices_of(group, overrides)]
+        keys = [key for key, group in MEANT.items() if one in choices_of(group, overrides)]
         hint = f"; did you mean {keys[0]}={one}?" if keys else ""
         raise WSSSError(f"{one_line(one)}: expected KEY=VALUE{hint}")
 
@@ -351,16 +352,15 @@ def _check_hydra(settings: DictConfig) -> None:
             raise WSSSError(f"hydra.{key}={one_line(str(value), 200)}: {instead}")
 
 
-def choice_in_group(overrides: Sequence[str], group: str) -> str:
-    """Say which file of a group of ``conf/`` a composed configuration has, such as ``method``."""
-    name: str = _compose(overrides, "train").hydra.runtime.choices[group]
-    return name
+def choices_made(overrides: Sequence[str]) -> Mapping[str, str]:
+    """Say which file a composed configuration has of each group of ``conf/``: group -> choice."""
+    made: Mapping[str, str] = _compose(overrides, "train").hydra.runtime.choices
+    return made
 
 
-def declared_reported(overrides: Sequence[str]) -> list[str]:
-    """List what the line's choice of ``data`` reports scores of, whatever the line makes of it."""
-    alone = [f"data={choice_in_group(overrides, 'data')}", search_path(overrides)]
-    data = _compose(alone, "train").config.data
+def declared_reported(choice: str, overrides: Sequence[str]) -> list[str]:
+    """List what a choice of ``data`` reports scores of, whatever the line makes of it."""
+    data = _compose([f"data={choice}", search_path(overrides)], "train").config.data
     return [name for name in (data.val_split, *(data.get("test_splits") or ())) if name]
 
 

@@ -41,7 +41,7 @@ from wsss.runs.compose import compose_run
 from wsss.runs.config import config_hash
 from wsss.runs.folder import method_name, run_folder
 from wsss.runs.judging import Judging, judging_of
-from wsss.runs.line import choice_in_group, declared_reported, of_jobs, quoted, search_folders
+from wsss.runs.line import choices_made, declared_reported, of_jobs, quoted, search_folders
 from wsss.runs.space import Space, read_space, settings_of
 from wsss.training.chosen import overlay
 from wsss.training.sweeps import STOPPED, Outcome, run_jobs
@@ -144,7 +144,8 @@ def plan_search(
                 f"callbacks.{name}: it would stop a trial by the holdout that judges it, and all "
                 "trials are of the same length; leave it out"
             )
-    method = choice_in_group(overrides, "method")
+    chosen = choices_made(overrides)
+    method = chosen["method"]
     name = space or method
     keys = read_space(name, search_folders(overrides))
     return Plan(
@@ -153,7 +154,7 @@ def plan_search(
         method,
         keys,
         settings_of(config, keys, name),
-        judging_of(config, declared_reported(overrides)),
+        judging_of(config, declared_reported(chosen["data"], overrides)),
         trials,
         startup,
         seed,
@@ -234,12 +235,17 @@ def _open_study(plan: Plan) -> "optuna.Study":
             study.enqueue_trial(dict(plan.start))
     except (ValueError, KeyError, TypeError, AssertionError) as error:  # lines not Optuna's
         raise _damaged(plan, first_line(error)) from error
-    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
-    for ended in study.get_trials(deepcopy=False, states=states):
+    for ended in _ended(study):
         known = {*ended.params, *ended.user_attrs}
         if missing := [key for key in (*plan.space, BY) if key not in known]:
             raise _damaged(plan, f"trial {ended.number} has no {missing[0]}")
     return study
+
+
+def _ended(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
+    """List the trials that have a value or failed."""
+    state = import_optuna(NEED).trial.TrialState
+    return study.get_trials(deepcopy=False, states=(state.COMPLETE, state.FAIL))
 
 
 def _damaged(plan: Plan, what: str) -> WSSSError:
@@ -430,10 +436,7 @@ def _numbers_of(folder: Path | None, plan: Plan) -> str:
 def _write_record(study: "optuna.Study", plan: Plan) -> None:
     """Write ``search.json``, and the overlay once every trial has ended."""
     optuna = import_optuna(NEED)
-    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
-    ended = study.get_trials(deepcopy=False, states=states)
-    known = sorted(each.number for each in ended if each.state == states[0])
-    trials = [_recorded(plan, each, known) for each in ended]
+    trials = [_recorded(plan, each) for each in _ended(study)]
     best = best_of({each.number: each.value for each in trials if each.value is not None})
     judging, done = plan.judging, len(trials) >= plan.trials
     choice = f"tuned: {len(trials)} trials on a holdout of {judging.masks} masks" if done else None
@@ -466,22 +469,17 @@ def _write_record(study: "optuna.Study", plan: Plan) -> None:
         write_atomically(plan.folder / OVERLAY_FILE, text.encode())
 
 
-def _recorded(plan: Plan, frozen: "optuna.trial.FrozenTrial", finished: Sequence[int]) -> Trial:
-    """Give a trial that has ended as the record has it.
-
-    Args:
-        plan: the search.
-        frozen: the trial.
-        finished: numbers of all trials that have a value, in ascending order.
-    """
+def _recorded(plan: Plan, frozen: "optuna.trial.FrozenTrial") -> Trial:
+    """Give a trial that has ended as the record has it."""
+    finished = frozen.state == import_optuna(NEED).trial.TrialState.COMPLETE
     settings = settings_of_trial(plan, frozen.number, {k: frozen.params[k] for k in plan.space})
     known = {key: frozen.user_attrs.get(key) for key in ("seconds", "commit", "run", "error")}
     return Trial(
         number=frozen.number,
-        state="finished" if frozen.number in finished else "failed",
+        state="finished" if finished else "failed",
         by=frozen.user_attrs[BY],
         settings=settings,
-        value=frozen.value if frozen.number in finished else None,
+        value=frozen.value if finished else None,
         **known,
     )
 
